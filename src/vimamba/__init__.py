@@ -1,0 +1,1 @@
+"""Vision Mamba: images through bidirectional state space models."""
