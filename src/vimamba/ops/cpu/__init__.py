@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vimamba.ops.backends import CHUNK
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vimamba.ops.mixer import Direction
+
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
-CHUNK = 64  # steps between saved states, as in kernels.h
-MAX_CONV_WIDTH = 16  # as in conv.h
 
 _LIBRARY = Path(__file__).parent / "_kernels.so"
 
@@ -240,9 +242,9 @@ def norm_forward(
     x_ME: Tensor, residual_ME: Tensor | None, weight_E: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm of x + residual, that sum in float32, and the reciprocal root mean squares."""
-    normed_ME = torch.empty(x_ME.shape, dtype=out_dtype)
-    sum_ME = torch.empty(x_ME.shape, dtype=torch.float32)
-    rstd_M = torch.empty(x_ME.shape[:1], dtype=torch.float32)
+    normed_ME = x_ME.new_empty(x_ME.shape, dtype=out_dtype)
+    sum_ME = x_ME.new_empty(x_ME.shape, dtype=torch.float32)
+    rstd_M = x_ME.new_empty(x_ME.shape[:1], dtype=torch.float32)
     torch.ops.vimamba_cpu.norm_forward(
         x_ME.contiguous(), _contiguous(residual_ME), weight_E.contiguous(), eps, normed_ME, sum_ME, rstd_M
     )
@@ -271,28 +273,23 @@ def norm_backward(
 
 
 def mixer_forward(
-    xz_BLE: Tensor, directions: Sequence[tuple], scale: float, save_states: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The whole mixer between its two linear layers: out (B, L, D), and each direction's states if wanted.
-
-    A direction is vimamba.ops.mixer.Direction: seven weights, conv_reverse and scan_reverse.
-    """
+    xz_BLE: Tensor, directions: Sequence[Direction], scale: float, save_states: bool
+) -> tuple[Tensor, Tensor]:
+    """The whole mixer between its two linear layers: out (B, L, D), and the states (directions, B, K, D, N) if wanted."""
     if xz_BLE.stride(2) != 1:
         xz_BLE = xz_BLE.contiguous()
     batch, length, width = xz_BLE.shape
-    dim = width // 2
-    weights = [
-        torch.empty(0) if weight is None else weight.float().contiguous()
-        for direction in directions
-        for weight in direction[:7]
-    ]
-    flags = [int(direction[7]) + 2 * int(direction[8]) for direction in directions]
-    out_BLD = xz_BLE.new_empty(batch, length, dim)
-    states = []
-    if save_states:
-        shapes = [(batch, -(-length // CHUNK), dim, direction[5].shape[1]) for direction in directions]
-        states = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
-    torch.ops.vimamba_cpu.mixer_forward(xz_BLE, weights, flags, scale, out_BLD, states)
+    out_BLD = xz_BLE.new_empty(batch, length, width // 2)
+    A_DN, count = directions[0].A, len(directions)
+    states = A_DN.new_empty((count, batch, -(-length // CHUNK), *A_DN.shape) if save_states else (count, 0))
+    torch.ops.vimamba_cpu.mixer_forward(
+        xz_BLE,
+        [weight.contiguous() for direction in directions for weight in direction.weights],
+        [int(direction.conv_reverse) + 2 * int(direction.scan_reverse) for direction in directions],
+        scale,
+        out_BLD,
+        states if save_states else None,
+    )
     return out_BLD, states
 
 

@@ -46,8 +46,7 @@ void mixer_pack(const Mixer& m, const Direction& direction, float* memory) {
     const Block block = block_at(i, m.dim, 1);
     const int64_t d = block.channel;
     pack_taps(direction.conv_weight + d * m.width, m.width, block.lanes, packed.taps + i * m.width * W);
-    const vf bias = direction.conv_bias ? load(direction.conv_bias + d, block.lanes) : vf{};
-    store(packed.conv_bias + i * W, bias);
+    store(packed.conv_bias + i * W, load(direction.conv_bias + d, block.lanes));
     pack_rows(direction.dt_proj + d * m.dt_rank, m.dt_rank, block.lanes, 1, packed.dt_proj + i * m.dt_rank * W);
     store(packed.dt_bias + i * W, load(direction.dt_bias + d, block.lanes));
     pack_decay(direction.A + d * m.state, m.state, block.lanes, packed.decay + i * m.state * W);

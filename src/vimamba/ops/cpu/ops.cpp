@@ -304,10 +304,10 @@ void mix_by_channels(const MixerCall& call, int64_t columns, float* projected) {
   });
 }
 
-// weights: seven tensors a direction, in the order of vimamba.ops.mixer.Direction, an empty one for no bias; flags: 1 for
-// conv_reverse plus 2 for scan_reverse; states: one a direction, or none.
+// weights: seven tensors a direction, in the order of vimamba.ops.mixer.Direction; flags: 1 for conv_reverse plus 2 for
+// scan_reverse; states: (directions, B, K, D, N) or none.
 void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int64_t> flags, double scale, Tensor out,
-                   std::vector<Tensor> states) {
+                   Maybe states) {
   const int64_t count = flags.size(), dim = out.size(2);
   MixerCall call = {.k = kernels()};
   const int64_t element = is_bf16(xz) ? 2 : 4;
@@ -319,9 +319,9 @@ void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int
                 .out = {out.data_ptr(), out.stride(0), out.stride(1)}};
   for (int64_t d = 0; d < count; ++d) {
     const Tensor* w = &weights[7 * d];
-    call.directions.push_back({data(w[0]), w[1].numel() ? data(w[1]) : nullptr, data(w[2]), data(w[3]), data(w[4]), data(w[5]),
-                               data(w[6]), (flags[d] & 1) != 0, (flags[d] & 2) != 0,
-                               states.empty() ? nullptr : data(states[d])});
+    call.directions.push_back({data(w[0]), data(w[1]), data(w[2]), data(w[3]), data(w[4]), data(w[5]), data(w[6]),
+                               (flags[d] & 1) != 0, (flags[d] & 2) != 0,
+                               states ? data(*states) + d * states->stride(0) : nullptr});
   }
   const Mixer& m = call.mixer;
   call.blocks = blocks_of(dim, 1, call.k.lanes);
@@ -360,7 +360,7 @@ STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
         "-> ()");
   m.def("norm_backward(Tensor dnormed, Tensor? dresidual, Tensor sum, Tensor weight, Tensor rstd, Tensor(a!) dsum, "
         "Tensor(b!) dweight) -> ()");
-  m.def("mixer_forward(Tensor xz, Tensor[] weights, int[] flags, float scale, Tensor(a!) out, Tensor(b!)[] states) -> ()");
+  m.def("mixer_forward(Tensor xz, Tensor[] weights, int[] flags, float scale, Tensor(a!) out, Tensor(b!)? states) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CompositeExplicitAutograd, m) {
