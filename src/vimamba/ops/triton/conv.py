@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vimamba.ops.triton.elementwise import sigmoid
+from vimamba.ops.triton.elementwise import both, sigmoid
 
 BLOCK = 128
 FORWARD_ROWS = 16
@@ -93,8 +93,8 @@ def conv_backward_kernel(
     window = ()
     for k in tl.static_range(WIDTH):
         source = begin - WIDTH + k
-        row = x_columns + source.to(tl.int64) * x_sl
-        window = window + (tl.load(row, mask=exists & (source >= 0) & (source < length), other=0.0).to(tl.float32),)
+        row = x_columns + tl.cast(source, tl.int64) * x_sl
+        window = window + (tl.load(row, mask=both(exists, (source >= 0) & (source < length)), other=0.0).to(tl.float32),)
     taps = ()
     gradients = ()
     sums = ()
@@ -110,8 +110,8 @@ def conv_backward_kernel(
 
     # At token i a later-looking direction is ready for the gradient of token i - (W - 1) too.
     for i in range(begin, begin + ROWS + WIDTH - 1):
-        row = x_columns + i.to(tl.int64) * x_sl
-        window = shifted(window, tl.load(row, mask=exists & (i < length), other=0.0).to(tl.float32), WIDTH)
+        row = x_columns + tl.cast(i, tl.int64) * x_sl
+        window = shifted(window, tl.load(row, mask=both(exists, i < length), other=0.0).to(tl.float32), WIDTH)
         emitted = i - (WIDTH - 1)
         total = zero
         new_gradients = ()
@@ -120,8 +120,8 @@ def conv_backward_kernel(
             FLIP: tl.constexpr = (REVERSE_MASK >> r) & 1 == 1
             at = emitted if FLIP else i
             inside = (at >= 0) & (at < length)
-            here = dy_columns + r * dy_sr + at.to(tl.int64) * dy_sl
-            gradient = tl.load(here, mask=exists & inside, other=0.0).to(tl.float32)
+            here = dy_columns + r * dy_sr + tl.cast(at, tl.int64) * dy_sl
+            gradient = tl.load(here, mask=both(exists, inside), other=0.0).to(tl.float32)
             if SILU:
                 before = weighted(window, taps[r], WIDTH, FLIP)
                 if HAS_BIAS:
@@ -139,8 +139,8 @@ def conv_backward_kernel(
             new_sums = new_sums + (sums_r + (sums[r][WIDTH] + counted,),)
         gradients = new_gradients
         sums = new_sums
-        mask = exists & (emitted >= begin) & (emitted < length)
-        tl.store(dx_columns + emitted.to(tl.int64) * dx_sl, total.to(dx.dtype.element_ty), mask=mask)
+        mask = both(exists, (emitted >= begin) & (emitted < length))
+        tl.store(dx_columns + tl.cast(emitted, tl.int64) * dx_sl, total.to(dx.dtype.element_ty), mask=mask)
 
     part = parts + (pid // n_blocks).to(tl.int64) * (DIRECTIONS * (WIDTH + 1)) * dim
     for r in tl.static_range(DIRECTIONS):

@@ -70,3 +70,9 @@ def position(index, end, length, backwards):
     """The token of step `index` of the recurrence, kept below `end` so that every load is in bounds."""
     step = tl.minimum(index, end - 1).to(tl.int64)
     return step + backwards * (length - 1 - 2 * step)
+
+
+@triton.jit
+def both(mask, condition):
+    """A mask where a scalar condition holds too; the comparison keeps it boolean in the interpreter."""
+    return (mask & condition) != 0

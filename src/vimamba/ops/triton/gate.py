@@ -27,7 +27,7 @@ def gate_kernel(
     gate = gate.to(tl.float32)
     value = tl.load(y + index, mask=exists, other=0.0).to(tl.float32)
     for r in tl.static_range(1, DIRECTIONS):
-        value += tl.load(y + r * total.to(tl.int64) + index, mask=exists, other=0.0).to(tl.float32)
+        value += tl.load(y + r * tl.cast(total, tl.int64) + index, mask=exists, other=0.0).to(tl.float32)
     tl.store(out + index, (value * scale * gate * sigmoid(gate)).to(out.dtype.element_ty), mask=exists)
 
 

@@ -65,7 +65,7 @@ def _activations(xz_BLE: Tensor, weights: _Weights, z_RBDL: Tensor | None, scale
     bc_RMSN = x_dbl_RME[..., rank:].unflatten(-1, (2, state))
     block_n = power_of_two(state)
     if block_n == state:
-        packed = bc_RMSN.to(torch.float32, memory_format=torch.contiguous_format)
+        packed = bc_RMSN.float().contiguous()
     else:
         packed = bc_RMSN.new_zeros((directions, tokens, 2, block_n), dtype=torch.float32)
         packed[..., :state].copy_(bc_RMSN)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vimamba.ops.triton.elementwise import LOG2E, channel_tile, position, sigmoid, step_size
+from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, sigmoid, step_size
 from vimamba.ops.triton.scan_forward import load_rows
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "dout", "du", "ddelta", "dz") for axis in "rbdl"]
@@ -27,9 +27,9 @@ def add_row(pointer, tile, valid, n, BLOCK_N: tl.constexpr, ATOMIC: tl.constexpr
     """Add a (CHANNELS, BLOCK_N, LANES) tile, summed over channels, to a row of dB or dC."""
     row = tl.sum(tl.sum(tile, axis=0), axis=1)
     if ATOMIC:
-        tl.atomic_add(pointer + n, row, mask=(n < BLOCK_N) & valid, sem="relaxed")
+        tl.atomic_add(pointer + n, row, mask=both(n < BLOCK_N, valid), sem="relaxed")
     else:
-        tl.store(pointer + n, row, mask=(n < BLOCK_N) & valid)
+        tl.store(pointer + n, row, mask=both(n < BLOCK_N, valid))
 
 
 @triton.jit(do_not_specialize=[*STRIDES, "state_stride", "length", "segment_length", "batch", "n_segments"])
@@ -80,9 +80,10 @@ def scan_backward_kernel(
     du_offsets, ddelta_offsets = channel64 * du_sd, channel64 * ddelta_sd
     z_offsets, dz_offsets = channel64 * z_sd, channel64 * dz_sd
     u_row, delta_row = u + r * u_sr + b * u_sb, delta + r * delta_sr + b * delta_sb
-    z_row, dout_row = z + r * z_sr + b * z_sb, dout + r * dout_sr + b * dout_sb
+    dout_row = dout + r * dout_sr + b * dout_sb
     du_row, ddelta_row = du + r * du_sr + b * du_sb, ddelta + r * ddelta_sr + b * ddelta_sb
-    dz_row = dz + r * dz_sr + b * dz_sb
+    if HAS_Z:
+        z_row, dz_row = z + r * z_sr + b * z_sb, dz + r * dz_sr + b * dz_sb
     bc_start = (sequence * groups + group) * length * (2 * BLOCK_N)
     states_row = states + sequence * n_states * dim * N
     # The tile's own order in scratch; the run-time stride keeps the layout (see scan_forward).
@@ -104,7 +105,7 @@ def scan_backward_kernel(
         turns = tl.cdiv(stop - first, UNROLL)
 
         # 1. Forward through the chunk; the state before every turn goes to scratch.
-        here = states_row + (first // CHUNK).to(tl.int64) * dim * N
+        here = states_row + tl.cast(first // CHUNK, tl.int64) * dim * N
         h = tl.load(here + state_offsets, mask=state_mask, other=0.0)
         tl.debug_barrier()
         for turn in range(0, turns - 1):
@@ -139,17 +140,17 @@ def scan_backward_kernel(
             dzs = ()
             for j in tl.static_range(UNROLL):
                 valid = i + j < stop
-                bc_here = bc + bc_start + position(i + j, stop, length, backwards) * (2 * BLOCK_N)
+                t = position(i + j, stop, length, backwards)
                 dt = step_size(raws[j].to(tl.float32), shift, valid, SOFTPLUS)
                 x = us[j].to(tl.float32)
                 if CONST_B:
                     Bt = B_tile
                 else:
-                    Bt = tl.load(bc_here + n)[None, :, None]
+                    Bt = tl.load(bc + bc_start + t * (2 * BLOCK_N) + n)[None, :, None]
                 if CONST_C:
                     Ct = C_tile
                 else:
-                    Ct = tl.load(bc_here + BLOCK_N + n)[None, :, None]
+                    Ct = tl.load(bc + bc_start + t * (2 * BLOCK_N) + BLOCK_N + n)[None, :, None]
                 decay = tl.exp2(dt[:, None, :] * A2)
                 hs = hs + (h,)
                 decays = decays + (decay,)
@@ -164,7 +165,7 @@ def scan_backward_kernel(
                 if CONST_C:
                     dC_tile += dy[:, None, :] * h
                 else:
-                    dC_here = dbc + bc_start + position(i + j, stop, length, backwards) * (2 * BLOCK_N) + BLOCK_N
+                    dC_here = dbc + bc_start + t * (2 * BLOCK_N) + BLOCK_N
                     add_row(dC_here, dy[:, None, :] * h, valid, n, BLOCK_N, ATOMIC)
                 dts = dts + (dt,)
                 dys = dys + (dy,)
@@ -199,7 +200,7 @@ def scan_backward_kernel(
                     ddt = ddt * sigmoid(raws[j].to(tl.float32) + shift)
                 dD_tile += dy * x
                 dbias_tile += tl.where(valid, ddt, 0.0)
-                mask = exists & valid
+                mask = both(exists, valid)
                 tl.store(du_row + t * du_sl + du_offsets, dx.to(du.dtype.element_ty), mask=mask)
                 tl.store(ddelta_row + t * ddelta_sl + ddelta_offsets, ddt.to(ddelta.dtype.element_ty), mask=mask)
                 if HAS_Z:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vimamba.ops.triton.elementwise import LOG2E, channel_tile, position, sigmoid, step_size
+from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, sigmoid, step_size
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "out") for axis in "rbdl"]
 
@@ -78,8 +78,11 @@ def scan_forward_kernel(
     u_offsets, delta_offsets = channel64 * u_sd, channel64 * delta_sd
     z_offsets, out_offsets = channel64 * z_sd, channel64 * out_sd
     u_row, delta_row = u + r * u_sr + b * u_sb, delta + r * delta_sr + b * delta_sb
-    z_row, out_row = z + r * z_sr + b * z_sb, out + r * out_sr + b * out_sb
-    bc_row = bc + (sequence * groups + group) * length * (2 * BLOCK_N)
+    out_row = out + r * out_sr + b * out_sb
+    if HAS_Z:
+        z_row = z + r * z_sr + b * z_sb
+    if not (CONST_B and CONST_C):
+        bc_row = bc + (sequence * groups + group) * length * (2 * BLOCK_N)
     states_row = states + sequence * n_states * dim * N
 
     # Rows are fetched one turn ahead, so that the work of a turn hides the latency of the next one's loads.
@@ -94,22 +97,22 @@ def scan_forward_kernel(
             zs = load_rows(z_row, z_sl, z_offsets, exists, i, end, length, backwards, UNROLL, EVEN)
         if SAVE_STATES:
             if i % CHUNK == 0:
-                here = states_row + (i // CHUNK).to(tl.int64) * dim * N
+                here = states_row + tl.cast(i // CHUNK, tl.int64) * dim * N
                 tl.store(here + state_offsets, h, mask=state_mask)
         # Stores wait until the end of the turn: no later load may pass them.
         ys = ()
         for j in tl.static_range(UNROLL):
-            bc_here = bc_row + position(i + j, end, length, backwards) * (2 * BLOCK_N)
+            t = position(i + j, end, length, backwards)
             x = us[j].to(tl.float32)
             dt = step_size(deltas[j].to(tl.float32), shift, i + j < end, SOFTPLUS)
             if CONST_B:
                 Bt = B_tile
             else:
-                Bt = tl.load(bc_here + n)[None, :, None]
+                Bt = tl.load(bc_row + t * (2 * BLOCK_N) + n)[None, :, None]
             if CONST_C:
                 Ct = C_tile
             else:
-                Ct = tl.load(bc_here + BLOCK_N + n)[None, :, None]
+                Ct = tl.load(bc_row + t * (2 * BLOCK_N) + BLOCK_N + n)[None, :, None]
             h = tl.exp2(dt[:, None, :] * A2) * h + (dt * x)[:, None, :] * Bt
             y = tl.sum(h * Ct, axis=1) + skip * x
             if HAS_Z:
@@ -118,7 +121,7 @@ def scan_forward_kernel(
             ys = ys + (y,)
         for j in tl.static_range(UNROLL):
             here = out_row + position(i + j, end, length, backwards) * out_sl
-            tl.store(here + out_offsets, ys[j].to(out.dtype.element_ty), mask=exists & (i + j < end))
+            tl.store(here + out_offsets, ys[j].to(out.dtype.element_ty), mask=both(exists, i + j < end))
         us = next_us
         deltas = next_deltas
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vimamba.ops.triton.elementwise import LOG2E, channel_tile, position, sigmoid, step_size
+from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, sigmoid, step_size
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("x", "delta", "z") for axis in "rbdl"]
 
@@ -52,8 +52,10 @@ def segment_kernel(
     channel64 = channel.to(tl.int64)
     x_row = x + r * x_sr + b * x_sb
     delta_row = delta + r * delta_sr + b * delta_sb
-    z_row = z + r * z_sr + b * z_sb
-    bc_row = bc + (sequence * groups + group) * length * (2 * BLOCK_N) + (BLOCK_N if GRADIENT else 0)
+    if GRADIENT and HAS_Z:
+        z_row = z + r * z_sr + b * z_sb
+    if not CONST:
+        bc_row = bc + (sequence * groups + group) * length * (2 * BLOCK_N) + (BLOCK_N if GRADIENT else 0)
 
     h = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
     total = tl.zeros([CHANNELS, LANES], tl.float32)
@@ -63,7 +65,7 @@ def segment_kernel(
             i = (begin + end - 1 - (start + j)) if GRADIENT else start + j
             valid = start + j < end
             t = position(tl.maximum(i, begin), end, length, backwards)
-            mask = exists & valid
+            mask = both(exists, valid)
             raw = tl.load(delta_row + t * delta_sl + channel64 * delta_sd, mask=mask, other=0.0).to(tl.float32)
             value = tl.load(x_row + t * x_sl + channel64 * x_sd, mask=mask, other=0.0).to(tl.float32)
             if CONST:
@@ -102,7 +104,7 @@ def carry_kernel(
     for k in range(0, n_segments):
         segment = n_segments - 1 - k if GRADIENT else k
         slot = sequence * n_segments + segment
-        inside = exists & (k < n_segments - 1)
+        inside = both(exists, k < n_segments - 1)
         local = tl.load(summary + slot * state_size + element, mask=inside, other=0.0)
         spent = tl.load(decay + (slot * state_size + element) // N, mask=inside, other=0.0)
         tl.store(summary + slot * state_size + element, h, mask=exists)
