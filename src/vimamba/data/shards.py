@@ -82,7 +82,8 @@ def open_shards(name: str, root: Path, class_names: list[str] | None) -> ImageDa
     )
     names = class_names or info.get("class_names")
     require(bool(names), f"--data {name}: list the class names, one a line, in a file: --class_names FILE")
-    assert train and val and names
+    assert train
+    assert val
     return ImageData(
         name, list(names), Shards(root, train, counts[train]), Shards(root, val, counts[val]), name
     )

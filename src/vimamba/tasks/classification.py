@@ -70,12 +70,13 @@ class ClassificationTask(pl.LightningModule):
         self.train_loss.update(loss.detach(), len(images_BCHW))
         return loss
 
-    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.ema is not None and self.global_step > self._ema_step:
-            self._ema_step = self.global_step
-            self.ema.update(self.model, step=self.global_step)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.global_step + 1)
 
-    _ema_step = 0
+    def on_train_epoch_start(self) -> None:
+        self.train_loss.reset()
 
     def on_validation_epoch_start(self) -> None:
         self.evaluation.reset()
@@ -99,6 +100,3 @@ class ClassificationTask(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["vimamba"] = self.card.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._ema_step = checkpoint["global_step"]

@@ -96,10 +96,17 @@ def save_model(path: Path, model: nn.Module, card: ModelCard) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(tensors, partial, metadata={"format": "pt", "vimamba": json.dumps(card.to_dict())})
+        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({_one_line(error)})") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def load_model(run: str | Path) -> tuple[nn.Module, ModelCard]:
