@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, and the suggestions that go with it."""
+"""Errors that are the user's to mend: one sentence, shown without a traceback by the command line."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what was asked or given; its message is one sentence that names the way out.
-
-    The command line prints it as `error: ...` and exits with status 2, without a traceback.
-    """
+    """Wrong input, said in one sentence that names the thing, the value and the way out."""
 
 
-def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
-    """A clause that names the choices spelt most like `name`, or an empty string."""
-    by_lower = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.55)
-    if not found:
-        return ""
-    return "did you mean " + " or ".join(by_lower[match] for match in found) + "?"
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A clause that suggests the names nearest to `name`, or nothing if none is near."""
+    by_lower = {known.lower(): known for known in names}
+    found = difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(by_lower[match] for match in found)}?" if found else ""
 
 
 def require(condition: bool, message: str) -> None:

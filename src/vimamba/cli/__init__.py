@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 done in part, 2 refused, 128 + n stopped by signal n."""
+    """Run a command; the exit status is 0 done, 1 done in part, 2 refused, 128 + n stopped by signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
@@ -51,8 +51,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        hint = nearest(name, COMMANDS)
-        raise UserError(f"there is no command '{name}'; {hint or 'the commands are ' + ', '.join(COMMANDS)}")
+        hint = nearest(name, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+        raise UserError(f"there is no command '{name}'{hint}")
     command = importlib.import_module(f"vimamba.cli.{name}")
     parsing = importlib.import_module("vimamba.cli.parsing")
     parser = parsing.new_parser(name, COMMANDS[name])

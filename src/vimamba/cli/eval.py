@@ -76,9 +76,7 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     console = terminal.console()
     terminal.print_classes(console, [row for row in results.per_class if row.images])
     if absent := [row.name for row in results.per_class if not row.images]:
-        console.print(
-            f"no images of: {', '.join(absent[:20])}{' ...' if len(absent) > 20 else ''}", markup=False
-        )
+        console.print(f"no images of: {', '.join(absent[:20])}{' ...' if len(absent) > 20 else ''}", markup=False)
     if skipped:
         terminal.warn(f"{skipped} image{'s' * (skipped > 1)} could not be decoded and were left out")
     top = min(5, len(card.class_names))
@@ -109,9 +107,7 @@ def open_for_eval(what: EvalOptions, run: Path) -> tuple[ImageData, str]:
     config = run_config(run)
     name = what.data or config.get("data")
     if name is None:
-        raise UserError(
-            "--data: say what to measure on; the run's folder does not tell what it was trained on"
-        )
+        raise UserError("--data: say what to measure on; the run's folder does not tell what it was trained on")
     own = what.data is None or same_place(name, str(config.get("data")))
     split = what.split if what.split != "auto" else ("val" if own else "all")
     if split == "all" or not own:
@@ -152,9 +148,7 @@ def evaluate(
     return evaluation.compute(), skipped
 
 
-def write_confusion(
-    what: EvalOptions, run: Path, card: ModelCard, data: ImageData, results: Results
-) -> Path | None:
+def write_confusion(what: EvalOptions, run: Path, card: ModelCard, data: ImageData, results: Results) -> Path | None:
     if results.confusion is None:
         return None
     folder = Path(what.output) if what.output else (run if run.is_dir() else run.parent)
@@ -165,8 +159,6 @@ def write_confusion(
         save_confusion(path, results.confusion, card.class_names, title)
     except OSError as error:
         # The numbers have been computed: they are shown whatever becomes of the picture.
-        terminal.warn(
-            f"{path}: cannot be written ({error.strerror or error}); give another folder with --output"
-        )
+        terminal.warn(f"{path}: cannot be written ({error.strerror or error}); give another folder with --output")
         return None
     return path

@@ -68,9 +68,7 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise UserError(
-            f"--device {name}: torch knows no such device; give cpu, cuda, cuda:1, mps or auto"
-        ) from error
+        raise UserError(f"--device {name}: torch knows no such device; give cpu, cuda, cuda:1, mps or auto") from error
 
 
 class RenamedClasses:
@@ -81,10 +79,10 @@ class RenamedClasses:
         unknown = [name for name in data_names if name not in index]
         if unknown:
             listed = ", ".join(model_names[:10]) + (" ..." if len(model_names) > 10 else "")
-            hint = nearest(unknown[0], model_names)
+            hint = nearest(unknown[0], model_names) or f"; those are {listed}"
             raise UserError(
-                f"--data has {len(data_names)} classes, of which '{unknown[0]}' is not among the {len(model_names)} "
-                f"that the model knows; {hint or 'those are ' + listed}"
+                f"--data: has {len(data_names)} classes, of which '{unknown[0]}' is not among the "
+                f"{len(model_names)} that the model knows{hint}"
             )
         self.samples, self.order = samples, [index[name] for name in data_names]
 

@@ -58,18 +58,14 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
         table.add_row(line.name, terminal.count(line.parameters), " x ".join(map(str, line.input)), flops)
     console.print(table)
     if len(names) > MAX_MEASURED:
-        console.print(
-            f"and {len(names) - MAX_MEASURED} more: {', '.join(names[MAX_MEASURED:])}", markup=False
-        )
+        console.print(f"and {len(names) - MAX_MEASURED} more: {', '.join(names[MAX_MEASURED:])}", markup=False)
     console.print("[dim]GFLOPs of one image at that size; a multiply-add counts as two[/]")
     return 0
 
 
 def own_models() -> list[str]:
     """vimamba's models among timm's."""
-    return [
-        name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vimamba.")
-    ]
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vimamba.")]
 
 
 def select(pattern: str | None, everything: bool) -> list[str]:
@@ -80,8 +76,8 @@ def select(pattern: str | None, everything: bool) -> list[str]:
     wildcard = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     names = fnmatch.filter(known, wildcard)
     if not names:
-        more = "" if everything else "; --all looks among timm's too"
-        raise UserError(f"no model matches '{pattern}'; {nearest(pattern, known)}{more}".replace("; ;", ";"))
+        hint = nearest(pattern, known) or ("" if everything else "; --all looks among timm's too")
+        raise UserError(f"no model matches '{pattern}'{hint}")
     return names
 
 

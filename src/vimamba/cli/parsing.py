@@ -48,21 +48,18 @@ def _underscored(argument: str) -> str:
 
 def explain(parser: ArgumentParser, message: str) -> str:
     """One sentence from jsonargparse's several lines."""
-    names = [
-        option for action in parser._actions for option in action.option_strings if option.startswith("--")
-    ]
-    if found := re.match(r"unrecognized arguments: (\S+)", message):
-        hint = nearest(found[1].split("=")[0], names)
-        return f"{found[1].split('=')[0]}: there is no such option; {hint or f'see {parser.prog} --help'}"
+    names = [name for action in parser._actions for name in action.option_strings if name[:2] == "--"]
+    otherwise = f"; see {parser.prog} --help"
+    if found := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+        return f"{found[1]}: there is no such option{nearest(found[1], names) or otherwise}"
     if found := re.match(r"Option '([^']+)' is not accepted", message):
-        hint = nearest("--" + found[1], names).replace("--", "")
-        return (
-            f"--config: '{found[1]}' is not an option of {parser.prog}; {hint or f'see {parser.prog} --help'}"
-        )
+        hint = nearest("--" + found[1], names).replace("--", "") or otherwise
+        return f"--config: '{found[1]}' is not an option of {parser.prog}{hint}"
     if found := re.match(r'Parser key "([^"]+)":', message):
         key = found[1]
         if key == "config":
-            return f"--config: {_flat(message.split(':', 1)[1]).replace('File does not exist:', 'there is no file')}"
+            problem = _flat(message.split(":", 1)[1])
+            return f"--config: {problem.replace('File does not exist:', 'there is no file')}"
         kinds = [a._typehint for a in parser._actions if a.dest == key and hasattr(a, "_typehint")]
         values = re.findall(r"Got value: (.*)", message)
         if kinds and values:

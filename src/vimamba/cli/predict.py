@@ -29,9 +29,7 @@ FEW = 256  # images that are decoded sooner than worker processes start
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="a run's folder, its model.safetensors or one of its checkpoints")
-    parser.add_argument(
-        "images", nargs="+", help="image files, folders, or patterns such as 'photos/**/*.jpg'"
-    )
+    parser.add_argument("images", nargs="+", help="image files, folders, or patterns such as 'photos/**/*.jpg'")
     parser.add_argument("--config", action="config")
     add_options(parser, DeviceOptions)
     parser.add_argument("--top", type=int, default=5, help="classes shown for each image")
@@ -49,9 +47,7 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     workers = device.num_workers
     if workers is None:
         workers = 0 if len(paths) <= FEW else default_workers_for_files()
-    loader = DataLoader(
-        PathDataset(paths, card.preprocessing), device.batch_size, num_workers=workers, collate_fn=list
-    )
+    loader = DataLoader(PathDataset(paths, card.preprocessing), device.batch_size, num_workers=workers, collate_fn=list)
     top = min(options.top, len(card.class_names))
     out = terminal.console()
     # One console for lines and bar where both go to the terminal: the lines then appear above the bar.
@@ -85,9 +81,7 @@ def list_images(given: list[str]) -> list[Path]:
         elif path.exists() or not glob.has_magic(name):
             inside = [path]  # a missing file is reported in its own line
         else:
-            inside = [
-                Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()
-            ]
+            inside = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
             if not inside:
                 raise UserError(f"{name}: no file matches the pattern")
         found.update(dict.fromkeys(inside))
@@ -110,9 +104,7 @@ def name_batch(
 ) -> list[tuple[str, list[tuple[str, float]] | str]]:
     """For each image its likeliest classes with their probabilities, or why it could not be read."""
     good = [image for _, image in items if not isinstance(image, str)]
-    probabilities, classes = (
-        (t.tolist() for t in runner(torch.stack(good)).softmax(-1).topk(top)) if good else ([], [])
-    )
+    probabilities, classes = (t.tolist() for t in runner(torch.stack(good)).softmax(-1).topk(top)) if good else ([], [])
     rows = iter(zip(probabilities, classes, strict=True))
     answers: list[tuple[str, list[tuple[str, float]] | str]] = []
     for path, image in items:

@@ -120,9 +120,7 @@ def before_parsing(arguments: list[str]) -> list[str]:
             folder = argument.partition("=")[2] or "".join(arguments[position + 1 : position + 2])
             require(bool(folder), "--resume: give the folder of a run")
             config = Path(folder) / run_folder.CONFIG
-            require(
-                config.is_file(), f"--resume {folder}: holds no {run_folder.CONFIG}; it is not a run's folder"
-            )
+            require(config.is_file(), f"--resume {folder}: holds no {run_folder.CONFIG}; it is not a run's folder")
             return ["--config", str(config), *arguments, "--output", folder]
     return arguments
 
@@ -156,9 +154,7 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     trainer = build_trainer(optim, machine, folder, [files, skipped, TrainProgress(console, files)])
     print_heading(console, task, data, trainer, machine, note)
     try:
-        trainer.fit(
-            task, module, ckpt_path=folder / run_folder.LAST if checkpoint else None, weights_only=True
-        )
+        trainer.fit(task, module, ckpt_path=folder / run_folder.LAST if checkpoint else None, weights_only=True)
     except StoppedBySignal as stopped:
         files.draw_curves(card) if files.rows else None
         console.print(f"\nStopped at {stopped.where}; everything is saved. Continue with")
@@ -259,9 +255,7 @@ def print_heading(
     size = " x ".join(map(str, prep.img_size)) + (" grey" if prep.in_chans == 1 else "")
     devices = f"{trainer.num_devices} " if trainer.num_devices > 1 else ""
     where = f"{devices}{trainer.strategy.root_device.type}, {machine.precision}"
-    console.print(
-        f"[bold]{card.model}[/]  {terminal.count(parameters)} parameters, {size}, {where}", markup=True
-    )
+    console.print(f"[bold]{card.model}[/]  {terminal.count(parameters)} parameters, {size}, {where}", markup=True)
     console.print(
         f"{data.name}  {len(data.train)} images to learn from, {len(data.val)} held out, "
         f"{len(card.class_names)} classes",
@@ -284,8 +278,6 @@ def print_summary(console: Any, folder: Path, files: RunFolder, skipped: Skipped
         f"[bold green]{top1}%[/] of the held-out images named right by the weights of epoch {best['epoch']}, "
         f"after {duration(files.seconds)}."
     )
-    console.print(
-        f"In {folder}: {', '.join(n for n in run_folder.OWN_FILES if (folder / n).exists())}", markup=False
-    )
+    console.print(f"In {folder}: {', '.join(n for n in run_folder.OWN_FILES if (folder / n).exists())}", markup=False)
     name = shlex.quote(str(folder))
     console.print(f"Next: vimamba eval {name}   vimamba predict {name} IMAGE...", markup=False)

@@ -42,9 +42,7 @@ class TrainProgress(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._describe(trainer, "")
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.task is None:
             return
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
@@ -76,9 +74,7 @@ class TrainProgress(pl.Callback):
 
     def _describe(self, trainer: pl.Trainer, what: str) -> None:
         if self.task is not None:
-            self.bar.update(
-                self.task, description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}{what}"
-            )
+            self.bar.update(self.task, description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}{what}")
 
     def _print_row(self, row: dict[str, Any], trainer: pl.Trainer) -> None:
         seconds, self.seconds = row["seconds"] - self.seconds, row["seconds"]

@@ -63,9 +63,7 @@ def split_by_seed(
     """Training and held-out images, the same share of each class held out, and at least one."""
     train, val = {}, {}
     for position, (name, paths) in enumerate(images.items()):
-        require(
-            len(paths) > 1, f"class '{name}' has a single image, {paths[0]}; a split needs two of each class"
-        )
+        require(len(paths) > 1, f"class '{name}' has a single image, {paths[0]}; a split needs two of each class")
         order = np.random.RandomState((seed + position) % 2**32).permutation(len(paths))
         held_out = min(max(1, round(val_fraction * len(paths))), len(paths) - 1)
         val[name] = [paths[i] for i in sorted(order[:held_out])]

@@ -139,9 +139,7 @@ class ImageDataModule(pl.LightningDataModule):
         dataset = ImageDataset(self.data.train, transform)
         ranks, rank = self._place()
         if self.augment.repeated_augmentation > 1:
-            order: Any = RepeatAugSampler(
-                dataset, ranks, rank, num_repeats=self.augment.repeated_augmentation
-            )
+            order: Any = RepeatAugSampler(dataset, ranks, rank, num_repeats=self.augment.repeated_augmentation)
         else:
             order = DistributedSampler(dataset, ranks, rank, shuffle=True, seed=self.seed)
         sampler = DrawSampler(order, self.seed, self.epoch, self.batches_done * self.batch_size)
@@ -155,9 +153,7 @@ class ImageDataModule(pl.LightningDataModule):
         """Every image once, in order."""
         transform = eval_transform(self.prep)
         if hasattr(samples, "stream"):
-            return self._loader(
-                samples.stream(transform, False, self.batch_size, self.num_workers, self.seed), None
-            )
+            return self._loader(samples.stream(transform, False, self.batch_size, self.num_workers, self.seed), None)
         ranks, rank = self._place()
         shard = Strided(len(samples), ranks, rank)
         return self._loader(ImageDataset(samples, transform), shard)

@@ -10,9 +10,7 @@ import numpy as np
 
 from vimamba.data.samples import ArraySamples
 
-TRAIN_COUNT = (
-    4000  # the archive is in a fixed shuffled order: 400 of each digit first, then 100 of each held out
-)
+TRAIN_COUNT = 4000  # the archive is in a fixed shuffled order: 400 of each digit first, then 100 of each held out
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 
 

@@ -24,9 +24,7 @@ class Shards:
     def __len__(self) -> int:
         return self.count
 
-    def stream(
-        self, transform: Any, training: bool, batch_size: int, num_workers: int, seed: int
-    ) -> ShardStream:
+    def stream(self, transform: Any, training: bool, batch_size: int, num_workers: int, seed: int) -> ShardStream:
         """An iterable data set of (tensor, class index)."""
         from timm.data import create_dataset
 
@@ -64,9 +62,7 @@ def open_shards(name: str, root: Path, class_names: list[str] | None) -> ImageDa
     """A folder with shards and the `_info.json` that timm's reader looks for."""
     info_path = next((root / n for n in ("_info.json", "info.json") if (root / n).is_file()), None)
     if info_path is None:
-        raise UserError(
-            f"--data {name}: {root}/_info.json is missing; it lists the splits, shards and their lengths"
-        )
+        raise UserError(f"--data {name}: {root}/_info.json is missing; it lists the splits, shards and their lengths")
     try:
         info = json.loads(info_path.read_text(encoding="utf-8"))
         counts = {split: int(entry["num_samples"]) for split, entry in info["splits"].items()}
@@ -84,6 +80,4 @@ def open_shards(name: str, root: Path, class_names: list[str] | None) -> ImageDa
     require(bool(names), f"--data {name}: list the class names, one a line, in a file: --class_names FILE")
     assert train
     assert val
-    return ImageData(
-        name, list(names), Shards(root, train, counts[train]), Shards(root, val, counts[val]), name
-    )
+    return ImageData(name, list(names), Shards(root, train, counts[train]), Shards(root, val, counts[val]), name)

@@ -73,10 +73,8 @@ def _unknown(name: str) -> str:
         return f"--data {name}: is a file; give the folder that holds one sub-folder of images for each class"
     beside = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     hint = nearest(name, [*BUILT_IN, *beside])
-    return (
-        f"--data {name}: there is no such folder or built-in sample; "
-        f"{hint + ' ' if hint else ''}Built in: {', '.join(BUILT_IN)}; or a folder, hfds/NAME, wds/FOLDER"
-    )
+    kinds = f"; give {', '.join(BUILT_IN)} (built in), a folder, hfds/NAME or wds/FOLDER"
+    return f"--data {name}: there is no such folder or built-in sample{hint or kinds}"
 
 
 def _built_in(name: str) -> ImageData:
@@ -97,11 +95,8 @@ def _folder(root: Path, val_fraction: float, seed: int, strict: bool) -> ImageDa
         train, val = folders.read_classes(train_dir), folders.read_classes(val_dir)
         names = list(train)
         unknown = [c for c in val if c not in train]
-        hint = nearest(unknown[0], names) if unknown else ""
-        require(
-            not unknown,
-            f"{val_dir}: class '{unknown and unknown[0]}' is not in {train_dir}; {hint}".rstrip("; "),
-        )
+        first, hint = (unknown[0], nearest(unknown[0], names)) if unknown else ("", "")
+        require(not unknown, f"{val_dir}: class '{first}' is not in {train_dir}{hint}")
         missing = [c for c in names if c not in val]
         require(
             not (strict and missing),
@@ -118,9 +113,7 @@ def _folder(root: Path, val_fraction: float, seed: int, strict: bool) -> ImageDa
             train, val = images, images  # refused by the caller, with the better reason
         else:
             train, val = folders.split_by_seed(images, val_fraction, seed)
-    return ImageData(
-        str(root), names, folders.to_samples(train, names), folders.to_samples(val, names), str(root)
-    )
+    return ImageData(str(root), names, folders.to_samples(train, names), folders.to_samples(val, names), str(root))
 
 
 def _hub(name: str, class_names: str | None) -> ImageData:
@@ -141,7 +134,6 @@ def _hub_table(name: str, rest: str, names: list[str] | None) -> ImageData:
     from timm.data import create_dataset
 
     def open_split(split: str) -> Any:
-        # Only the data sets' progress bars know of an environment variable; the option of a run is the terminal.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         return create_dataset(f"hfds/{rest}", root=None, split=split).reader
 
@@ -153,12 +145,8 @@ def _hub_table(name: str, rest: str, names: list[str] | None) -> ImageData:
                 readers[kind] = open_split(split)
                 break
             except Exception as error:  # the hub's many: no such data set, no such split, no network
-                problems.append(
-                    str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                )
-        require(
-            kind in readers, f"--data {name}: cannot open a split {' or '.join(splits)} ({problems[-1:]})"
-        )
+                problems.append(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        require(kind in readers, f"--data {name}: cannot open a split {' or '.join(splits)} ({problems[-1:]})")
     by_index = {index: label for label, index in (readers["train"].class_to_idx or {}).items()}
     names = names or [by_index[i] for i in sorted(by_index)]
     require(

@@ -76,18 +76,12 @@ class AugmentOptions:
         for name in ("hflip", "random_erasing"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"--{name} is {value}; a probability lies between 0 and 1")
-        require(
-            0.0 <= self.label_smoothing < 1.0, f"--label_smoothing is {self.label_smoothing}; give 0 to 0.99"
-        )
+        require(0.0 <= self.label_smoothing < 1.0, f"--label_smoothing is {self.label_smoothing}; give 0 to 0.99")
         for name in ("mixup", "cutmix", "color_jitter"):
             require(getattr(self, name) >= 0.0, f"--{name} is {getattr(self, name)}; it cannot be negative")
         low, high = self.crop_scale
-        require(
-            0.0 < low <= high <= 1.0, f"--crop_scale is {low}, {high}; give two shares, 0 < low <= high <= 1"
-        )
-        require(
-            self.repeated_augmentation >= 1, "--repeated_augmentation counts copies; it must be at least 1"
-        )
+        require(0.0 < low <= high <= 1.0, f"--crop_scale is {low}, {high}; give two shares, 0 < low <= high <= 1")
+        require(self.repeated_augmentation >= 1, "--repeated_augmentation counts copies; it must be at least 1")
 
 
 def eval_transform(prep: Preprocessing) -> Transform:
@@ -100,9 +94,7 @@ def eval_transform(prep: Preprocessing) -> Transform:
         crop_pct=prep.crop_pct,
         crop_mode=prep.crop_mode,
     )
-    return tv.Compose(
-        [ToChannels(prep.in_chans), *([CutLongSide()] if prep.crop_mode == "center" else []), steps]
-    )
+    return tv.Compose([ToChannels(prep.in_chans), *([CutLongSide()] if prep.crop_mode == "center" else []), steps])
 
 
 def train_transform(prep: Preprocessing, options: AugmentOptions) -> Transform:

@@ -26,9 +26,7 @@ class ClassificationTask(pl.LightningModule):
     takes the same steps as one that was not.
     """
 
-    def __init__(
-        self, model: nn.Module, card: ModelCard, optim: OptimOptions, augment: AugmentOptions, seed: int = 0
-    ):
+    def __init__(self, model: nn.Module, card: ModelCard, optim: OptimOptions, augment: AugmentOptions, seed: int = 0):
         super().__init__()
         self.model, self.card, self.optim, self.seed = model, card, optim, seed
         self.smoothing = augment.label_smoothing
@@ -93,9 +91,7 @@ class ClassificationTask(pl.LightningModule):
         # Gradient scaling of float16 unscales in its own step, which fused AdamW would do a second time.
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
         optimizer = build_optimizer(self.model, self.optim, fused)
-        factor = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(step, total_steps, self.optim)
-        )
+        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, self.optim))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -24,9 +24,7 @@ def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     """Loss and held-out accuracy over the epochs."""
     epochs = [row["epoch"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), dpi=150, layout="constrained")
-    left.plot(
-        epochs, [row["train_loss"] for row in rows], color=GREY, marker=".", label="training (augmented)"
-    )
+    left.plot(epochs, [row["train_loss"] for row in rows], color=GREY, marker=".", label="training (augmented)")
     left.plot(epochs, [row["val_loss"] for row in rows], color=BLUE, marker=".", label="held out")
     left.set(xlabel="epoch", ylabel="loss")
     left.legend(frameon=False)

@@ -83,8 +83,7 @@ class Evaluation(nn.Module):
     def compute(self) -> Results:
         stats_C5 = self.stats.compute().reshape(-1, 5).cpu()
         per_class = [
-            _class_result(name, *map(int, row))
-            for name, row in zip(self.class_names, stats_C5.tolist(), strict=True)
+            _class_result(name, *map(int, row)) for name, row in zip(self.class_names, stats_C5.tolist(), strict=True)
         ]
         return Results(
             images=sum(row.images for row in per_class),

@@ -19,10 +19,11 @@ import lightning.pytorch as pl
 import torch
 
 from vimamba.errors import UserError, require
+from vimamba.models.checkpoints import read_checkpoint
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.figures import save_curves
 from vimamba.tasks.results import ClassResult
-from vimamba.tasks.weights import ModelCard, read_checkpoint, save_model
+from vimamba.tasks.weights import ModelCard, save_model
 
 CONFIG, METRICS, WEIGHTS, CURVES, PER_CLASS = (
     "config.yaml",
@@ -143,9 +144,7 @@ class RunFolder(pl.Callback):
 
     # -- the moments of a run
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._count_time()
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         # After an epoch's last batch comes its validation; the run stops behind that.
@@ -236,9 +235,7 @@ class RunFolder(pl.Callback):
     def _cannot_write(self, path: Path, error: Exception) -> UserError:
         reason = getattr(error, "strerror", None) or "is the disk full?"
         kept = f"; the run up to its last checkpoint is kept, continue it with --resume {self.folder}"
-        return UserError(
-            f"{path}: cannot be written ({reason}){kept if (self.folder / LAST).is_file() else ''}"
-        )
+        return UserError(f"{path}: cannot be written ({reason}){kept if (self.folder / LAST).is_file() else ''}")
 
     def _metrics_csv(self) -> str:
         text = io.StringIO()
@@ -272,9 +269,7 @@ class SkippedFiles(pl.Callback):
         self.seen: set[str] = set()
         self.counts: dict[str, int] = {}
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.note(batch.skipped, "training", len(trainer.datamodule.data.train))
 
     def on_validation_batch_end(

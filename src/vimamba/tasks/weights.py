@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
-import pickle
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,8 @@ from torch import nn
 
 from vimamba.data.transforms import Preprocessing
 from vimamba.errors import UserError, nearest, require
+from vimamba.models.checkpoints import load_weights, read_checkpoint, state_dict_of
+from vimamba.models.registry import convert_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +47,8 @@ def check_model_name(name: str) -> None:
     """Refuse a name that neither vimamba nor timm knows, with the nearest that they do."""
     if ":" in name or timm.is_model(name.split(".")[0]):
         return
-    hint = nearest(name, timm.list_models())
-    raise UserError(
-        f"--model {name}: there is no such model; {hint + ' ' if hint else ''}vimamba models lists them"
-    )
+    hint = nearest(name, timm.list_models()) or "; `vimamba models` lists them"
+    raise UserError(f"--model {name}: there is no such model{hint}")
 
 
 def build_model(
@@ -72,12 +69,8 @@ def build_model(
         except TypeError as error:
             if size and "img_size" in str(error):
                 continue
-            raise UserError(
-                f"--model {name} with --model_args {model_args or {}}: {_one_line(error)}"
-            ) from error
-        except (
-            Exception
-        ) as error:  # each architecture checks its arguments, and the hub its network, in its own way
+            raise UserError(f"--model {name} with --model_args {model_args or {}}: {_one_line(error)}") from error
+        except Exception as error:  # each architecture checks its arguments, and the hub its network, in its own way
             what = f"{name} with --model_args {model_args}" if model_args else name
             what += " --pretrained" if pretrained else ""
             raise UserError(f"--model {what}: cannot be built: {_one_line(error)}") from error
@@ -90,9 +83,7 @@ def _one_line(error: BaseException) -> str:
 
 def save_model(path: Path, model: nn.Module, card: ModelCard) -> None:
     """Weights and card in one safetensors file; the file is whole or not there."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(tensors, partial, metadata={"format": "pt", "vimamba": json.dumps(card.to_dict())})
@@ -120,8 +111,8 @@ def load_model(run: str | Path) -> tuple[nn.Module, ModelCard]:
         path = path / "model.safetensors"
     if not path.exists():
         beside = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{path}: there is no such run or file; {nearest(str(path), beside)}".rstrip("; "))
-    state_dict, described = read_weights(path)
+        raise UserError(f"{path}: there is no such run or file{nearest(str(path), beside)}")
+    tensors, described = read_weights(path)
     require(
         described is not None,
         f"{path}: holds weights, but not vimamba's description of the model and its classes",
@@ -132,32 +123,23 @@ def load_model(run: str | Path) -> tuple[nn.Module, ModelCard]:
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: its description of the model is damaged ({_one_line(error)})") from error
     model = card.build()
-    misfit = find_misfit(model, state_dict)
-    require(
-        not misfit,
-        f"{path}: its weights are not those of a {card.model} with {len(card.class_names)} classes: {misfit}",
-    )
-    model.load_state_dict(state_dict)
+    load_weights(model, tensors, path)
     return model.eval(), card
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Tensors by name, and vimamba's description if the file carries one.
-
-    Reads safetensors, and PyTorch checkpoints by torch's restricted unpickler, which runs no code.
-    """
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if start[8:9] == b"{":
+    """Tensors by name, and vimamba's description if the file carries one; nothing in it is executed."""
+    if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        checkpoint = read_checkpoint(path)
-        return _find_state_dict(path, checkpoint), checkpoint.get("vimamba")
-    require(bool(start), f"{path}: is empty (0 bytes)")
-    raise UserError(f"{path}: is neither a safetensors file nor a PyTorch checkpoint")
+    contents = read_checkpoint(path)
+    tensors = state_dict_of(contents)
+    # Of our own checkpoints, which hold the whole task, the weights that were evaluated.
+    for prefix in ("ema.module.", "model."):
+        inner = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+        if inner:
+            tensors = inner
+            break
+    return tensors, contents.get("vimamba")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
@@ -167,50 +149,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return tensors, json.loads(described) if described else None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: is truncated or damaged ({_one_line(error)})") from error
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A PyTorch checkpoint, with nothing in it executed."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) or "GLOBAL" in str(error) or "Unsupported" in str(error):
-            raise UserError(f"{path}: refused, it asks for code to be run when it is read") from error
-        raise UserError(f"{path}: is damaged or not a checkpoint") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
-    except Exception as error:  # torch.load on a damaged archive: RuntimeError, EOFError, KeyError, ...
-        raise UserError(f"{path}: is truncated or damaged") from error
-    require(isinstance(checkpoint, dict), f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
-    return checkpoint
-
-
-def _find_state_dict(path: Path, checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's tensors within a checkpoint of ours, of timm's or of the official training script."""
-    for key in ("state_dict_ema", "state_dict", "model_ema", "model"):
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
-    tensors = {name: value for name, value in checkpoint.items() if isinstance(value, torch.Tensor)}
-    for prefix in ("ema.module.", "model.", "module."):
-        inner = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-        if inner:
-            tensors = inner
-            break
-    require(bool(tensors), f"{path}: holds no weights")
-    return tensors
-
-
-def find_misfit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> str:
-    """What keeps a state dict from fitting a model, in a few words; an empty string if it fits."""
-    own = model.state_dict()
-    problems = [f"{n} is {list(state_dict[n].shape)}, not {list(own[n].shape)}"
-                for n in own if n in state_dict and own[n].shape != state_dict[n].shape]  # fmt: skip
-    problems += [f"{name} is missing" for name in own if name not in state_dict]
-    problems += [f"{name} is unknown" for name in state_dict if name not in own]
-    return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") if problems else ""
+        reason = "is empty (0 bytes)" if path.is_file() and path.stat().st_size == 0 else _one_line(error)
+        raise UserError(f"{path}: is truncated, damaged or no safetensors file ({reason})") from error
 
 
 def load_start(model: nn.Module, path: Path) -> str:
@@ -218,22 +158,20 @@ def load_start(model: nn.Module, path: Path) -> str:
 
     Returns a note on what was done.
     """
-    state_dict, _ = read_weights(path)
-    # timm's convention: a model's module adapts foreign names and interpolates position embeddings.
-    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if adapt is not None:
+    tensors, _ = read_weights(path)
+    tensors = convert_checkpoint(tensors, model)
+    # timm's convention: a model's module adapts the names and sizes of its published checkpoints.
+    if adapt := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
         try:
-            state_dict = adapt(state_dict, model)
-        except Exception as error:  # written for the model's own checkpoints, it trips over others
+            tensors = adapt(tensors, model)
+        except Exception as error:  # it trips over checkpoints of other models in many ways
             raise UserError(f"--checkpoint {path}: is not of this model ({_one_line(error)})") from error
     own, note = model.state_dict(), f"weights from {path}"
     head = [name for name in own if name.rsplit(".", 1)[0] in _classifiers(model)]
-    if any(name in state_dict and state_dict[name].shape != own[name].shape for name in head):
-        state_dict = {**state_dict, **{name: own[name] for name in head}}
-        note += ", but a new head: the classes are others"
-    misfit = find_misfit(model, state_dict)
-    require(not misfit, f"--checkpoint {path}: is not of this model: {misfit}")
-    model.load_state_dict(state_dict)
+    if any(name in tensors and tensors[name].shape != own[name].shape for name in head):
+        tensors = {**tensors, **{name: own[name] for name in head}}
+        note += ", with a new head for these classes"
+    load_weights(model, tensors, f"--checkpoint {path}")
     return note
 
 

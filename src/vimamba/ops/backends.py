@@ -1,0 +1,69 @@
+"""Which implementation of the ops runs: their names, what each needs, and the choice by device and type.
+
+A backend is a module with the functions `scan_forward`, `scan_backward`, `conv_forward`, `conv_backward`,
+`norm_forward` and `norm_backward` on arguments that the public functions have already checked, and,
+where it fuses the whole mixer, `mixer_forward` and `mixer_backward`. The plain loop in `reference.py` is not
+among them: it is ordinary differentiable PyTorch that the public functions call directly.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from vimamba.errors import nearest
+
+CHUNK = 64
+"""Steps between the states that a forward pass keeps for its backward pass."""
+
+MODULES = {"torch": "chunked", "cpu": "cpu", "triton": "triton"}
+NAMES = ("reference", *MODULES)
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """Import the module of the backend `name`."""
+    return importlib.import_module(f"vimamba.ops.{MODULES[name]}")
+
+
+def status(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """For each backend None if it is usable (on `device`, where given), else one sentence that says why not."""
+    where = torch.device(device) if device is not None else None
+    return {"reference": None} | {name: load(name).unavailable(where) for name in MODULES}
+
+
+def check(name: str | None) -> None:
+    """Raise ValueError unless `name` is None or the name of a backend."""
+    if name is not None and name not in NAMES:
+        raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {name!r}{nearest(name, NAMES)}")
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module that runs: the backend `name`, or for "" the fastest one usable for this device and type.
+
+    Raises ValueError if a backend asked for by name cannot run here.
+    """
+    if name:
+        module = load(name)
+        reason = module.unavailable(device)
+        if reason is None and not module.supports(dtype):
+            reason = f"it has no {str(dtype).removeprefix('torch.')} kernels"
+        if reason is not None:
+            raise ValueError(f"backend={name!r} cannot run on {device}: {reason}")
+        return module
+    preferred = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
+    module = load(preferred)
+    usable = module.unavailable(device) is None and module.supports(dtype)
+    return module if usable else load("torch")
+
+
+def first_derivatives_only(op: str) -> None:
+    """Have a second derivative through the backward op `op` raise instead of being silently wrong."""
+
+    def rule(ctx, *grads):
+        raise RuntimeError(f"{op} has no derivative: vimamba's ops have first derivatives only")
+
+    torch.library.register_autograd(op, rule)

@@ -1,0 +1,252 @@
+"""The ops in vectorised PyTorch, for where nothing compiled runs: any device, any floating type.
+
+The scan goes through time in chunks. Within a chunk the decays exp(delta A) and the inputs delta B u of all its steps
+are computed at once, time-major so that each step is one contiguous block of (batch, dim, state); the recurrence is
+then one fused multiply-add on such a block for each step. No product of decays is ever formed, so nothing can
+overflow that does not in the plain loop. Batches are taken in slices that keep a chunk within the cache.
+
+Layout: T time within a chunk, G groups, P channels in a group (D = G P); the rest as in `reference.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vimamba.ops.backends import CHUNK
+
+_CACHED_ELEMENTS = {"cpu": 2**20}
+_DEVICE_ELEMENTS = 2**26
+
+
+def unavailable(device: torch.device | None = None) -> str | None:
+    """This backend always runs."""
+    return None
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Any floating type."""
+    return dtype.is_floating_point
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class _Inputs(NamedTuple):
+    """The scan's inputs for one slice of the batch, time-major and in the wide type."""
+
+    u_LBD: Tensor
+    raw_LBD: Tensor  # delta before the softplus
+    delta_LBD: Tensor
+    A_GPN: Tensor
+    B: Tensor  # (L, B, G, 1, N) or constant (G, P, N)
+    C: Tensor
+
+
+def _time_major(matrix: Tensor, rows: slice, groups: int) -> Tensor:
+    if matrix.dim() == 2:
+        return matrix.reshape(groups, -1, matrix.shape[1])
+    wide = _wide(matrix[rows]).permute(3, 0, 1, 2).unsqueeze(3)
+    return wide if groups == matrix.shape[1] else wide.repeat_interleave(groups // matrix.shape[1], dim=2)
+
+
+def _groups(B: Tensor, C: Tensor) -> int:
+    """The number of groups that serves both B and C."""
+    return math.lcm(*(m.shape[1] for m in (B, C) if m.dim() == 4))
+
+
+def _inputs(u, delta, A, B, C, delta_bias, delta_softplus: bool, rows: slice) -> _Inputs:
+    groups = _groups(B, C)
+    raw = _wide(delta[rows]).permute(2, 0, 1)
+    if delta_bias is not None:
+        raw = raw + delta_bias
+    steps = F.softplus(raw) if delta_softplus else raw
+    A_GPN = A.reshape(groups, -1, A.shape[1])
+    u_LBD = _wide(u[rows]).permute(2, 0, 1)
+    return _Inputs(u_LBD, raw, steps, A_GPN, _time_major(B, rows, groups), _time_major(C, rows, groups))
+
+
+def _slices(batch: int, dim: int, state: int, device: torch.device) -> Iterator[slice]:
+    budget = _CACHED_ELEMENTS.get(device.type, _DEVICE_ELEMENTS)
+    size = max(1, budget // (CHUNK * dim * state))
+    return (slice(i, min(i + size, batch)) for i in range(0, batch, size))
+
+
+def _chunks(length: int, reverse: bool) -> list[slice]:
+    """Stretches of at most CHUNK steps in the order of the recurrence."""
+    if reverse:
+        return [slice(max(hi - CHUNK, 0), hi) for hi in range(length, 0, -CHUNK)]
+    return [slice(lo, min(lo + CHUNK, length)) for lo in range(0, length, CHUNK)]
+
+
+def _at(matrix: Tensor, chunk: slice) -> Tensor:
+    return matrix if matrix.dim() == 3 else matrix[chunk]
+
+
+def _states(x: _Inputs, chunk: slice, h_BGPN: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The decays and states of every step of a chunk that starts from `h_BGPN`, and the state after it."""
+    delta = x.delta_LBD[chunk].unflatten(2, x.A_GPN.shape[:2])
+    drive = (x.delta_LBD[chunk] * x.u_LBD[chunk]).unflatten(2, x.A_GPN.shape[:2])
+    decay_TBGPN = (delta[..., None] * x.A_GPN).exp_()
+    h_TBGPN = drive[..., None] * _at(x.B, chunk)
+    steps = list(zip(decay_TBGPN.unbind(0), h_TBGPN.unbind(0), strict=True))
+    for decay, h in reversed(steps) if reverse else steps:
+        h_BGPN = torch.addcmul(h, decay, h_BGPN, out=h)
+    return decay_TBGPN, h_TBGPN, h_BGPN
+
+
+def _contract_state(left_TBGPN: Tensor, right: Tensor) -> Tensor:
+    """Sum over the state of a (T, B, G, P, N) with B or C: (T, B, D)."""
+    if right.dim() == 3:
+        return torch.einsum("tbgpn,gpn->tbgp", left_TBGPN, right).flatten(2)
+    return torch.matmul(left_TBGPN, right.transpose(-1, -2)).squeeze(-1).flatten(2)
+
+
+def scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states):
+    """See `vimamba.selective_scan`."""
+    batch, dim, length = u.shape
+    chunks = _chunks(length, reverse)
+    out = torch.empty_like(u)
+    last = A.new_zeros(batch, dim, A.shape[1])
+    states = A.new_empty((batch, len(chunks), *A.shape) if save_states else 0)
+    for rows in _slices(batch, dim, A.shape[1], u.device):
+        x = _inputs(u, delta, A, B, C, delta_bias, delta_softplus, rows)
+        h_BGPN = last[rows].unflatten(1, x.A_GPN.shape[:2])
+        for k, chunk in enumerate(chunks):
+            if save_states:
+                states[rows, k] = h_BGPN.flatten(1, 2)
+            _, h_TBGPN, h_BGPN = _states(x, chunk, h_BGPN, reverse)
+            y_TBD = _contract_state(h_TBGPN, _at(x.C, chunk))
+            if D is not None:
+                y_TBD.addcmul_(D, x.u_LBD[chunk])
+            if z is not None:
+                y_TBD *= F.silu(_wide(z[rows, :, chunk])).permute(2, 0, 1)
+            out[rows, :, chunk] = y_TBD.permute(1, 2, 0)
+            # The chunk's states die here; the last one lives on as a copy that does not hold the whole chunk.
+            h_BGPN = h_BGPN.clone()
+        last[rows] = h_BGPN.flatten(1, 2)
+    return out, last, states
+
+
+def _adjoints(
+    dy_TBD: Tensor, C: Tensor, decay_TBGPN: Tensor, carry_BGPN: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of every state of a chunk, from `carry_BGPN` that flows in after it, and what flows on before it."""
+    g_TBGPN = dy_TBD.unflatten(2, decay_TBGPN.shape[2:4])[..., None] * C
+    steps = list(zip(decay_TBGPN.unbind(0), g_TBGPN.unbind(0), strict=True))
+    for decay, g in steps if reverse else reversed(steps):
+        if carry_BGPN is not None:
+            g += carry_BGPN
+        carry_BGPN = decay * g
+    assert carry_BGPN is not None
+    return g_TBGPN, carry_BGPN
+
+
+def scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse):
+    """See `vimamba.selective_scan`."""
+    batch, dim, length = u.shape
+    du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
+    dA, dD, dbias = torch.zeros_like(A), None if D is None else torch.zeros_like(D), A.new_zeros(dim)
+    dB, dC = (torch.zeros_like(m, memory_format=torch.contiguous_format) for m in (B, C))
+    for rows in _slices(batch, dim, A.shape[1], u.device):
+        x = _inputs(u, delta, A, B, C, delta_bias, delta_softplus, rows)
+        group = x.A_GPN.shape[:2]
+        carry = None if dlast is None else dlast[rows].unflatten(1, group)
+        for k, chunk in reversed(list(enumerate(_chunks(length, reverse)))):
+            start = states[rows, k].unflatten(1, group)
+            decay_TBGPN, h_TBGPN, _ = _states(x, chunk, start, reverse)
+            C_chunk, B_chunk = _at(x.C, chunk), _at(x.B, chunk)
+            u_TBD, delta_TBD = x.u_LBD[chunk], x.delta_LBD[chunk]
+            dy_TBD = _wide(dout[rows, :, chunk]).permute(2, 0, 1)
+            if z is not None and dz is not None:
+                y_TBD = _contract_state(h_TBGPN, C_chunk)
+                if D is not None:
+                    y_TBD.addcmul_(D, u_TBD)
+                z_TBD = _wide(z[rows, :, chunk]).permute(2, 0, 1)
+                gate = torch.sigmoid(z_TBD)
+                dz[rows, :, chunk] = (dy_TBD * y_TBD * gate * (1 + z_TBD * (1 - gate))).permute(1, 2, 0)
+                dy_TBD = dy_TBD * z_TBD * gate
+            g_TBGPN, carry = _adjoints(dy_TBD, C_chunk, decay_TBGPN, carry, reverse)
+            before = [h_TBGPN[1:], start[None]] if reverse else [start[None], h_TBGPN[:-1]]
+            # d exp(delta A) h_{t-1} / d (delta A)
+            q_TBGPN = torch.cat(before).mul_(decay_TBGPN).mul_(g_TBGPN)
+            dA += torch.einsum("tbgpn,tbgp->gpn", q_TBGPN, delta_TBD.unflatten(2, group)).flatten(0, 1)
+            gB_TBD = _contract_state(g_TBGPN, B_chunk)
+            dsteps_TBD = _contract_state(q_TBGPN, x.A_GPN).addcmul_(gB_TBD, u_TBD)
+            if delta_softplus:
+                dsteps_TBD = dsteps_TBD * torch.where(x.raw_LBD[chunk] > 20, 1.0, torch.sigmoid(x.raw_LBD[chunk]))
+            du_TBD = gB_TBD * delta_TBD
+            if D is not None and dD is not None:
+                du_TBD.addcmul_(D, dy_TBD)
+                dD += (dy_TBD * u_TBD).sum((0, 1))
+            dbias += dsteps_TBD.sum((0, 1))
+            du[rows, :, chunk] = du_TBD.permute(1, 2, 0)
+            ddelta[rows, :, chunk] = dsteps_TBD.permute(1, 2, 0)
+            _add_matrix_grad(dB, g_TBGPN, (delta_TBD * u_TBD).unflatten(2, group), rows, chunk)
+            _add_matrix_grad(dC, h_TBGPN, dy_TBD.unflatten(2, group), rows, chunk)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias if delta_bias is not None else None
+
+
+def _add_matrix_grad(grad: Tensor, left_TBGPN: Tensor, right_TBGP: Tensor, rows: slice, chunk: slice) -> None:
+    """Write the gradient of a variable B or C for one chunk, or add to that of a constant one."""
+    if grad.dim() == 2:
+        grad += torch.einsum("tbgpn,tbgp->gpn", left_TBGPN, right_TBGP).flatten(0, 1)
+        return
+    per_group = torch.matmul(right_TBGP[..., None, :], left_TBGPN).squeeze(-2)
+    per_group = per_group.unflatten(2, (grad.shape[1], -1)).sum(3)
+    grad[rows, :, :, chunk] = per_group.permute(1, 2, 3, 0)
+
+
+def _shift(x_BDL: Tensor, steps: int) -> Tensor:
+    """Move along time by `steps` (negative: towards the start), filling with zeros."""
+    return F.pad(x_BDL, (steps, -steps)) if abs(steps) < x_BDL.shape[-1] else torch.zeros_like(x_BDL)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    sense, width = -1 if reverse else 1, weight.shape[1]
+    y = x * weight[:, -1:]
+    for back in range(1, width):
+        y = y.addcmul_(_shift(x, sense * back), weight[:, width - 1 - back, None])
+    return y if bias is None else y.add_(bias[:, None])
+
+
+def conv_forward(x, weight, bias, silu, reverse):
+    """See `vimamba.ops.causal_conv1d`."""
+    y = _convolve(_wide(x), weight, bias, reverse)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def conv_backward(dy, x, weight, bias, silu, reverse):
+    """See `vimamba.ops.causal_conv1d`."""
+    wide, grad = _wide(x), _wide(dy)
+    if silu:
+        raw = _convolve(wide, weight, bias, reverse)
+        gate = torch.sigmoid(raw)
+        grad = grad * gate * (1 + raw * (1 - gate))
+    sense, width = -1 if reverse else 1, weight.shape[1]
+    shifted = [_shift(grad, -sense * back) for back in reversed(range(width))]
+    dx = sum(weight[:, k, None] * g for k, g in enumerate(shifted))
+    dweight = torch.stack([(g * wide).sum((0, 2)) for g in shifted], dim=1)
+    return dx.to(x.dtype), dweight, None if bias is None else grad.sum((0, 2))
+
+
+def norm_forward(x, residual, weight, eps, out_dtype):
+    """See `vimamba.ops.rms_norm`."""
+    total = _wide(x) + residual if residual is not None else _wide(x).clone()
+    rstd = torch.rsqrt(total.square().mean(-1) + eps)
+    return (total * rstd[:, None] * weight).to(out_dtype), total, rstd
+
+
+def norm_backward(dnormed, dtotal, total, weight, rstd):
+    """See `vimamba.ops.rms_norm`."""
+    unit = total * rstd[:, None]
+    grad = _wide(dnormed)
+    dunit = grad * weight
+    dsum = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * rstd[:, None]
+    return dsum if dtotal is None else dsum.add_(dtotal), (grad * unit).sum(0)

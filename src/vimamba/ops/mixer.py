@@ -1,0 +1,235 @@
+"""The Mamba mixer between its two linear layers: convolution, projections, scan and gate of every direction.
+
+One op, so that a backend can keep the activations of all the steps in cache, and so that training keeps only the
+input and a state every `CHUNK` steps: the backward pass recomputes the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vimamba.ops import backends, reference
+from vimamba.ops.selective_scan import saved_chunks
+
+torch.library.define(
+    "vimamba::mixer",
+    "(Tensor xz, Tensor[] weights, bool[] conv_reverse, bool[] scan_reverse, float scale, bool save_states,"
+    " str backend) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "vimamba::mixer_backward",
+    "(Tensor dout, Tensor xz, Tensor[] weights, Tensor states, bool[] conv_reverse, bool[] scan_reverse,"
+    " float scale, str backend) -> (Tensor, Tensor[])",
+)
+
+
+class Direction(NamedTuple):
+    """The weights of one direction of the mixer, and which way its convolution and its scan run."""
+
+    conv_weight: Tensor  # (dim, width)
+    conv_bias: Tensor  # (dim,)
+    x_proj_weight: Tensor  # (rank + 2 * state, dim)
+    dt_proj_weight: Tensor  # (dim, rank)
+    dt_bias: Tensor  # (dim,)
+    A: Tensor  # (dim, state)
+    D: Tensor  # (dim,)
+    conv_reverse: bool = False
+    scan_reverse: bool = False
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return self[:7]
+
+
+def mixer(xz: Tensor, directions: Sequence[Direction], scale: float = 1.0, *, backend: str | None = None) -> Tensor:
+    """Mix the tokens along every direction and sum (arXiv 2401.09417, algorithm 1, lines 7 to 19).
+
+    For each direction: c = silu(conv(x)); dt, B, C = split(x_proj c); y = scan(c, dt_proj dt, A, B, C, D). The
+    result is scale * sum(y) * silu(z).
+
+    Args:
+        xz: (batch, length, 2 * dim): the input and the gate side by side, as the input projection gives them.
+        directions: one or more, each with its own weights and sense.
+        scale: 1 for the sum of the directions, 1 / len(directions) for the mean.
+        backend: None (choose), "reference", "torch", "cpu" or "triton".
+
+    Returns:
+        (batch, length, dim) in xz's type.
+
+    Raises:
+        ValueError: xz does not fit the weights.
+    """
+    backends.check(backend)
+    dim = directions[0].conv_weight.shape[0]
+    if xz.dim() != 3 or xz.shape[-1] != 2 * dim:
+        raise ValueError(
+            f"xz must have shape (batch, length, 2 * dim) = (batch, length, {2 * dim}), got {tuple(xz.shape)}"
+        )
+    if backend == "reference":
+        return reference.mixer(xz, directions, scale)
+    wide = torch.float64 if xz.dtype == torch.float64 else torch.float32
+    weights = [w.to(wide) for d in directions for w in d.weights]
+    save_states = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *weights))
+    out, _ = torch.ops.vimamba.mixer(
+        xz,
+        weights,
+        [d.conv_reverse for d in directions],
+        [d.scan_reverse for d in directions],
+        scale,
+        save_states,
+        backend or "",
+    )
+    return out
+
+
+def _directions(weights: list[Tensor], conv_reverse: list[bool], scan_reverse: list[bool]) -> list[Direction]:
+    sets = (weights[i : i + 7] for i in range(0, len(weights), 7))
+    return [Direction._make((*w, c, s)) for w, c, s in zip(sets, conv_reverse, scan_reverse, strict=True)]
+
+
+class _Activations(NamedTuple):
+    """What one direction feeds to its scan, and the rank of its step size."""
+
+    c_BDL: Tensor
+    x_dbl_BLE: Tensor
+    delta_BDL: Tensor
+    B_BGNL: Tensor
+    C_BGNL: Tensor
+    dt_BLR: Tensor
+
+
+def _activations(module: ModuleType, x_BDL: Tensor, way: Direction) -> _Activations:
+    c_BDL = module.conv_forward(x_BDL, way.conv_weight, way.conv_bias, True, way.conv_reverse)
+    x_dbl_BLE = F.linear(c_BDL.transpose(1, 2), way.x_proj_weight.to(c_BDL.dtype))
+    rank, state = way.dt_proj_weight.shape[1], way.A.shape[1]
+    dt_BLR, B_BLN, C_BLN = x_dbl_BLE.split([rank, state, state], dim=-1)
+    delta_BLD = F.linear(dt_BLR, way.dt_proj_weight.to(c_BDL.dtype))
+    B_BGNL, C_BGNL = B_BLN.transpose(1, 2)[:, None], C_BLN.transpose(1, 2)[:, None]
+    return _Activations(c_BDL, x_dbl_BLE, delta_BLD.transpose(1, 2), B_BGNL, C_BGNL, dt_BLR)
+
+
+def _composed_forward(
+    module: ModuleType, xz_BLE: Tensor, directions: list[Direction], scale: float, save_states: bool
+) -> tuple[Tensor, Tensor]:
+    """The mixer from a backend's separate ops."""
+    x_BDL, z_BDL = xz_BLE.transpose(1, 2).chunk(2, dim=1)
+    total, states = None, []
+    for way in directions:
+        a = _activations(module, x_BDL, way)
+        y, _, saved = module.scan_forward(
+            a.c_BDL, a.delta_BDL, way.A, a.B_BGNL, a.C_BGNL, way.D, z_BDL, way.dt_bias, True,
+            way.scan_reverse, save_states,
+        )  # fmt: skip
+        total = y if total is None else total.add_(y)
+        states.append(saved)
+    assert total is not None
+    return total.mul_(scale).transpose(1, 2), torch.stack(states)
+
+
+def _composed_backward(
+    module: ModuleType,
+    dout_BLD: Tensor,
+    xz_BLE: Tensor,
+    directions: list[Direction],
+    states: Tensor,
+    scale: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of the mixer from a backend's separate ops; the forward activations are computed again."""
+    dxz_BLE = torch.zeros_like(xz_BLE)
+    x_BDL, z_BDL = xz_BLE.transpose(1, 2).chunk(2, dim=1)
+    dx_BDL, dz_BDL = dxz_BLE.transpose(1, 2).chunk(2, dim=1)
+    dout_BDL = (dout_BLD * scale).transpose(1, 2)
+    grads: list[Tensor] = []
+    for way, saved in zip(directions, states, strict=True):
+        a = _activations(module, x_BDL, way)
+        dc, ddelta, dA, dB, dC, dD, dz, ddt_bias = module.scan_backward(
+            dout_BDL, None, a.c_BDL, a.delta_BDL, way.A, a.B_BGNL, a.C_BGNL, way.D, z_BDL, way.dt_bias, saved,
+            True, way.scan_reverse,
+        )  # fmt: skip
+        dz_BDL.add_(dz)
+        ddelta_ML = ddelta.transpose(1, 2).flatten(0, 1)
+        ddt_MR = ddelta_ML @ way.dt_proj_weight.to(ddelta.dtype)
+        ddt_weight = ddelta_ML.t() @ a.dt_BLR.flatten(0, 1)
+        dx_dbl_ME = torch.cat(
+            [ddt_MR, *(g[:, 0].transpose(1, 2).flatten(0, 1).to(ddt_MR.dtype) for g in (dB, dC))], dim=-1
+        )
+        c_MD = a.c_BDL.transpose(1, 2).flatten(0, 1)
+        dx_weight = dx_dbl_ME.t() @ c_MD
+        dc_MD = dc.transpose(1, 2).flatten(0, 1).addmm_(dx_dbl_ME, way.x_proj_weight.to(dx_dbl_ME.dtype))
+        dc_BDL = dc_MD.view(dout_BLD.shape).transpose(1, 2)
+        dx, dconv_weight, dconv_bias = module.conv_backward(
+            dc_BDL, x_BDL, way.conv_weight, way.conv_bias, True, way.conv_reverse
+        )
+        dx_BDL.add_(dx)
+        wide = way.A.dtype
+        grads += [dconv_weight, dconv_bias, dx_weight.to(wide), ddt_weight.to(wide), ddt_bias, dA, dD]
+    return dxz_BLE, grads
+
+
+@torch.library.impl("vimamba::mixer", "CompositeExplicitAutograd")
+def _forward(xz, weights, conv_reverse, scan_reverse, scale, save_states, backend):
+    module = backends.resolve(backend, xz.device, xz.dtype)
+    directions = _directions(weights, conv_reverse, scan_reverse)
+    if hasattr(module, "mixer_forward"):
+        return module.mixer_forward(xz, directions, scale, save_states)
+    return _composed_forward(module, xz, directions, scale, save_states)
+
+
+@torch.library.register_fake("vimamba::mixer")
+def _forward_fake(xz, weights, conv_reverse, scan_reverse, scale, save_states, backend):
+    batch, length, width = xz.shape
+    A = weights[5]
+    count = len(scan_reverse)
+    states = (count, batch, saved_chunks(length), *A.shape) if save_states else (count, 0)
+    return xz.new_empty(batch, length, width // 2), A.new_empty(states)
+
+
+@torch.library.impl("vimamba::mixer_backward", "CompositeExplicitAutograd")
+def _backward(dout, xz, weights, states, conv_reverse, scan_reverse, scale, backend):
+    module = backends.resolve(backend, xz.device, xz.dtype)
+    directions = _directions(weights, conv_reverse, scan_reverse)
+    if hasattr(module, "mixer_backward"):
+        return module.mixer_backward(dout, xz, directions, states, scale)
+    return _composed_backward(module, dout, xz, directions, states, scale)
+
+
+@torch.library.register_fake("vimamba::mixer_backward")
+def _backward_fake(dout, xz, weights, states, conv_reverse, scan_reverse, scale, backend):
+    return xz.new_empty(xz.shape), [torch.empty_like(w) for w in weights]
+
+
+def _setup_context(ctx, inputs, output):
+    xz, weights, ctx.conv_reverse, ctx.scan_reverse, ctx.scale, save_states, ctx.backend = inputs
+    if save_states:
+        ctx.save_for_backward(xz, *weights, output[1])
+
+
+def _backward_rule(ctx, dout, _dstates):
+    xz, *weights, states = ctx.saved_tensors
+    dxz, dweights = torch.ops.vimamba.mixer_backward(
+        dout, xz, weights, states, ctx.conv_reverse, ctx.scan_reverse, ctx.scale, ctx.backend
+    )
+    return dxz, dweights, None, None, None, None, None
+
+
+torch.library.register_autograd("vimamba::mixer", _backward_rule, setup_context=_setup_context)
+backends.first_derivatives_only("vimamba::mixer_backward")
+
+
+@register_flop_formula(torch.ops.vimamba.mixer)
+def mixer_flops(xz_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
+    """Convolution and projections at two operations a weight and step, the scan at nine a state update."""
+    batch, length, _ = xz_shape
+    total = 0
+    for i in range(0, len(weight_shapes), 7):
+        conv, _, x_proj, dt_proj, _, A, _ = weight_shapes[i : i + 7]
+        linear = sum(rows * columns for rows, columns in (conv, x_proj, dt_proj))
+        total += batch * length * (2 * linear + 9 * A[0] * A[1])
+    return total

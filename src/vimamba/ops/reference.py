@@ -1,0 +1,121 @@
+"""The ops as plain PyTorch, one step at a time: the truth that every backend is tested against.
+
+Each function takes the arguments of its public namesake, is differentiable by autograd, and computes in
+float32 (float64 for float64 input) whatever the input type.
+
+Shapes: B batch, D dim, L length, N state, G groups, W width of the convolution, R rank of delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vimamba.ops.mixer import Direction
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _per_channel(matrix: Tensor, dim: int, length: int) -> Tensor:
+    """B or C in any accepted form, as (batch or 1, dim, state, length)."""
+    if matrix.dim() == 2:
+        return _wide(matrix)[None, :, :, None].expand(1, -1, -1, length)
+    grouped = matrix[:, None] if matrix.dim() == 3 else matrix
+    return _wide(grouped).repeat_interleave(dim // grouped.shape[1], dim=1)
+
+
+def selective_scan(
+    u_BDL: Tensor,
+    delta_BDL: Tensor,
+    A_DN: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D_D: Tensor | None = None,
+    z_BDL: Tensor | None = None,
+    delta_bias_D: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t and y_t = C_t h_t + D u_t (arXiv 2312.00752, section 3)."""
+    u, delta, A = _wide(u_BDL), _wide(delta_BDL), _wide(A_DN)
+    batch, dim, length = u.shape
+    if delta_bias_D is not None:
+        delta = delta + _wide(delta_bias_D)[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    B_BDNL, C_BDNL = _per_channel(B, dim, length), _per_channel(C, dim, length)
+    h_BDN = u.new_zeros(batch, dim, A.shape[1])
+    y_BD: list[Tensor] = [h_BDN[..., 0]] * length
+    for t in reversed(range(length)) if reverse else range(length):
+        decay = torch.exp(delta[:, :, t, None] * A)
+        h_BDN = decay * h_BDN + (delta[:, :, t] * u[:, :, t])[..., None] * B_BDNL[..., t]
+        y_BD[t] = (h_BDN * C_BDNL[..., t]).sum(-1)
+    y = torch.stack(y_BD, dim=-1)
+    if D_D is not None:
+        y = y + _wide(D_D)[:, None] * u
+    if z_BDL is not None:
+        y = y * F.silu(_wide(z_BDL))
+    out = y.to(u_BDL.dtype)
+    return (out, h_BDN) if return_last_state else out
+
+
+def causal_conv1d(
+    x_BDL: Tensor,
+    weight_DW: Tensor,
+    bias_D: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+) -> Tensor:
+    """Each output sees its own token and the width - 1 before it, or after it with `reverse`."""
+    x, weight = _wide(x_BDL), _wide(weight_DW)
+    if reverse:
+        x = x.flip(-1)
+    padded = F.pad(x, (weight.shape[1] - 1, 0))
+    bias = None if bias_D is None else _wide(bias_D)
+    y = F.conv1d(padded, weight[:, None].to(x.dtype), bias, groups=weight.shape[0])
+    if reverse:
+        y = y.flip(-1)
+    return (F.silu(y) if activation == "silu" else y).to(x_BDL.dtype)
+
+
+def rms_norm(
+    x: Tensor,
+    weight_E: Tensor,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The normalised sum of `x` and `residual`, and that sum itself."""
+    total = _wide(x) if residual is None else _wide(x) + _wide(residual)
+    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * _wide(weight_E)
+    return normed.to(out_dtype or x.dtype), total
+
+
+def mixer(xz_BLE: Tensor, directions: Sequence[Direction], scale: float = 1.0) -> Tensor:
+    """Convolution, projections, scan and gate of every direction, summed (arXiv 2401.09417, algorithm 1)."""
+    x_BDL, z_BDL = xz_BLE.transpose(1, 2).chunk(2, dim=1)
+    total: Tensor | None = None
+    for way in directions:
+        c_BDL = causal_conv1d(x_BDL, way.conv_weight, way.conv_bias, "silu", reverse=way.conv_reverse)
+        rank, state = way.dt_proj_weight.shape[1], way.A.shape[1]
+        x_dbl = way.x_proj_weight.to(c_BDL.dtype) @ c_BDL
+        dt_BRL, B_BNL, C_BNL = x_dbl.split([rank, state, state], dim=1)
+        delta_BDL = way.dt_proj_weight.to(c_BDL.dtype) @ dt_BRL
+        y = selective_scan(
+            c_BDL, delta_BDL, way.A, B_BNL, C_BNL, way.D, z_BDL, way.dt_bias, True, reverse=way.scan_reverse
+        )
+        assert isinstance(y, Tensor)
+        total = y if total is None else total + y
+    assert total is not None
+    return (total * scale).transpose(1, 2)

@@ -1,0 +1,114 @@
+"""Residual addition and RMS normalisation in one pass, the residual kept in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vimamba.ops import backends, reference
+
+torch.library.define(
+    "vimamba::rms_norm",
+    "(Tensor x, Tensor weight, Tensor? residual, float eps, ScalarType out_dtype, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "vimamba::rms_norm_backward",
+    "(Tensor dnormed, Tensor? dtotal, Tensor total, Tensor weight, Tensor rstd, str backend) -> (Tensor, Tensor)",
+)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add `x` to the residual stream and normalise the sum by its root mean square over the last axis.
+
+    Args:
+        x: (..., channels), the output of the previous block.
+        weight: (channels,).
+        residual: same shape as x, or None for the first block.
+        eps: added to the mean square.
+        out_dtype: type of the normalised output, x's by default.
+        backend: None (choose), "reference", "torch", "cpu" or "triton".
+
+    Returns:
+        The normalised sum in `out_dtype`, and the sum itself in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: a shape or device does not fit; the message names the argument.
+    """
+    backends.check(backend)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must have shape (channels,) = {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    for name, tensor in (("weight", weight), ("residual", residual)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
+    if backend == "reference":
+        return reference.rms_norm(x, weight, residual, eps, out_dtype=out_dtype)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    residual = None if residual is None else residual.to(wide)
+    normed, total, _ = torch.ops.vimamba.rms_norm(
+        x, weight.to(wide), residual, eps, out_dtype or x.dtype, backend or ""
+    )
+    return normed, total
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+@torch.library.impl("vimamba::rms_norm", "CompositeExplicitAutograd")
+def _forward(x, weight, residual, eps, out_dtype, backend):
+    module = backends.resolve(backend, x.device, x.dtype)
+    residual = None if residual is None else _rows(residual)
+    normed, total, rstd = module.norm_forward(_rows(x), residual, weight, eps, out_dtype)
+    return normed.view(x.shape), total.view(x.shape), rstd.view(x.shape[:-1])
+
+
+@torch.library.register_fake("vimamba::rms_norm")
+def _forward_fake(x, weight, residual, eps, out_dtype, backend):
+    total = weight.new_empty(x.shape)
+    return torch.empty_like(total, dtype=out_dtype), total, weight.new_empty(x.shape[:-1])
+
+
+@torch.library.impl("vimamba::rms_norm_backward", "CompositeExplicitAutograd")
+def _backward(dnormed, dtotal, total, weight, rstd, backend):
+    module = backends.resolve(backend, total.device, total.dtype)
+    dtotal = None if dtotal is None else _rows(dtotal)
+    dsum, dweight = module.norm_backward(_rows(dnormed), dtotal, _rows(total), weight, rstd.reshape(-1))
+    return dsum.view(total.shape), dweight
+
+
+@torch.library.register_fake("vimamba::rms_norm_backward")
+def _backward_fake(dnormed, dtotal, total, weight, rstd, backend):
+    return total.new_empty(total.shape), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, residual, _, _, ctx.backend = inputs
+    _, total, rstd = output
+    ctx.save_for_backward(total, weight, rstd)
+    ctx.dtype, ctx.has_residual = x.dtype, residual is not None
+    ctx.set_materialize_grads(False)
+
+
+def _backward_rule(ctx, dnormed, dtotal, _drstd):
+    total, weight, rstd = ctx.saved_tensors
+    if dnormed is None:
+        dsum, dweight = dtotal, None
+    else:
+        dsum, dweight = torch.ops.vimamba.rms_norm_backward(dnormed, dtotal, total, weight, rstd, ctx.backend)
+    dx = None if dsum is None else dsum.to(ctx.dtype)
+    return dx, dweight, dsum if ctx.has_residual else None, None, None, None
+
+
+torch.library.register_autograd("vimamba::rms_norm", _backward_rule, setup_context=_setup_context)
+backends.first_derivatives_only("vimamba::rms_norm_backward")
