@@ -15,7 +15,15 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3, tor
 
 
 def make_inputs(
-    batch=2, dim=12, length=70, state=5, groups=None, constant="", dtype=torch.float32, gate=True, channels_last=True
+    batch=2,
+    dim=12,
+    length=70,
+    state=5,
+    groups=None,
+    constant="",
+    dtype=torch.float32,
+    gate=True,
+    channels_last=True,
 ) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(batch + dim + length + state)
 
@@ -23,7 +31,9 @@ def make_inputs(
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     def sequence() -> Tensor:
-        return rand(batch, length, dim).to(dtype).transpose(1, 2) if channels_last else rand(batch, dim, length).to(dtype)
+        return (
+            rand(batch, length, dim).to(dtype).transpose(1, 2) if channels_last else rand(batch, dim, length).to(dtype)
+        )
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     matrix = (batch, length, state) if groups is None else (batch, groups, length, state)
@@ -45,7 +55,11 @@ def run(scan, inputs: dict[str, Tensor], **options):
     out, last = scan(**leaves, return_last_state=True, **options)
     weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
     loss = (out.double() * weight).sum() + (last.double() * 0.1).sum()
-    return out.detach(), last.detach(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    return (
+        out.detach(),
+        last.detach(),
+        dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)),
+    )
 
 
 def truth_of(inputs: dict[str, Tensor], **options):
@@ -56,7 +70,8 @@ def truth_of(inputs: dict[str, Tensor], **options):
     def scan(delta_bias=None, **kwargs):
         return reference.selective_scan(
             kwargs.pop("u"), kwargs.pop("delta"), kwargs.pop("A"), kwargs.pop("B"), kwargs.pop("C"),
-            kwargs.pop("D", None), kwargs.pop("z", None), delta_bias, softplus, kwargs.pop("return_last_state"), **kwargs,
+            kwargs.pop("D", None), kwargs.pop("z", None), delta_bias, softplus, kwargs.pop("return_last_state"),
+            **kwargs,
         )  # fmt: skip
 
     return run(scan, doubled, **options)

@@ -75,9 +75,10 @@ class BidirectionalMixer(nn.Module):
         kept = ("A_log", "A_b_log", "D", "D_b")
         return {n for n, _ in self.named_parameters() if n in kept or n.endswith("bias")}
 
-    def _direction(self, suffix: str, log_A: nn.Parameter, conv_reverse: bool, scan_reverse: bool) -> Direction:
+    def _direction(self, suffix: str, name_A: str, conv_reverse: bool, scan_reverse: bool) -> Direction:
         conv = getattr(self, f"conv1d{suffix}")
         dt_proj = getattr(self, f"dt_proj{suffix}")
+        log_A = getattr(self, name_A)
         return Direction(
             conv_weight=conv.weight.squeeze(1),
             conv_bias=conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.weight.shape[0]),
@@ -92,11 +93,11 @@ class BidirectionalMixer(nn.Module):
 
     def directions(self, reverse: bool = False) -> list[Direction]:
         """The weights and sense of each direction; `reverse` turns all of them round."""
-        ways = [self._direction("", self.A_log, reverse, reverse)]
+        ways = [self._direction("", "A_log", reverse, reverse)]
         if self.mode == "ssm":
-            ways.append(self._direction("", self.A_b_log, reverse, not reverse))
+            ways.append(self._direction("", "A_b_log", reverse, not reverse))
         elif self.mode == "ssm_conv":
-            ways.append(self._direction("_b", self.A_b_log, not reverse, not reverse))
+            ways.append(self._direction("_b", "A_b_log", not reverse, not reverse))
         return ways
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:

@@ -41,9 +41,7 @@ class LayerNorm(nn.LayerNorm):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         total = x.to(wide) if residual is None else x.to(wide) + residual
         with torch.autocast(x.device.type, enabled=False):
-            normed = F.layer_norm(
-                total, self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps
-            )
+            normed = F.layer_norm(total, self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
         return normed.to(compute_dtype(x)), total
 
 

@@ -24,6 +24,7 @@ class Rope(nn.Module):
 
     def __init__(self, dim: int, pretrain_grid: int = 14, theta: float = 10000.0) -> None:
         super().__init__()
+        self.frequencies: Tensor
         if dim % 4:
             raise ValueError(f"rope needs embed_dim divisible by 4, got {dim}")
         self.pretrain_grid = pretrain_grid

@@ -32,9 +32,10 @@ def load_hustvl(checkpoint: str | Path | dict[str, Any], **hustvl_kwargs: Any) -
     """Build the model of an official checkpoint and load it, ready to use, in evaluation mode.
 
     Sizes are read from the tensors. What they cannot tell comes from the official constructor's own keyword
-    arguments, with its defaults: stride, use_middle_cls_token, final_pool_type, if_divide_out, if_bidirectional, if_rope,
-    if_rope_residual, pt_hw_seq_len, norm_epsilon, and drop_rate and drop_path_rate, which are 0 unless given. Others are
-    checked against the tensors. (`if_devide_out`, misspelt in the official base model, does nothing there or here.)
+    arguments, with its defaults: stride, use_middle_cls_token, final_pool_type, if_divide_out, if_bidirectional,
+    if_rope, if_rope_residual, pt_hw_seq_len, norm_epsilon, and drop_rate and drop_path_rate, which are 0 unless given.
+    Others are checked against the tensors. (`if_devide_out`, misspelt in the official base model, does nothing there
+    or here.)
 
     Args:
         checkpoint: path of a .pth or .safetensors file, a checkpoint read from one, or a state dict.

@@ -113,7 +113,10 @@ class VisionMamba(nn.Module):
         self.global_pool = self._check_pool(global_pool)
 
         self.patch_embed = PatchEmbed(
-            in_chans, embed_dim, to_2tuple(patch_size), to_2tuple(stride if stride is not None else patch_size)
+            in_chans,
+            embed_dim,
+            to_2tuple(patch_size),
+            to_2tuple(stride if stride is not None else patch_size),
         )
         self.grid = self.patch_embed.grid_size(*self.img_size)
         tokens = CLASS_TOKENS[class_token]
@@ -133,7 +136,15 @@ class VisionMamba(nn.Module):
         self.layers = nn.ModuleList(
             Block(
                 BidirectionalMixer(
-                    embed_dim, d_state, d_conv, expand, dt_rank, mode, merge, layer_scale=layer_scale, **mixer_args
+                    embed_dim,
+                    d_state,
+                    d_conv,
+                    expand,
+                    dt_rank,
+                    mode,
+                    merge,
+                    layer_scale=layer_scale,
+                    **mixer_args,
                 ),
                 NORMS[norm](embed_dim, norm_eps),
                 rates[i],
@@ -189,8 +200,9 @@ class VisionMamba(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay must leave alone."""
         names = {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
-        for i, block in enumerate(self.layers):
-            names |= {f"layers.{i}.mixer.{name}" for name in block.mixer.no_weight_decay()}
+        for prefix, module in self.named_modules():
+            if isinstance(module, BidirectionalMixer):
+                names |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
         return names
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -266,9 +278,7 @@ class VisionMamba(nn.Module):
             positions = (0,)
         return self.rope.angles(grid, positions)
 
-    def _step(
-        self, indices: tuple[int, ...], hidden: Tensor, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _step(self, indices: tuple[int, ...], hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """One block, or a pair of them that read the sequence in opposite senses."""
         if len(indices) == 1:
             return self.layers[indices[0]](hidden, residual)
@@ -410,9 +420,7 @@ def _schedule(
     return ["none" if mode == "layer" else mode for mode in modes], steps
 
 
-def resize_pos_embed(
-    pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], class_token: str
-) -> Tensor:
+def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], class_token: str) -> Tensor:
     """Interpolate a position embedding (1, length, dim) from one grid to another; class tokens keep their own."""
     if old == new:
         return pos_embed

@@ -82,7 +82,11 @@ def _backward(dy, x, weight, bias, silu, reverse, backend):
 
 @torch.library.register_fake("vimamba::causal_conv1d_backward")
 def _backward_fake(dy, x, weight, bias, silu, reverse, backend):
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias if bias is not None else weight[:0])
+    return (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        torch.empty_like(bias if bias is not None else weight[:0]),
+    )
 
 
 def _setup_context(ctx, inputs, output):

@@ -164,7 +164,7 @@ def scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delt
             C_chunk, B_chunk = _at(x.C, chunk), _at(x.B, chunk)
             u_TBD, delta_TBD = x.u_LBD[chunk], x.delta_LBD[chunk]
             dy_TBD = _wide(dout[rows, :, chunk]).permute(2, 0, 1)
-            if z is not None:
+            if z is not None and dz is not None:
                 y_TBD = _contract_state(h_TBGPN, C_chunk)
                 if D is not None:
                     y_TBD.addcmul_(D, u_TBD)
@@ -182,7 +182,7 @@ def scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delt
             if delta_softplus:
                 dsteps_TBD = dsteps_TBD * torch.where(x.raw_LBD[chunk] > 20, 1.0, torch.sigmoid(x.raw_LBD[chunk]))
             du_TBD = gB_TBD * delta_TBD
-            if D is not None:
+            if D is not None and dD is not None:
                 du_TBD.addcmul_(D, dy_TBD)
                 dD += (dy_TBD * u_TBD).sum((0, 1))
             dbias += dsteps_TBD.sum((0, 1))
@@ -205,7 +205,7 @@ def _add_matrix_grad(grad: Tensor, left_TBGPN: Tensor, right_TBGP: Tensor, rows:
 
 def _shift(x_BDL: Tensor, steps: int) -> Tensor:
     """Move along time by `steps` (negative: towards the start), filling with zeros."""
-    return F.pad(x_BDL, (steps, -steps))
+    return F.pad(x_BDL, (steps, -steps)) if abs(steps) < x_BDL.shape[-1] else torch.zeros_like(x_BDL)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:

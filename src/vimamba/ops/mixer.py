@@ -48,9 +48,7 @@ class Direction(NamedTuple):
         return self[:7]
 
 
-def mixer(
-    xz: Tensor, directions: Sequence[Direction], scale: float = 1.0, *, backend: str | None = None
-) -> Tensor:
+def mixer(xz: Tensor, directions: Sequence[Direction], scale: float = 1.0, *, backend: str | None = None) -> Tensor:
     """Mix the tokens along every direction and sum (arXiv 2401.09417, algorithm 1, lines 7 to 19).
 
     For each direction: c = silu(conv(x)); dt, B, C = split(x_proj c); y = scan(c, dt_proj dt, A, B, C, D). The
@@ -71,7 +69,9 @@ def mixer(
     backends.check(backend)
     dim = directions[0].conv_weight.shape[0]
     if xz.dim() != 3 or xz.shape[-1] != 2 * dim:
-        raise ValueError(f"xz must have shape (batch, length, 2 * dim) = (batch, length, {2 * dim}), got {tuple(xz.shape)}")
+        raise ValueError(
+            f"xz must have shape (batch, length, 2 * dim) = (batch, length, {2 * dim}), got {tuple(xz.shape)}"
+        )
     if backend == "reference":
         return reference.mixer(xz, directions, scale)
     wide = torch.float64 if xz.dtype == torch.float64 else torch.float32
@@ -91,7 +91,7 @@ def mixer(
 
 def _directions(weights: list[Tensor], conv_reverse: list[bool], scan_reverse: list[bool]) -> list[Direction]:
     sets = (weights[i : i + 7] for i in range(0, len(weights), 7))
-    return [Direction(*w, c, s) for w, c, s in zip(sets, conv_reverse, scan_reverse, strict=True)]
+    return [Direction._make((*w, c, s)) for w, c, s in zip(sets, conv_reverse, scan_reverse, strict=True)]
 
 
 class _Activations(NamedTuple):

@@ -184,12 +184,8 @@ def _forward_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, 
 @torch.library.impl("vimamba::selective_scan_backward", "CompositeExplicitAutograd")
 def _backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, backend):
     module = backends.resolve(backend, u.device, u.dtype)
-    grads = module.scan_backward(
-        dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse
-    )
-    return tuple(
-        A.new_empty(0) if g is None else g.contiguous() if i in _MATRICES else g for i, g in enumerate(grads)
-    )
+    grads = module.scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse)
+    return tuple(A.new_empty(0) if g is None else g.contiguous() if i in _MATRICES else g for i, g in enumerate(grads))
 
 
 @torch.library.register_fake("vimamba::selective_scan_backward")

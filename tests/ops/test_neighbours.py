@@ -1,0 +1,161 @@
+"""The convolution, the norm and the whole mixer of every backend, against their plain twins in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vimamba.ops import Direction, backends, causal_conv1d, mixer, reference, rms_norm
+
+USABLE = [name for name, reason in backends.status("cpu").items() if reason is None and name != "reference"]
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+DTYPES = list(TOLERANCE)
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed), dtype=torch.float64)
+
+
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    found, truth = found.detach().double(), truth.detach().double()
+    return float((found - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def gradients(outputs, leaves):
+    loss = sum((out.double() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() for out in outputs)
+    return torch.autograd.grad(loss, leaves)
+
+
+def compare(function, twin, tensors, tolerance):
+    """Outputs and gradients of `function` on `tensors` against those of `twin` on their float64 copies."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    found, truth = function(*leaves), twin(*doubles)
+    for got, want in zip(found, truth, strict=True):
+        assert error(got, want) < tolerance
+    pairs = zip(gradients(found, leaves), gradients(truth, doubles), strict=True)
+    for i, (got, want) in enumerate(pairs):
+        assert error(got, want) < tolerance, f"gradient {i}"
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(("length", "width", "dim"), [(70, 4, 12), (1, 4, 5), (2, 3, 33), (9, 1, 16), (130, 7, 3)])
+def test_convolution(length, width, dim, activation, reverse, dtype, backend):
+    x = rand(2, length, dim).to(dtype).transpose(1, 2)
+    weight, bias = rand(dim, width).float(), rand(dim).float()
+    compare(
+        lambda *t: (causal_conv1d(*t, activation, reverse=reverse, backend=backend),),
+        lambda *t: (reference.causal_conv1d(*t, activation, reverse=reverse),),
+        (x, weight, bias),
+        TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_convolution_of_any_strides_without_bias(backend):
+    x, weight = rand(2, 6, 40).float(), rand(6, 4).float()
+    for view in (
+        x,
+        x[:, ::2, ::3],
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+        x[:, :1].expand(-1, 6, -1),
+    ):
+        found = causal_conv1d(view, weight[: view.shape[1]], backend=backend)
+        truth = reference.causal_conv1d(view.double(), weight[: view.shape[1]].double())
+        assert error(found, truth) < 1e-6
+
+
+def test_a_reversed_convolution_is_the_flipped_one_flipped_back():
+    x, weight = rand(1, 3, 10), rand(3, 4)
+    torch.testing.assert_close(causal_conv1d(x, weight, reverse=True), causal_conv1d(x.flip(-1), weight).flip(-1))
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("shape", [(2, 7, 33), (1, 1, 192), (300, 8)])
+def test_norm(shape, with_residual, dtype, backend):
+    x, weight = rand(*shape).to(dtype), rand(shape[-1]).float()
+    residual = (rand(*shape, seed=1).float(),) if with_residual else ()
+    compare(
+        lambda x, w, *r: rms_norm(x, w, *r, backend=backend),
+        lambda x, w, *r: reference.rms_norm(x, w, *r),
+        (x, weight, *residual),
+        TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_norm_keeps_the_residual_in_float32(backend):
+    normed, total = rms_norm(rand(3, 8).bfloat16(), torch.ones(8), rand(3, 8).float(), backend=backend)
+    assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    assert rms_norm(rand(3, 8).float(), torch.ones(8), out_dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+FLAGS = {
+    "none": [(False, False)],
+    "ssm": [(False, False), (False, True)],
+    "ssm_conv": [(False, False), (True, True)],
+}
+
+
+def direction_weights(dim: int, state: int, rank: int, count: int, width: int = 4) -> list[torch.Tensor]:
+    weights = []
+    for i in range(count):
+        weights += [
+            rand(dim, width, seed=i) / width**0.5, rand(dim, seed=i) * 0.1,
+            rand(rank + 2 * state, dim, seed=i) / dim**0.5, rand(dim, rank, seed=i) / rank**0.5,
+            rand(dim, seed=i) - 2, -rand(dim, state, seed=i).exp(), rand(dim, seed=i + 9),
+        ]  # fmt: skip
+    return [w.float() for w in weights]
+
+
+def run_mixer(function, flags, scale):
+    def run(xz, *weights):
+        ways = [Direction(*weights[7 * i : 7 * i + 7], *flag) for i, flag in enumerate(flags)]
+        return (function(xz, ways, scale),)
+
+    return run
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", FLAGS)
+@pytest.mark.parametrize(
+    ("batch", "length", "dim", "state", "rank"),
+    [(2, 70, 24, 16, 3), (1, 197, 32, 16, 2), (3, 1, 7, 3, 1), (1, 33, 48, 5, 6)],
+)
+def test_mixer(batch, length, dim, state, rank, mode, dtype, backend):
+    flags = FLAGS[mode]
+    xz = rand(batch, length, 2 * dim).to(dtype)
+    weights = direction_weights(dim, state, rank, len(flags))
+    fused = run_mixer(lambda *a: mixer(*a, backend=backend), flags, 0.5)
+    plain = run_mixer(lambda *a: reference.mixer(*a), flags, 0.5)
+    # In bfloat16 the activations between the steps are rounded as well as the ends.
+    compare(fused, plain, (xz, *weights), 3e-6 if dtype == torch.float32 else 3e-2)
+    with torch.no_grad():
+        assert error(fused(xz, *weights)[0], plain(xz.double(), *(w.double() for w in weights))[0]) < (
+            1e-6 if dtype == torch.float32 else 1e-2
+        )
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_mixer_registration(backend):
+    xz, weights = rand(2, 70, 48).float(), direction_weights(24, 16, 3, 2)
+    args = (xz, weights, [False, True], [False, True], 0.5, True, backend)
+    torch.library.opcheck(torch.ops.vimamba.mixer.default, args)
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"weight must have shape \(dim, width\) = \(3, width\), got \(4, 4\)"):
+        causal_conv1d(rand(1, 3, 5), rand(4, 4))
+    with pytest.raises(ValueError, match=r"activation must be None or \"silu\", got 'relu'"):
+        causal_conv1d(rand(1, 3, 5), rand(3, 4), activation="relu")
+    with pytest.raises(ValueError, match=r"residual must have x's shape \(2, 3\), got \(2, 4\)"):
+        rms_norm(rand(2, 3), rand(3), rand(2, 4))
+    ways = [Direction(*direction_weights(8, 4, 1, 1))]
+    with pytest.raises(ValueError, match=r"xz must have shape .*16\), got \(1, 5, 8\)"):
+        mixer(rand(1, 5, 8), ways)
