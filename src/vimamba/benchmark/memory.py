@@ -10,11 +10,11 @@ than is left resident; on Windows it is not measured.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
 import json
-import os
 import re
 import subprocess
 import sys
@@ -30,7 +30,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SMALL = 64  # pixels; a step at this size loads libraries and starts threads before the baseline is taken
 
 
-class Failed(Exception):
+class StepError(Exception):
     """The step did not come to an end; the message is the reason in a few words."""
 
 
@@ -83,39 +83,44 @@ def peak_here(entry: Entry) -> int | None:
     step_of(small, build(small))()
     model = build(entry)
     step = step_of(entry, model)
-    steps = 2 if entry.passes == "train" else 1
-    if torch.device(entry.device).type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        for _ in range(steps):
+
+    def steps() -> None:
+        for _ in range(2 if entry.passes == "train" else 1):
             step()
-        return torch.cuda.max_memory_allocated() - before
-    return growth(lambda: [step() for _ in range(steps)] and None)
+
+    if torch.device(entry.device).type != "cuda":
+        return growth(steps)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    steps()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peak(entry: Entry, threads: int) -> int | None:
     """The same, in a process of its own.
 
     Raises:
-        Failed: that process ran out of memory or broke off.
+        StepError: that process ran out of memory or broke off.
     """
     request = json.dumps({"entry": dataclasses.asdict(entry), "threads": threads})
     done = subprocess.run([sys.executable, "-m", __name__, request], capture_output=True, text=True, check=False)
     if done.returncode == 0:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         if answer["error"]:
-            raise Failed(answer["error"])
+            raise StepError(answer["error"])
         return answer["bytes"]
     if done.returncode in (-9, 137):  # Linux ends the largest process when memory runs out
-        raise Failed("out of memory")
-    raise Failed(next(reversed(done.stderr.splitlines()), f"exit status {done.returncode}"))
+        raise StepError("out of memory")
+    raise StepError(next(reversed(done.stderr.splitlines()), f"exit status {done.returncode}"))
 
 
 def reason(error: BaseException) -> str:
     """Why a step failed, in a few words."""
     text = " ".join(str(error).split())
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(r"not enough memory|allocate memory", text):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
+        r"not enough memory|allocate memory", text
+    ):
         return "out of memory"
     return f"{type(error).__name__}: {text[:160]}"
 
@@ -123,16 +128,13 @@ def reason(error: BaseException) -> str:
 def main(request: str) -> None:
     """The fresh process."""
     asked = json.loads(request)
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, this process goes first
-    except OSError:
-        pass
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     torch.set_num_threads(asked["threads"])
     answer: dict[str, Any] = {"bytes": None, "error": None}
     try:
         answer["bytes"] = peak_here(Entry(**asked["entry"]))
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         answer["error"] = reason(error)
     print(json.dumps(answer))
 

@@ -14,6 +14,7 @@ from vimamba.benchmark.timing import quartiles
 from vimamba.errors import UserError
 
 SCHEMA = 1
+PLOTS = (".png", ".svg", ".pdf")
 
 
 def check_writable(path: str | Path, option: str) -> None:
@@ -64,25 +65,28 @@ def write_json(path: str | Path, machine: dict[str, Any], results: Sequence[Resu
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def table(results: Sequence[Result]) -> Table:
-    """The results in groups; in each the relative time is that to the first model, pair by pair of runs."""
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    shown.add_column("model", overflow="fold")
-    shown.add_column("pass")
-    for heading in ("px", "batch"):
-        shown.add_column(heading, justify="right")
-    shown.add_column("type")
-    for heading in ("GFLOPs", "ms", "spread", "relative", "images/s", "extra MB"):
-        shown.add_column(heading, justify="right")
+def tables(results: Sequence[Result]) -> list[Table]:
+    """A table for each pass, type and batch, by size; the relative time is that to the first model of its size."""
+    titled: dict[tuple, Table] = {}
     for group in groups(results):
+        passes, dtype, batch, _ = group[0].entry.combination
+        if (passes, dtype, batch) not in titled:
+            titled[passes, dtype, batch] = _empty_table(f"{passes}, {dtype}, batch {batch}")
         for result in group:
-            shown.add_row(*_cells(result), end_section=result is group[-1])
+            titled[passes, dtype, batch].add_row(*_cells(result), end_section=result is group[-1])
+    return list(titled.values())
+
+
+def _empty_table(title: str) -> Table:
+    shown = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    shown.add_column("model", no_wrap=True)
+    for heading in ("px", "GFLOPs", "ms", "spread", "relative", "images/s", "extra MB"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     return shown
 
 
 def _cells(result: Result) -> list[str]:
-    entry = result.entry
-    cells = [result.name, entry.passes, str(entry.size), str(entry.batch), entry.dtype, f"{result.cost.flops / 1e9:.2f}"]
+    cells = [result.name, str(result.entry.size), f"{result.cost.flops / 1e9:.2f}"]
     megabytes = "-" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:.0f}"
     if result.error is not None:
         return [*cells, f"[red]{result.error.replace('[', chr(92) + '[')}[/]", "", "", "", megabytes]

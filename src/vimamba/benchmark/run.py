@@ -102,7 +102,7 @@ def measure(
 def _measure_memory(result: Result) -> None:
     try:
         result.peak_bytes = memory.peak(result.entry, torch.get_num_threads())
-    except memory.Failed as failure:
+    except memory.StepError as failure:
         result.error = str(failure)
 
 
@@ -122,7 +122,7 @@ def _warm_step(result: Result) -> Callable[[], None] | None:
     try:
         step = step_of(result.entry, build(result.entry))
         step()
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         result.error = memory.reason(error)
         return None
     return step
