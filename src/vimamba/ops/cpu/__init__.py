@@ -1,9 +1,296 @@
-"""CPU kernels (being written)."""
+"""The CPU backend: C++ kernels (AVX-512, AVX2 or portable, chosen at run time) behind the operators vimamba_cpu.*.
+
+The kernels take channels contiguous and every other stride as it is; this file allocates the outputs, copies what lies otherwise, and
+sums partial gradients. VIMAMBA_CPU=avx512|avx2|portable forces an instruction set.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vimamba.ops.backends import CHUNK
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vimamba.ops.mixer import Direction
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+
+_LIBRARY = Path(__file__).parent / "_kernels.so"
 
 
-def unavailable(device=None):
-    return "the CPU kernels were not built"
+def _load() -> str | None:
+    """Load the library; the reason why it cannot be, or None."""
+    if not _LIBRARY.exists():
+        return "the CPU kernels were not built (no C++20 compiler when vimamba was installed)"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"the CPU kernels do not load: {error}"
+    wanted = os.environ.get("VIMAMBA_CPU", "")
+    if wanted and (wanted not in INSTRUCTION_SETS or not use_instruction_set(wanted)):
+        return f"VIMAMBA_CPU={wanted}: this machine runs {', '.join(instruction_sets())}"
+    return None
 
 
-def supports(dtype):
-    return False
+def instruction_set() -> str:
+    """The instruction set in use."""
+    return INSTRUCTION_SETS[torch.ops.vimamba_cpu.instruction_set(-1)]
+
+
+def use_instruction_set(name: str) -> bool:
+    """Use `name` from now on, in the whole process; False if this machine cannot run it."""
+    index = INSTRUCTION_SETS.index(name)
+    return torch.ops.vimamba_cpu.instruction_set(index) == index
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that this machine can run."""
+    current = instruction_set()
+    usable = [name for name in INSTRUCTION_SETS if use_instruction_set(name)]
+    use_instruction_set(current)
+    return usable
+
+
+def unavailable(device: torch.device | None = None) -> str | None:
+    """None if the kernels can be used (on `device`), else one sentence that says why not."""
+    if device is not None and device.type != "cpu":
+        return f"the CPU kernels take CPU tensors, not {device.type}"
+    return _UNAVAILABLE
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether the kernels take activations of this type."""
+    return dtype in (torch.float32, torch.bfloat16)
+
+
+def _channels_contiguous(x_BDL: Tensor) -> Tensor:
+    if x_BDL.stride(1) == 1 or x_BDL.shape[1] == 1:
+        return x_BDL
+    return x_BDL.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _like(x_BDL: Tensor) -> Tensor:
+    """A new tensor in x's layout if that has channels contiguous, else in the layout that has."""
+    y_BDL = torch.empty_like(x_BDL)
+    if y_BDL.stride(1) == 1 or y_BDL.shape[1] == 1:
+        return y_BDL
+    B, D, L = x_BDL.shape
+    return x_BDL.new_empty(B, L, D).transpose(1, 2)
+
+
+def _in_layout_of(y_BDL: Tensor, x_BDL: Tensor) -> Tensor:
+    wanted = torch.empty_like(x_BDL)
+    return y_BDL if y_BDL.stride() == wanted.stride() else wanted.copy_(y_BDL)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def scan_forward(
+    u_BDL: Tensor,
+    delta_BDL: Tensor,
+    A_DN: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D_D: Tensor | None,
+    z_BDL: Tensor | None,
+    delta_bias_D: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, D, L), last_state (B, D, N), and the states before each chunk of 64 steps (B, K, D, N), or an empty tensor."""
+    batch, dim, length = u_BDL.shape
+    state = A_DN.shape[1]
+    out_BDL = _like(u_BDL)
+    last_BDN = A_DN.new_empty(batch, dim, state)
+    states_BKDN = A_DN.new_empty((batch, -(-length // CHUNK), dim, state) if save_states else (0,))
+    torch.ops.vimamba_cpu.scan_forward(
+        *_scan_inputs(u_BDL, delta_BDL, A_DN, B, C, D_D, z_BDL, delta_bias_D),
+        delta_softplus,
+        reverse,
+        out_BDL,
+        last_BDN,
+        states_BKDN if save_states else None,
+    )
+    return _in_layout_of(out_BDL, u_BDL), last_BDN, states_BKDN
+
+
+def _scan_inputs(
+    u_BDL: Tensor,
+    delta_BDL: Tensor,
+    A_DN: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D_D: Tensor | None,
+    z_BDL: Tensor | None,
+    delta_bias_D: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    return (
+        _channels_contiguous(u_BDL),
+        _channels_contiguous(delta_BDL),
+        A_DN.contiguous(),
+        B.contiguous() if B.dim() == 2 else B,
+        C.contiguous() if C.dim() == 2 else C,
+        _contiguous(D_D),
+        None if z_BDL is None else _channels_contiguous(z_BDL),
+        _contiguous(delta_bias_D),
+    )
+
+
+def scan_backward(
+    dout_BDL: Tensor,
+    dlast_BDN: Tensor | None,
+    u_BDL: Tensor,
+    delta_BDL: Tensor,
+    A_DN: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D_D: Tensor | None,
+    z_BDL: Tensor | None,
+    delta_bias_D: Tensor | None,
+    states_BKDN: Tensor,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of u, delta, A, B, C, D, z and delta_bias; None where the input was None."""
+    batch, dim, _ = u_BDL.shape
+    groups = next((x.shape[1] for x in (B, C) if x.dim() == 4), 1)
+    parts = torch.ops.vimamba_cpu.scan_backward_parts(batch, dim, groups)
+    du_BDL, ddelta_BDL = _like(u_BDL), _like(delta_BDL)
+    dz_BDL = None if z_BDL is None else _like(z_BDL)
+    dA_BDN = A_DN.new_empty(batch, *A_DN.shape)
+    dB, dC = (_projection_gradient(x, batch, parts) for x in (B, C))
+    dD_BD = None if D_D is None else D_D.new_empty(batch, dim)
+    dbias_BD = None if delta_bias_D is None else delta_bias_D.new_empty(batch, dim)
+    torch.ops.vimamba_cpu.scan_backward(
+        _channels_contiguous(dout_BDL),
+        _contiguous(dlast_BDN),
+        *_scan_inputs(u_BDL, delta_BDL, A_DN, B, C, D_D, z_BDL, delta_bias_D),
+        states_BKDN,
+        delta_softplus,
+        reverse,
+        parts,
+        *(du_BDL, ddelta_BDL, dA_BDN, dB, dC, dD_BD, dz_BDL, dbias_BD),
+    )
+    return (
+        _in_layout_of(du_BDL, u_BDL),
+        _in_layout_of(ddelta_BDL, delta_BDL),
+        dA_BDN.sum(0),
+        _sum_projection_gradient(dB, B),
+        _sum_projection_gradient(dC, C),
+        None if dD_BD is None else dD_BD.sum(0),
+        None if dz_BDL is None or z_BDL is None else _in_layout_of(dz_BDL, z_BDL),
+        None if dbias_BD is None else dbias_BD.sum(0),
+    )
+
+
+def _projection_gradient(x: Tensor, batch: int, parts: int) -> Tensor:
+    """Room for the gradient of B or C, float32: (parts, B, G, L, N), or (B, D, N) if it is constant."""
+    if x.dim() == 2:
+        return x.new_empty(batch, *x.shape)
+    _, groups, state, length = x.shape
+    allocate = torch.empty if parts == 1 or groups == 1 else torch.zeros
+    return allocate(parts, batch, groups, length, state)
+
+
+def _sum_projection_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    total = gradient.sum(0) if x.dim() == 2 or gradient.shape[0] > 1 else gradient[0]
+    return total if x.dim() == 2 else total.transpose(2, 3).to(x.dtype)
+
+
+def conv_forward(
+    x_BDL: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool, reverse: bool
+) -> Tensor:
+    """Depthwise causal convolution, and SiLU."""
+    y_BDL = _like(x_BDL)
+    torch.ops.vimamba_cpu.conv_forward(
+        _channels_contiguous(x_BDL), weight_DW.contiguous(), _contiguous(bias_D), silu, reverse, y_BDL
+    )
+    return _in_layout_of(y_BDL, x_BDL)
+
+
+def conv_backward(
+    dy_BDL: Tensor, x_BDL: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, the weight and the bias."""
+    dx_BDL = _like(x_BDL)
+    parts = torch.get_num_threads()
+    dweight_SDW = weight_DW.new_zeros(parts, *weight_DW.shape)
+    dbias_SD = None if bias_D is None else bias_D.new_zeros(parts, *bias_D.shape)
+    torch.ops.vimamba_cpu.conv_backward(
+        _channels_contiguous(dy_BDL),
+        _channels_contiguous(x_BDL),
+        weight_DW.contiguous(),
+        _contiguous(bias_D),
+        silu,
+        reverse,
+        *(dx_BDL, dweight_SDW, dbias_SD),
+    )
+    return _in_layout_of(dx_BDL, x_BDL), dweight_SDW.sum(0), None if dbias_SD is None else dbias_SD.sum(0)
+
+
+def norm_forward(
+    x_ME: Tensor, residual_ME: Tensor | None, weight_E: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm of x + residual, that sum in float32, and the reciprocal root mean squares."""
+    normed_ME = x_ME.new_empty(x_ME.shape, dtype=out_dtype)
+    sum_ME = x_ME.new_empty(x_ME.shape, dtype=torch.float32)
+    rstd_M = x_ME.new_empty(x_ME.shape[:1], dtype=torch.float32)
+    torch.ops.vimamba_cpu.norm_forward(
+        x_ME.contiguous(), _contiguous(residual_ME), weight_E.contiguous(), eps, normed_ME, sum_ME, rstd_M
+    )
+    return normed_ME, sum_ME, rstd_M
+
+
+def norm_backward(
+    dnormed_ME: Tensor,
+    dresidual_ME: Tensor | None,
+    residual_out_ME: Tensor,
+    weight_E: Tensor,
+    rstd_M: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x + residual (float32) and of the weight."""
+    dsum_ME = torch.empty_like(residual_out_ME, memory_format=torch.contiguous_format)
+    dweight_SE = weight_E.new_zeros(torch.get_num_threads(), *weight_E.shape)
+    torch.ops.vimamba_cpu.norm_backward(
+        dnormed_ME.contiguous(),
+        _contiguous(dresidual_ME),
+        residual_out_ME.contiguous(),
+        weight_E.contiguous(),
+        rstd_M.contiguous(),
+        *(dsum_ME, dweight_SE),
+    )
+    return dsum_ME, dweight_SE.sum(0)
+
+
+def mixer_forward(
+    xz_BLE: Tensor, directions: Sequence[Direction], scale: float, save_states: bool
+) -> tuple[Tensor, Tensor]:
+    """The whole mixer between its two linear layers: out (B, L, D), and the states (directions, B, K, D, N) if wanted."""
+    if xz_BLE.stride(2) != 1:
+        xz_BLE = xz_BLE.contiguous()
+    batch, length, width = xz_BLE.shape
+    out_BLD = xz_BLE.new_empty(batch, length, width // 2)
+    A_DN, count = directions[0].A, len(directions)
+    states = A_DN.new_empty((count, batch, -(-length // CHUNK), *A_DN.shape) if save_states else (count, 0))
+    torch.ops.vimamba_cpu.mixer_forward(
+        xz_BLE,
+        [weight.contiguous() for direction in directions for weight in direction.weights],
+        [int(direction.conv_reverse) + 2 * int(direction.scan_reverse) for direction in directions],
+        scale,
+        out_BLD,
+        states if save_states else None,
+    )
+    return out_BLD, states
+
+
+_UNAVAILABLE = _load()

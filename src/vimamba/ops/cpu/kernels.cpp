@@ -1,0 +1,44 @@
+// Compiled once for each instruction set, with VIMAMBA_AVX512, VIMAMBA_AVX2 or neither defined; see vec.h.
+#include "conv.h"
+#include "kernels.h"
+#include "mixer.h"
+#include "norm.h"
+#include "scan.h"
+#include "scan_backward.h"
+
+#if defined(VIMAMBA_AVX512)
+#define VIMAMBA_TABLE kernels_avx512
+#define VIMAMBA_NAME "avx512"
+#elif defined(VIMAMBA_AVX2)
+#define VIMAMBA_TABLE kernels_avx2
+#define VIMAMBA_NAME "avx2"
+#else
+#define VIMAMBA_TABLE kernels_portable
+#define VIMAMBA_NAME "portable"
+#endif
+
+namespace vimamba {
+
+const Kernels& VIMAMBA_TABLE() {
+  static const Kernels table = {
+      .name = VIMAMBA_NAME,
+      .lanes = W,
+      .scan_scratch = scan_scratch,
+      .scan_forward = scan_forward,
+      .scan_backward_scratch = scan_backward_scratch,
+      .scan_backward = scan_backward,
+      .conv_forward = conv_forward,
+      .conv_backward_scratch = conv_backward_scratch,
+      .conv_backward = conv_backward,
+      .norm_forward = norm_forward,
+      .norm_backward = norm_backward,
+      .mixer_packed = mixer_packed,
+      .mixer_pack = mixer_pack,
+      .mixer_scratch = mixer_scratch,
+      .mixer_project = mixer_project,
+      .mixer_scan = mixer_scan,
+  };
+  return table;
+}
+
+}  // namespace vimamba

@@ -1,0 +1,129 @@
+// What ops.cpp (which knows tensors and threads) asks of the kernels (which know neither): plain structures and a table of
+// functions, one table an instruction set. Every function works on the part of the task it is given, on the calling thread.
+//
+// Letters: B batch, D channels, L time, N state, G groups, W conv width, R dt_rank, K chunks. Channels are contiguous in every
+// activation; strides are in elements. "Step" counts in the order of the recurrence, "position" along the sequence.
+#pragma once
+
+#include <stdint.h>
+
+namespace vimamba {
+
+constexpr int64_t kChunk = 64;  // steps between two saved states; vimamba.ops.backends.CHUNK
+
+struct Rows {  // a (B, L, D) activation, channels contiguous
+  void* data;
+  int64_t batch_stride, time_stride;
+};
+
+struct Projection {  // B or C: (B, G, N, L) with any strides, or constant: (D, N) float32
+  const void* data;
+  int64_t batch_stride, group_stride, state_stride, time_stride;
+  bool constant;
+};
+
+struct Scan {
+  int64_t batch, dim, length, state, groups;
+  bool bf16, softplus, reverse;
+  Rows u, delta, z;  // z.data may be null
+  Projection B, C;
+  const float *A, *D, *bias;  // (D, N), (D,) or null, (D,) or null
+  Rows out;
+  float *last, *states;  // (B, D, N); (B, K, D, N), written forward (or null), read backward
+};
+
+struct ScanGradients {
+  Rows dout, du, ddelta, dz;
+  const float* dlast;              // (B, D, N) or null
+  float *dA, *dD, *dbias;          // (B, D, N), (B, D), (B, D): one for each batch element; dD and dbias may be null
+  float *dB, *dC;                  // (S, B, G, L, N) for split s of the channels, or (B, D, N) where constant
+};
+
+struct Conv {
+  int64_t batch, dim, length, width;
+  bool bf16, silu, reverse;
+  Rows x, y;                   // backward: y is dy
+  const float *weight, *bias;  // (D, W), (D,) or null
+};
+
+struct ConvGradients {
+  Rows dx;
+  float *dweight, *dbias;  // (S, D, W), (S, D) for split s of batch x time; dbias may be null
+};
+
+struct Norm {
+  int64_t rows, dim;
+  bool x_bf16, residual_bf16, normed_bf16;
+  const void *x, *residual;  // residual may be null
+  const float* weight;
+  float eps;
+  void* normed;
+  float *sum, *rstd;
+};
+
+struct NormGradients {
+  int64_t rows, dim;
+  bool dnormed_bf16;
+  const void* dnormed;
+  const float *dresidual, *sum, *weight, *rstd;  // dresidual may be null
+  float* dsum;
+};
+
+struct Direction {
+  const float *conv_weight, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A, *D;
+  bool conv_reverse, scan_reverse;
+  float* states;  // (B, K, D, N) or null
+};
+
+struct Mixer {
+  int64_t batch, dim, length, state, dt_rank, width;
+  bool bf16;
+  float scale;
+  Rows x, z, out;
+};
+
+// A block is one vector of channels that share a group; a group's last block may be short.
+inline int64_t blocks_of(int64_t dim, int64_t groups, int lanes) {
+  return groups * ((dim / groups + lanes - 1) / lanes);
+}
+
+// Scratch sizes are in floats.
+struct Kernels {
+  const char* name;
+  int lanes;
+
+  // Channel blocks [begin, end) of one batch element over all time.
+  int64_t (*scan_scratch)(const Scan&, int64_t blocks);
+  void (*scan_forward)(const Scan&, int64_t b, int64_t begin, int64_t end, float* scratch);
+  int64_t (*scan_backward_scratch)(const Scan&, int64_t blocks);
+  void (*scan_backward)(const Scan&, const ScanGradients&, int64_t b, int64_t split, int64_t begin, int64_t end,
+                        float* scratch);
+
+  // Positions [begin, end) of one batch element, all channels.
+  void (*conv_forward)(const Conv&, int64_t b, int64_t begin, int64_t end);
+  int64_t (*conv_backward_scratch)(const Conv&);
+  void (*conv_backward)(const Conv&, const ConvGradients&, int64_t b, int64_t begin, int64_t end, int64_t split,
+                        float* scratch);
+
+  // Rows [begin, end).
+  void (*norm_forward)(const Norm&, int64_t begin, int64_t end);
+  void (*norm_backward)(const NormGradients&, int64_t begin, int64_t end, float* dweight);
+
+  // The fused mixer: see mixer.h.
+  int64_t (*mixer_packed)(const Mixer&);
+  void (*mixer_pack)(const Mixer&, const Direction&, float* packed);
+  int64_t (*mixer_scratch)(const Mixer&);
+  void (*mixer_project)(const Mixer&, const Direction&, float* packed, int64_t b, int64_t step_begin,
+                        int64_t step_end, float* projected, float* scratch);
+  void (*mixer_scan)(const Mixer&, const Direction&, float* packed, int64_t b, int64_t step_begin, int64_t step_end,
+                     int64_t begin, int64_t end, const float* projected, float* state, bool first, bool last,
+                     float* scratch);
+};
+
+const Kernels& kernels_portable();
+#if defined(__x86_64__)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+#endif
+
+}  // namespace vimamba

@@ -1,0 +1,249 @@
+// The inference path of a mixer, fused: convolution + SiLU -> x_proj -> dt_proj + softplus -> scan -> sum of the directions -> gate.
+//
+// Layout: x, z, out (B, L, D) rows, channels contiguous. One tile of kTile steps goes through every stage while it is in the first two
+// levels of cache, so x is read once a direction, z once, out is written once a direction, and nothing else touches memory.
+// Parallel axes: batch, direction x halves of time (mixer_scan alone: the tile's projection needs all channels), or, for more threads
+// than that gives, time (mixer_project) and then channel blocks (mixer_scan with the projections given). Operations for each
+// (step, channel): about 10 N + 2 R + 2 (R + 2 N) + 60.
+#pragma once
+
+#include "conv.h"
+#include "scan.h"
+
+namespace {
+
+inline int64_t projected_columns(const Mixer& m) {
+  return (m.dt_rank + 2 * m.state + W - 1) / W * W;
+}
+
+// A direction's weights, laid out for the kernels: for each block its vectors, then x_proj as (D, columns).
+struct PackedDirection {
+  float *taps, *conv_bias, *dt_proj, *dt_bias, *decay, *skip, *x_proj;
+
+  static int64_t floats(const Mixer& m) {
+    const int64_t blocks = blocks_of(m.dim, 1, W);
+    return blocks * W * (m.width + m.dt_rank + m.state + 3) + m.dim * projected_columns(m);
+  }
+
+  PackedDirection(const Mixer& m, float* at) {
+    const int64_t floats = blocks_of(m.dim, 1, W) * W;
+    auto take = [&at](int64_t floats, auto&... each) { ((each = at, at += floats), ...); };
+    take(floats, conv_bias, dt_bias, skip);
+    take(floats * m.width, taps);
+    take(floats * m.dt_rank, dt_proj);
+    take(floats * m.state, decay);
+    take(m.dim * projected_columns(m), x_proj);
+  }
+};
+
+int64_t mixer_packed(const Mixer& m) {
+  return PackedDirection::floats(m);
+}
+
+void mixer_pack(const Mixer& m, const Direction& direction, float* memory) {
+  const PackedDirection packed(m, memory);
+  for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i) {
+    const Block block = block_at(i, m.dim, 1);
+    const int64_t d = block.channel;
+    pack_taps(direction.conv_weight + d * m.width, m.width, block.lanes, packed.taps + i * m.width * W);
+    store(packed.conv_bias + i * W, load(direction.conv_bias + d, block.lanes));
+    pack_rows(direction.dt_proj + d * m.dt_rank, m.dt_rank, block.lanes, 1, packed.dt_proj + i * m.dt_rank * W);
+    store(packed.dt_bias + i * W, load(direction.dt_bias + d, block.lanes));
+    pack_decay(direction.A + d * m.state, m.state, block.lanes, packed.decay + i * m.state * W);
+    store(packed.skip + i * W, load(direction.D + d, block.lanes));
+  }
+  const int64_t columns = projected_columns(m), rows = m.dt_rank + 2 * m.state;
+  float* x_proj = packed.x_proj;
+  for (int64_t k = 0; k < m.dim; ++k)
+    for (int64_t j = 0; j < columns; ++j) x_proj[k * columns + j] = j < rows ? direction.x_proj[j * m.dim + k] : 0.0f;
+}
+
+struct MixerScratch {
+  float *c, *projected, *delta, *drive, *y;  // (T, D padded), (T, columns), (T, W) x 3
+
+  static int64_t padded(const Mixer& m) {
+    return blocks_of(m.dim, 1, W) * W;
+  }
+  static int64_t floats(const Mixer& m) {
+    return kTile * (padded(m) + projected_columns(m) + 3 * W);
+  }
+  MixerScratch(const Mixer& m, float* at) {
+    delta = at, drive = delta + kTile * W, y = drive + kTile * W, c = y + kTile * W, projected = c + kTile * padded(m);
+  }
+};
+
+int64_t mixer_scratch(const Mixer& m) {
+  return MixerScratch::floats(m);
+}
+
+inline int64_t position_of(const Mixer& m, const Direction& direction, int64_t step) {
+  return direction.scan_reverse ? m.length - 1 - step : step;
+}
+
+// c = SiLU(conv(x)) for the tile's steps and the blocks [begin, end).
+template <class T>
+void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b, int64_t step,
+                   int steps, int64_t begin, int64_t end, float* c) {
+  const int64_t stride = direction.conv_reverse ? m.x.time_stride : -m.x.time_stride, row_floats = MixerScratch::padded(m);
+  for (int64_t i = begin; i < end; ++i) {
+    const Block block = block_at(i, m.dim, 1);
+    const Taps taps{packed.taps + i * m.width * W, load(packed.conv_bias + i * W), (int)m.width};
+    for (int t = 0; t < steps; ++t) {
+      const int64_t position = position_of(m, direction, step + t);
+      const int64_t reach = reach_at(position, m.length, direction.conv_reverse);
+      const T* x = row<const T>(m.x, b, position) + block.channel;
+      store(c + t * row_floats + i * W, silu(convolve(taps, x, stride, reach, block.lanes)));
+    }
+  }
+}
+
+// out (rows, vectors * W) = c (rows, K) x weight (K, vectors * W): a block of sums that stays in registers.
+template <int rows, int vectors>
+inline void multiply_block(const float* c, int64_t c_stride, int64_t K, const float* weight, int64_t columns, float* out) {
+  vf sums[rows][vectors] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    vf w[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) w[v] = load(weight + k * columns + v * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sums[r][v] += w[v] * c[r * c_stride + k];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) store(out + r * columns + v * W, sums[r][v]);
+}
+
+template <int vectors>
+inline void multiply_columns(const float* c, int64_t c_stride, int steps, int64_t K, const float* weight, int64_t columns,
+                             float* out) {
+#if defined(VIMAMBA_AVX512)
+  constexpr int rows = 8;
+#else
+  constexpr int rows = 4;
+#endif
+  int t = 0;
+  for (; t + rows <= steps; t += rows)
+    multiply_block<rows, vectors>(c + t * c_stride, c_stride, K, weight, columns, out + t * columns);
+  for (; t < steps; ++t) multiply_block<1, vectors>(c + t * c_stride, c_stride, K, weight, columns, out + t * columns);
+}
+
+inline void project_tile(const Mixer& m, const PackedDirection& packed, const float* c, int steps, float* out) {
+#if defined(VIMAMBA_AVX512)
+  constexpr int most = 3;
+#else
+  constexpr int most = 2;
+#endif
+  const int64_t columns = projected_columns(m), c_stride = MixerScratch::padded(m);
+  int64_t j = 0;
+  for (; j + most * W <= columns; j += most * W)
+    multiply_columns<most>(c, c_stride, steps, m.dim, packed.x_proj + j, columns, out + j);
+  for (; j < columns; j += W) multiply_columns<1>(c, c_stride, steps, m.dim, packed.x_proj + j, columns, out + j);
+}
+
+// delta' = softplus(dt @ dt_proj + bias) and delta' c for one block, four steps at a time.
+inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected, int64_t columns,
+                         int steps, const MixerScratch& s) {
+  const vf bias = load(packed.dt_bias + i * W);
+  const float* weight = packed.dt_proj + i * m.dt_rank * W;
+  const int64_t c_stride = MixerScratch::padded(m);
+  for (int t = 0; t < steps; t += 4) {
+    const int rows = steps - t < 4 ? steps - t : 4;
+    const float* dt[4];
+    for (int r = 0; r < 4; ++r) dt[r] = projected + (t + (r < rows ? r : 0)) * columns;
+    vf delta[4] = {bias, bias, bias, bias};
+    for (int64_t k = 0; k < m.dt_rank; ++k) {
+      const vf w = load(weight + k * W);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) delta[r] += w * dt[r][k];
+    }
+    for (int r = 0; r < rows; ++r) {
+      const vf positive = softplus(delta[r]);
+      store(s.drive + (t + r) * W, positive * load(s.c + (t + r) * c_stride + i * W));
+      store(s.delta + (t + r) * W, at_most(positive, kFinite));
+    }
+  }
+}
+
+// out gains y + D c; the last direction to pass also applies scale * SiLU(z).
+template <class T>
+inline void add_tile(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b, int64_t i,
+                     int64_t step, int steps, bool first, bool last, const MixerScratch& s) {
+  const Block block = block_at(i, m.dim, 1);
+  const vf skip = load(packed.skip + i * W);
+  const int64_t c_stride = MixerScratch::padded(m);
+  for (int t = 0; t < steps; ++t) {
+    const int64_t position = position_of(m, direction, step + t);
+    T* out = row<T>(m.out, b, position) + block.channel;
+    vf y = load(s.y + t * W) + skip * load(s.c + t * c_stride + i * W);
+    if (!first) y += load((const T*)out, block.lanes);
+    if (last) y *= m.scale * silu(load(row<const T>(m.z, b, position) + block.channel, block.lanes));
+    store(out, y, block.lanes);
+  }
+}
+
+inline int tile_steps(int64_t step, int64_t end) {
+  const int64_t stop = (step / kTile + 1) * kTile;
+  return (int)((stop < end ? stop : end) - step);
+}
+
+template <class T>
+void mixer_project_typed(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
+                         int64_t step_begin, int64_t step_end, float* projected, const MixerScratch& s) {
+  int steps;
+  for (int64_t step = step_begin; step < step_end; step += steps) {
+    steps = tile_steps(step, step_end);
+    convolve_tile<T>(m, direction, packed, b, step, steps, 0, blocks_of(m.dim, 1, W), s.c);
+    project_tile(m, packed, s.c, steps, projected + step * projected_columns(m));
+  }
+}
+
+template <class T>
+void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
+                      int64_t step_begin, int64_t step_end, int64_t begin, int64_t end, const float* given, float* state,
+                      bool first, bool last, const MixerScratch& s) {
+  const int64_t N = m.state, columns = projected_columns(m);
+  int steps;
+  for (int64_t step = step_begin; step < step_end; step += steps) {
+    steps = tile_steps(step, step_end);
+    convolve_tile<T>(m, direction, packed, b, step, steps, begin, end, s.c);
+    if (!given) project_tile(m, packed, s.c, steps, s.projected);
+    const float* projected = given ? given + step * columns : s.projected;
+    for (int64_t i = begin; i < end; ++i) {
+      const Block block = block_at(i, m.dim, 1);
+      if (direction.states && step % kChunk == 0) {
+        const int64_t chunk = b * chunks_of(m.length) + step / kChunk;
+        unpack_rows(state + i * N * W, N, block.lanes, direction.states + (chunk * m.dim + block.channel) * N);
+      }
+      expand_delta(m, packed, i, projected, columns, steps, s);
+      advance_all<false, false>({steps, s.delta, s.drive}, N, packed.decay + i * N * W, {projected + m.dt_rank, columns},
+                                {projected + m.dt_rank + N, columns}, state + i * N * W, s.y);
+      add_tile<T>(m, direction, packed, b, i, step, steps, first, last, s);
+    }
+  }
+}
+
+void mixer_project(const Mixer& m, const Direction& direction, float* packed, int64_t b, int64_t step_begin,
+                   int64_t step_end, float* projected, float* scratch) {
+  const PackedDirection weights(m, packed);
+  const MixerScratch s(m, scratch);
+  if (m.bf16)
+    mixer_project_typed<bf16>(m, direction, weights, b, step_begin, step_end, projected, s);
+  else
+    mixer_project_typed<float>(m, direction, weights, b, step_begin, step_end, projected, s);
+}
+
+void mixer_scan(const Mixer& m, const Direction& direction, float* packed, int64_t b, int64_t step_begin,
+                int64_t step_end, int64_t begin, int64_t end, const float* projected, float* state, bool first, bool last,
+                float* scratch) {
+  const PackedDirection weights(m, packed);
+  const MixerScratch s(m, scratch);
+  if (m.bf16)
+    mixer_scan_typed<bf16>(m, direction, weights, b, step_begin, step_end, begin, end, projected, state, first, last, s);
+  else
+    mixer_scan_typed<float>(m, direction, weights, b, step_begin, step_end, begin, end, projected, state, first, last, s);
+}
+
+}  // namespace

@@ -1,0 +1,108 @@
+// The recurrence over one tile of time for one block of W channels: the innermost loops of the scan and of the mixer.
+//
+// Layout: states (N, W), the tile's inputs (T, W) and its B and C (T, N), all float32 in the first-level cache. Channels are the lanes,
+// time is the loop, up to kStates states stay in registers. For each state update: one exp2 (about 9 operations), a multiplication
+// and two multiply-adds; no memory beyond B_t and C_t, which are read as broadcast operands.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace {
+
+using namespace vimamba;
+
+#if defined(VIMAMBA_AVX512)
+constexpr int kStates = 16;
+#else
+constexpr int kStates = 4;
+#endif
+
+constexpr int kTile = 32;  // steps a tile; divides kChunk
+static_assert(kChunk % kTile == 0);
+
+// exp2 takes finite arguments only: beyond these a product still over- or underflows as it should.
+constexpr float kFinite = 1e18f;
+
+struct Block {
+  int64_t group, channel;
+  int lanes;
+};
+
+inline Block block_at(int64_t index, int64_t dim, int64_t groups) {
+  const int64_t dim_of_group = dim / groups;
+  const int64_t blocks = (dim_of_group + W - 1) / W;
+  const int64_t group = index / blocks;
+  const int64_t offset = index % blocks * W;
+  const int64_t left = dim_of_group - offset;
+  return {group, group * dim_of_group + offset, (int)(left < W ? left : W)};
+}
+
+// rows (lanes, N) -> packed (N, W), times `factor`, the lanes beyond the block zero.
+inline void pack_rows(const float* rows, int64_t N, int lanes, float factor, float* packed) {
+  for (int64_t n = 0; n < N; ++n)
+    for (int i = 0; i < W; ++i) packed[n * W + i] = i < lanes ? rows[i * N + n] * factor : 0.0f;
+}
+
+inline void unpack_rows(const float* packed, int64_t N, int lanes, float* rows) {
+  for (int i = 0; i < lanes; ++i)
+    for (int64_t n = 0; n < N; ++n) rows[i * N + n] = packed[n * W + i];
+}
+
+// A * log2(e), kept finite so that exp2(delta * A) needs no check of its own.
+inline void pack_decay(const float* A, int64_t N, int lanes, float* packed) {
+  pack_rows(A, N, lanes, kLog2e, packed);
+  for (int64_t n = 0; n < N; ++n) store(packed + n * W, at_most(at_least(load(packed + n * W), -kFinite), kFinite));
+}
+
+// How a step reads B_t[n] and C_t[n]: one number for all channels, or a vector that does not depend on time.
+template <bool constant>
+struct Coefficients {
+  const float* tile;  // (T, N) with rows `stride` apart, or (N, W)
+  int64_t stride;
+  auto operator()(int t, int64_t n) const {
+    if constexpr (constant)
+      return load(tile + n * W);
+    else
+      return tile[t * stride + n];
+  }
+};
+
+struct TileInputs {
+  int steps;
+  const float *delta, *drive;  // (T, W): delta after softplus, delta * u
+};
+
+// States [first, first + count): y (T, W) gains sum_n C_t[n] h_t[n].
+template <int count, bool constant_B, bool constant_C>
+inline void advance(const TileInputs& in, int64_t first, int64_t N, const float* decay, Coefficients<constant_B> B,
+                    Coefficients<constant_C> C, float* state, float* y) {
+  vf h[count];
+#pragma GCC unroll 16
+  for (int n = 0; n < count; ++n) h[n] = load(state + (first + n) * W);
+  for (int t = 0; t < in.steps; ++t) {
+    const vf delta = load(in.delta + t * W), drive = load(in.drive + t * W);
+    vf even = first ? load(y + t * W) : vf{}, odd = {};
+#pragma GCC unroll 16
+    for (int n = 0; n < count; ++n) {
+      const vf a = exp2(delta * load(decay + (first + n) * W));
+      h[n] = a * h[n] + drive * B(t, first + n);
+      (n & 1 ? odd : even) += h[n] * C(t, first + n);
+    }
+    store(y + t * W, even + odd);
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < count; ++n) store(state + (first + n) * W, h[n]);
+}
+
+template <bool constant_B, bool constant_C>
+inline void advance_all(const TileInputs& in, int64_t N, const float* decay, Coefficients<constant_B> B,
+                        Coefficients<constant_C> C, float* state, float* y) {
+  int64_t n = 0;
+  for (; n + kStates <= N; n += kStates) advance<kStates>(in, n, N, decay, B, C, state, y);
+  if constexpr (kStates > 4)
+    for (; n + 4 <= N; n += 4) advance<4>(in, n, N, decay, B, C, state, y);
+  for (; n < N; ++n) advance<1>(in, n, N, decay, B, C, state, y);
+}
+
+}  // namespace

@@ -1,0 +1,194 @@
+// One vector of channels, for every instruction set, by the compiler's vector extension (GCC and Clang, any CPU).
+//
+// This file is included by kernels.cpp only, which the build compiles once an instruction set; W, the number of float32
+// lanes, and the few primitives that the extension cannot express are all that differs. Everything lives in an anonymous
+// namespace and uses nothing of the standard library, so that the linker can never hand AVX-512 code to the AVX2 copy.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(VIMAMBA_AVX512) || defined(VIMAMBA_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(VIMAMBA_AVX512)
+constexpr int W = 16;
+#elif defined(VIMAMBA_AVX2)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4), may_alias));
+typedef int32_t vi __attribute__((vector_size(W * 4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(W * 4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(W * 2), may_alias));
+
+// bfloat16 as it lies in memory: the upper half of a float32.
+struct bf16 {
+  uint16_t bits;
+};
+
+inline vf splat(float value) {
+  return value - vf{};
+}
+
+inline vf as_float(vi bits) {
+  return (vf)bits;
+}
+
+inline vi as_int(vf value) {
+  return (vi)value;
+}
+
+// NaN in `value` passes through both, as in torch.clamp.
+inline vf at_least(vf value, float low) {
+  return value < low ? splat(low) : value;
+}
+
+inline vf at_most(vf value, float high) {
+  return value > high ? splat(high) : value;
+}
+
+inline vf absolute(vf value) {
+  return as_float(as_int(value) & 0x7fffffff);
+}
+
+inline float sum(vf value) {
+  float lanes[W];
+  memcpy(lanes, &value, sizeof lanes);
+  for (int width = W / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+inline vf widen(vh half) {
+  return as_float((vi)(__builtin_convertvector(half, vu) << 16));
+}
+
+// Round to nearest, ties to even; NaN stays NaN (quieted), as torch does it.
+inline vh narrow(vf value) {
+  const vu bits = (vu)value;
+  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vi not_a_number = value != value;
+  return __builtin_convertvector(not_a_number ? vu{} + 0x7fc0u : rounded, vh);
+}
+
+inline vf load(const float* from) {
+  vf value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline vf load(const bf16* from) {
+  vh half;
+  memcpy(&half, from, sizeof half);
+  return widen(half);
+}
+
+inline void store(float* to, vf value) {
+  memcpy(to, &value, sizeof value);
+}
+
+inline void store(bf16* to, vf value) {
+  const vh half = narrow(value);
+  memcpy(to, &half, sizeof half);
+}
+
+// The last channels of a row: `lanes` of them, the other lanes zero. Reads and writes nothing beyond them.
+template <class T>
+inline vf load(const T* from, int lanes) {
+  if (__builtin_expect(lanes == W, 1)) return load(from);
+  T padded[W] = {};
+  memcpy(padded, from, lanes * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store(T* to, vf value, int lanes) {
+  if (__builtin_expect(lanes == W, 1)) return store(to, value);
+  T padded[W];
+  store(padded, value);
+  memcpy(to, padded, lanes * sizeof(T));
+}
+
+inline float scalar(const float* from) {
+  return *from;
+}
+
+inline float scalar(const bf16* from) {
+  const uint32_t bits = (uint32_t)from->bits << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+// 2^x for finite x or NaN: x = k + r with |r| <= 1/2, a polynomial for 2^r whose constant term is exactly 1, so that decays
+// close to 1 keep their relative accuracy (|error| <= 4.4e-7 |2^r - 1|), and an exact scaling by 2^k. Under- and
+// overflow to 0 and infinity.
+inline vf exp2_polynomial(vf r) {
+  vf p = r * 1.333353808e-03f + 9.666245431e-03f;
+  p = p * r + 5.550500378e-02f;
+  p = p * r + 2.402235121e-01f;
+  p = p * r + 6.931471229e-01f;
+  return p * r + 1.0f;
+}
+
+inline vf exp2(vf x) {
+#if defined(VIMAMBA_AVX512)
+  const __m512 k = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(exp2_polynomial(x - (vf)k), k);
+#else
+  // Adding 1.5 * 2^23 + 127 leaves k + 127, the biased exponent, in the low bits; at -127 and 128 it encodes 0 and infinity.
+  constexpr float kShift = 12582912.0f + 127.0f;
+  x = at_most(at_least(x, -127.0f), 128.0f);
+  const vf shifted = x + kShift;
+  const vf r = x - (shifted - kShift);
+  return exp2_polynomial(r) * as_float(as_int(shifted) << 23);
+#endif
+}
+
+// exp for any x: infinities are pulled in to where the result is already 0 or infinity.
+inline vf exp(vf x) {
+  return exp2(at_most(at_least(x * kLog2e, -1e4f), 1e4f));
+}
+
+inline vf sigmoid(vf x) {
+  return 1.0f / (1.0f + exp(-x));
+}
+
+inline vf silu(vf x) {
+  return x / (1.0f + exp(-x));
+}
+
+// d silu(x) / dx
+inline vf silu_slope(vf x) {
+  const vf s = sigmoid(x);
+  return s + x * s * (1.0f - s);
+}
+
+// log(1 + w) for 0 <= w <= 1, relative error 3e-8.
+inline vf log1p_unit(vf w) {
+  vf p = w * 5.232687917e-03f - 2.950521334e-02f;
+  p = p * w + 7.822591046e-02f;
+  p = p * w - 1.366324228e-01f;
+  p = p * w + 1.910600511e-01f;
+  p = p * w - 2.484298179e-01f;
+  p = p * w + 3.331909675e-01f;
+  p = p * w - 4.999949314e-01f;
+  p = p * w + 9.999999699e-01f;
+  return p * w;
+}
+
+// max(x, 0) + log(1 + exp(-|x|)): the same as torch's softplus with its threshold of 20, to the last bit of float32.
+inline vf softplus(vf x) {
+  return at_least(x, 0.0f) + log1p_unit(exp(-absolute(x)));
+}
+
+}  // namespace
