@@ -4,6 +4,7 @@
 // kBackward states: the chunk's states and decays are recomputed into the second-level cache, then read back in the opposite order. Reads
 // u, delta, z, dout and writes du, ddelta, dz once. For each state update: the forward's work, one stored state and decay, and 8
 // operations of gradient. dB and dC are sums over channels: kept as vectors (T, N, W) over all blocks of a group and reduced once.
+// Sums over time are taken chunk by chunk, which keeps their rounding errors small.
 #pragma once
 
 #include "scan.h"
@@ -71,7 +72,7 @@ inline void retreat(const BackwardScratch& s, int steps, int64_t first, int64_t 
   }
   vf g[count], dA_sum[count];
 #pragma GCC unroll 8
-  for (int n = 0; n < count; ++n) g[n] = load(carry + (first + n) * W), dA_sum[n] = load(dA + (first + n) * W);
+  for (int n = 0; n < count; ++n) g[n] = load(carry + (first + n) * W), dA_sum[n] = vf{};
   for (int t = steps - 1; t >= 0; --t) {
     const vf delta = load(s.delta + t * W), drive = load(s.drive + t * W), dy = load(s.dy + t * W);
     vf ddelta = first ? load(s.ddelta + t * W) : vf{}, ddrive = first ? load(s.ddrive + t * W) : vf{};
@@ -90,7 +91,11 @@ inline void retreat(const BackwardScratch& s, int steps, int64_t first, int64_t 
     store(s.ddrive + t * W, ddrive);
   }
 #pragma GCC unroll 8
-  for (int n = 0; n < count; ++n) store(carry + (first + n) * W, g[n]), store(dA + (first + n) * W, dA_sum[n]);
+  for (int n = 0; n < count; ++n) {
+    float* to = dA + (first + n) * W;
+    store(carry + (first + n) * W, g[n]);
+    store(to, load(to) + dA_sum[n]);
+  }
 }
 
 template <bool constant_B, bool constant_C>
@@ -125,7 +130,7 @@ template <class T>
 inline void store_backward_tile(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t step, int steps,
                                 const Block& block, const BackwardScratch& s, float* dD, float* dbias) {
   const vf skip = scan.D ? load(scan.D + block.channel, block.lanes) : vf{};
-  vf dD_sum = load(dD), dbias_sum = load(dbias);
+  vf dD_sum = {}, dbias_sum = {};
   for (int t = 0; t < steps; ++t) {
     const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
     const vf u = load(s.u + t * W), delta = load(s.delta + t * W), dy = load(s.dy + t * W);
@@ -143,8 +148,8 @@ inline void store_backward_tile(const Scan& scan, const ScanGradients& grad, int
       store(row<T>(grad.dz, b, position) + block.channel, dout * y * silu_slope(z), block.lanes);
     }
   }
-  store(dD, dD_sum);
-  store(dbias, dbias_sum);
+  store(dD, load(dD) + dD_sum);
+  store(dbias, load(dbias) + dbias_sum);
 }
 
 // The vectors (T, N, W) of one group and chunk, summed over the lanes, into (L, N).

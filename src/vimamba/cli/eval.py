@@ -1,0 +1,164 @@
+"""vimamba eval: measure a trained model on held-out images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from vimamba.cli import terminal
+from vimamba.cli.inference import DeviceOptions, RenamedClasses, Runner
+from vimamba.cli.parsing import add_options, take
+from vimamba.data.loaders import ImageDataModule, default_workers
+from vimamba.data.sources import ImageData, open_data
+from vimamba.data.transforms import AugmentOptions
+from vimamba.errors import UserError, require
+from vimamba.tasks.figures import save_confusion
+from vimamba.tasks.results import Evaluation, Results
+from vimamba.tasks.run_folder import CONFIG
+from vimamba.tasks.weights import ModelCard, load_model
+
+
+@dataclasses.dataclass
+class EvalOptions:
+    """What to measure on.
+
+    Args:
+        data: mnist, a folder, hfds/NAME or wds/FOLDER; what the run was trained on if not given
+        split: val (held-out images) or all; auto takes the held-out ones where a folder or the run tells them apart
+        class_names: file with one class name a line, for hub data and shards whose labels have none
+        max_undecodable: share of files that may be undecodable before it stops
+        output: folder for confusion.png; the run's own if not given
+    """
+
+    data: str | None = None
+    split: Literal["auto", "val", "all"] = "auto"
+    class_names: str | None = None
+    max_undecodable: float = 0.01
+    output: str | None = None
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's folder, its model.safetensors or one of its checkpoints")
+    parser.add_argument("--config", action="config")
+    add_options(parser, EvalOptions)
+    add_options(parser, DeviceOptions)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(parser: ArgumentParser, options: Namespace) -> int:
+    what, device = take(EvalOptions, options), take(DeviceOptions, options)
+    terminal.quiet_libraries()
+    model, card = load_model(options.run)
+    data, which = open_for_eval(what, Path(options.run))
+    samples = data.val
+    if not hasattr(samples, "stream"):
+        samples = RenamedClasses(samples, data.class_names, card.class_names)
+    else:
+        require(data.class_names == card.class_names, f"--data {data.name}: its classes are not the model's")
+    runner = Runner(model, device)
+    results, skipped = evaluate(runner, card, data, samples, device, what.max_undecodable, options.json)
+    picture = write_confusion(what, Path(options.run), card, data, results)
+    if options.json:
+        shown = {
+            "run": options.run,
+            "model": card.model,
+            "data": data.name,
+            "skipped": skipped,
+            **results.to_dict(),
+        }
+        print(json.dumps(shown | {"confusion": str(picture) if picture else None}))
+        return 0
+    console = terminal.console()
+    terminal.print_classes(console, [row for row in results.per_class if row.images])
+    if absent := [row.name for row in results.per_class if not row.images]:
+        console.print(f"no images of: {', '.join(absent[:20])}{' ...' if len(absent) > 20 else ''}", markup=False)
+    if skipped:
+        terminal.warn(f"{skipped} image{'s' * (skipped > 1)} could not be decoded and were left out")
+    top = min(5, len(card.class_names))
+    console.print(
+        f"\n[bold green]{terminal.percent(results.top1)}%[/] top-1, {terminal.percent(results.top5)}% top-{top}, "
+        f"loss {results.loss:.4f}, on {results.images} {which} of {data.name}"
+    )
+    if picture:
+        console.print(f"confusion matrix: {picture}", markup=False)
+    return 0
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """The options of the training run, where its folder still has them."""
+    path = (run if run.is_dir() else run.parent) / CONFIG
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def open_for_eval(what: EvalOptions, run: Path) -> tuple[ImageData, str]:
+    """The images to measure on, and what to call them.
+
+    A folder of classes that the run was trained on is split as it was then; another one is taken whole.
+    """
+    config = run_config(run)
+    name = what.data or config.get("data")
+    if name is None:
+        raise UserError("--data: say what to measure on; the run's folder does not tell what it was trained on")
+    own = what.data is None or same_place(name, str(config.get("data")))
+    split = what.split if what.split != "auto" else ("val" if own else "all")
+    if split == "all" or not own:
+        fraction = 1.0 if split == "all" else 0.2
+        return open_data(name, fraction, 0, what.class_names, strict=False), "images"
+    names = what.class_names or config.get("class_names")
+    fraction, seed = config.get("val_fraction", 0.2), config.get("seed", 0)
+    return open_data(name, fraction, seed, names, strict=False), "held-out images"
+
+
+def same_place(name: str, other: str) -> bool:
+    return name == other or (Path(name).exists() and Path(other).exists() and Path(name).samefile(other))
+
+
+def evaluate(
+    runner: Runner, card: ModelCard, data: ImageData, samples: Any,
+    options: DeviceOptions, most_skipped: float, on_stderr: bool,
+) -> tuple[Results, int]:  # fmt: skip
+    """Results over all the samples, and how many could not be decoded."""
+    workers = default_workers(data) if options.num_workers is None else options.num_workers
+    module = ImageDataModule(data, card.preprocessing, AugmentOptions(), options.batch_size, workers, seed=0)
+    evaluation = Evaluation(card.class_names, confusion=True).to(runner.device)
+    skipped = 0
+    with terminal.progress_bar(terminal.console(stderr=True)) as bar:
+        task = bar.add_task("evaluating", total=len(samples))
+        for batch in module.eval_loader(samples):
+            if len(batch.images):
+                evaluation.update(runner(batch.images), batch.targets.to(runner.device))
+            for line in batch.skipped:
+                terminal.warn(f"{line}; skipped")
+            skipped += len(batch.skipped)
+            require(
+                skipped <= most_skipped * len(samples),
+                f"stopped: {skipped} of the {len(samples)} images cannot be decoded, more than {most_skipped:.0%}; "
+                "the warnings name them: repair or remove them",
+            )
+            bar.advance(task, len(batch.targets) + len(batch.skipped))
+    return evaluation.compute(), skipped
+
+
+def write_confusion(what: EvalOptions, run: Path, card: ModelCard, data: ImageData, results: Results) -> Path | None:
+    if results.confusion is None:
+        return None
+    folder = Path(what.output) if what.output else (run if run.is_dir() else run.parent)
+    path = folder / "confusion.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        title = f"{card.model} on {data.name}: {terminal.percent(results.top1)}%"
+        save_confusion(path, results.confusion, card.class_names, title)
+    except OSError as error:
+        # The numbers have been computed: they are shown whatever becomes of the picture.
+        terminal.warn(f"{path}: cannot be written ({error.strerror or error}); give another folder with --output")
+        return None
+    return path

@@ -1,0 +1,99 @@
+"""A trained model at work, for the commands that need one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from vimamba.data.samples import Samples
+from vimamba.errors import UserError, nearest, require
+
+
+@dataclasses.dataclass
+class DeviceOptions:
+    """What to compute on.
+
+    Args:
+        device: cpu, cuda, cuda:1, mps ...; auto takes the fastest
+        precision: 32-true, bf16-mixed or 16-mixed
+        batch_size: images at once
+        num_workers: processes that decode images; chosen by the machine if not given
+    """
+
+    device: str = "auto"
+    precision: str = "32-true"
+    batch_size: int = 64
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"--batch_size is {self.batch_size}; it must be at least 1")
+        require(
+            self.num_workers is None or self.num_workers >= 0,
+            f"--num_workers is {self.num_workers}; it counts",
+        )
+        known = ("32-true", "bf16-mixed", "16-mixed")
+        require(self.precision in known, f"--precision {self.precision}: choose {', '.join(known)}")
+
+
+class Runner:
+    """A model on its device, run without gradients at the precision asked for."""
+
+    def __init__(self, model: nn.Module, options: DeviceOptions):
+        self.device = pick_device(options.device)
+        try:
+            self.model = model.to(self.device).eval()
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+        self.dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(options.precision)
+
+    @torch.inference_mode()
+    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Logits, in float32 and on the model's device."""
+        lower: Any = contextlib.nullcontext()
+        if self.dtype is not None:
+            lower = torch.autocast(self.device.type, self.dtype)
+        with lower:
+            return self.model(images_BCHW.to(self.device, non_blocking=True)).float()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto takes an accelerator if there is one."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: torch knows no such device; give cpu, cuda, cuda:1, mps or auto") from error
+
+
+class RenamedClasses:
+    """Samples whose classes are counted in a model's order rather than the data's."""
+
+    def __init__(self, samples: Samples, data_names: list[str], model_names: list[str]):
+        index = {name: i for i, name in enumerate(model_names)}
+        unknown = [name for name in data_names if name not in index]
+        if unknown:
+            listed = ", ".join(model_names[:10]) + (" ..." if len(model_names) > 10 else "")
+            hint = nearest(unknown[0], model_names) or f"; those are {listed}"
+            raise UserError(
+                f"--data: has {len(data_names)} classes, of which '{unknown[0]}' is not among the "
+                f"{len(model_names)} that the model knows{hint}"
+            )
+        self.samples, self.order = samples, [index[name] for name in data_names]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def image(self, index: int) -> Any:
+        return self.samples.image(index)
+
+    def target(self, index: int) -> int:
+        return self.order[self.samples.target(index)]
+
+    def name(self, index: int) -> str:
+        return self.samples.name(index)

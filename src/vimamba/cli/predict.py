@@ -1,0 +1,133 @@
+"""vimamba predict: name what is in images."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.markup import escape
+from torch.utils.data import DataLoader
+
+from vimamba.cli import terminal
+from vimamba.cli.inference import DeviceOptions, Runner
+from vimamba.cli.parsing import add_options, take
+from vimamba.data.folder import find_images
+from vimamba.data.loaders import ImageDataset
+from vimamba.data.samples import FileSamples
+from vimamba.data.transforms import Preprocessing, eval_transform
+from vimamba.errors import UserError
+from vimamba.tasks.weights import load_model
+
+FEW = 256  # images that are decoded sooner than worker processes start
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's folder, its model.safetensors or one of its checkpoints")
+    parser.add_argument("images", nargs="+", help="image files, folders, or patterns such as 'photos/**/*.jpg'")
+    parser.add_argument("--config", action="config")
+    add_options(parser, DeviceOptions)
+    parser.add_argument("--top", type=int, default=5, help="classes shown for each image")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line, one line an image")
+
+
+def run(parser: ArgumentParser, options: Namespace) -> int:
+    device = take(DeviceOptions, options)
+    if options.top < 1:
+        raise UserError(f"--top is {options.top}; it must be at least 1")
+    terminal.quiet_libraries()
+    model, card = load_model(options.run)
+    paths = list_images(options.images)
+    runner = Runner(model, device)
+    workers = device.num_workers
+    if workers is None:
+        workers = 0 if len(paths) <= FEW else default_workers_for_files()
+    loader = DataLoader(PathDataset(paths, card.preprocessing), device.batch_size, num_workers=workers, collate_fn=list)
+    top = min(options.top, len(card.class_names))
+    out = terminal.console()
+    # One console for lines and bar where both go to the terminal: the lines then appear above the bar.
+    shown_on = out if out.is_terminal else terminal.console(stderr=True)
+    failed = 0
+    with terminal.progress_bar(shown_on) as bar:
+        task = bar.add_task("predicting", total=len(paths))
+        for items in loader:
+            for path, answer in name_batch(runner, items, card.class_names, top):
+                failed += isinstance(answer, str)
+                print_answer(out, path, answer, options.json)
+            bar.advance(task, len(items))
+    if failed:
+        terminal.warn(f"{failed} of {len(paths)} images could not be read")
+    return 1 if failed else 0
+
+
+def default_workers_for_files() -> int:
+    return min(8, max(1, (os.cpu_count() or 2) - 1))
+
+
+def list_images(given: list[str]) -> list[Path]:
+    """Files as they are, folders and patterns by what they hold; in the order given, each once."""
+    found: dict[Path, None] = {}
+    for name in given:
+        path = Path(name)
+        if path.is_dir():
+            inside = find_images(path)
+            if not inside:
+                raise UserError(f"{name}: holds no images")
+        elif path.exists() or not glob.has_magic(name):
+            inside = [path]  # a missing file is reported in its own line
+        else:
+            inside = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
+            if not inside:
+                raise UserError(f"{name}: no file matches the pattern")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+class PathDataset(ImageDataset):
+    """Images by path: (path, tensor), or (path, why not)."""
+
+    def __init__(self, paths: list[Path], prep: Preprocessing):
+        super().__init__(FileSamples(paths, [0] * len(paths)), eval_transform(prep))
+
+    def __getitem__(self, index: Any) -> Any:
+        item = super().__getitem__(index)
+        return self.samples.name(index), item if isinstance(item, str) else item[0]
+
+
+def name_batch(
+    runner: Runner, items: list[tuple[str, torch.Tensor | str]], class_names: list[str], top: int
+) -> list[tuple[str, list[tuple[str, float]] | str]]:
+    """For each image its likeliest classes with their probabilities, or why it could not be read."""
+    good = [image for _, image in items if not isinstance(image, str)]
+    probabilities, classes = (t.tolist() for t in runner(torch.stack(good)).softmax(-1).topk(top)) if good else ([], [])
+    rows = iter(zip(probabilities, classes, strict=True))
+    answers: list[tuple[str, list[tuple[str, float]] | str]] = []
+    for path, image in items:
+        if isinstance(image, str):
+            answers.append((path, image))
+        else:
+            shares, indices = next(rows)
+            answers.append((path, [(class_names[i], p) for i, p in zip(indices, shares, strict=True)]))
+    return answers
+
+
+def print_answer(out: Console, path: str, answer: list[tuple[str, float]] | str, as_json: bool) -> None:
+    """One line: on stdout what the image shows, on stderr what is wrong with it."""
+    if as_json:
+        body = (
+            {"error": answer}
+            if isinstance(answer, str)
+            else {"predictions": [{"class": name, "probability": round(p, 6)} for name, p in answer]}
+        )
+        out.print(json.dumps({"image": path, **body}), markup=False)
+    elif isinstance(answer, str):
+        terminal.warn(answer)
+    else:
+        first, *others = [(escape(name), f"{100 * p:.1f}%") for name, p in answer]
+        rest = "  ".join(f"{name} {share}" for name, share in others)
+        out.print(f"{escape(path)}  [bold green]{first[0]}[/] {first[1]}  [dim]{rest}[/]")

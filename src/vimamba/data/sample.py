@@ -1,0 +1,40 @@
+"""The built-in sample, and `python -m vimamba.data.sample FOLDER`, which writes held-out digits as pictures."""
+
+from __future__ import annotations
+
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from vimamba.data.samples import ArraySamples
+
+TRAIN_COUNT = 4000  # the archive is in a fixed shuffled order: 400 of each digit first, then 100 of each held out
+MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
+
+
+def load_mnist() -> tuple[ArraySamples, ArraySamples]:
+    """4000 training and 1000 held-out digits."""
+    with (files("vimamba.data") / "mnist_5k.npz").open("rb") as file, np.load(file) as archive:
+        images, labels = archive["images"], archive["labels"]
+    return (
+        ArraySamples(images[:TRAIN_COUNT], labels[:TRAIN_COUNT], "mnist:train"),
+        ArraySamples(images[TRAIN_COUNT:], labels[TRAIN_COUNT:], "mnist:val"),
+    )
+
+
+def write_digits(folder: Path, count: int = 3) -> list[Path]:
+    """Write held-out digits as PNG files named after what they show; returns the paths."""
+    held_out = load_mnist()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index in range(count):
+        paths.append(folder / f"{index}-shows-a-{held_out.target(index)}.png")
+        held_out.image(index).save(paths[-1])
+    return paths
+
+
+if __name__ == "__main__":
+    for path in write_digits(Path(sys.argv[1] if len(sys.argv) > 1 else "digits")):
+        print(path)

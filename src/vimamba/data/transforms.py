@@ -1,0 +1,183 @@
+"""How an image becomes the tensor a model takes, with and without augmentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torchvision import transforms as tv
+
+from vimamba.data.decode import to_channels
+from vimamba.errors import UserError, require
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+# The eval crop is central: what lies beyond this many times the short side would be cut away after resizing, and
+# a 40 000 x 10 image would be 900 000 x 224 until then.
+MAX_ASPECT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What a trained model expects of its input; stored beside its weights."""
+
+    img_size: tuple[int, int]
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.9
+    crop_mode: str = "center"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """From what `dataclasses.asdict` gave, read back from JSON (lists for tuples)."""
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+@dataclasses.dataclass
+class AugmentOptions:
+    """What the training images go through.
+
+    Args:
+        augment: "crop": random resized crop, flip and colour, for photographs. "affine": small shifts, turns and
+            changes of scale without flips, for digits and documents. "none": as in evaluation. "auto" takes
+            affine for the built-in sample and crop otherwise.
+        crop_scale: smallest and largest share of the area that a random crop keeps
+        hflip: probability of a horizontal flip
+        color_jitter: strength of brightness, contrast and saturation changes; unused beside auto_augment
+        auto_augment: a timm policy, such as rand-m9-mstd0.5-inc1
+        random_erasing: probability of erasing a rectangle
+        mixup: alpha of mixup; 0 is off
+        cutmix: alpha of cutmix; 0 is off
+        label_smoothing: share of the target spread over all classes
+        repeated_augmentation: copies of each image in one round of batches, each augmented by itself
+    """
+
+    augment: Literal["auto", "none", "affine", "crop"] = "auto"
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    hflip: float = 0.5
+    color_jitter: float = 0.3
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.1
+    repeated_augmentation: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("hflip", "random_erasing"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, f"--{name} is {value}; a probability lies between 0 and 1")
+        require(0.0 <= self.label_smoothing < 1.0, f"--label_smoothing is {self.label_smoothing}; give 0 to 0.99")
+        for name in ("mixup", "cutmix", "color_jitter"):
+            require(getattr(self, name) >= 0.0, f"--{name} is {getattr(self, name)}; it cannot be negative")
+        low, high = self.crop_scale
+        require(0.0 < low <= high <= 1.0, f"--crop_scale is {low}, {high}; give two shares, 0 < low <= high <= 1")
+        require(self.repeated_augmentation >= 1, "--repeated_augmentation counts copies; it must be at least 1")
+
+
+def eval_transform(prep: Preprocessing) -> Transform:
+    """Resize, central crop, normalise."""
+    steps = create_transform(
+        input_size=prep.img_size,
+        interpolation=prep.interpolation,
+        mean=prep.mean,
+        std=prep.std,
+        crop_pct=prep.crop_pct,
+        crop_mode=prep.crop_mode,
+    )
+    return tv.Compose([ToChannels(prep.in_chans), *([CutLongSide()] if prep.crop_mode == "center" else []), steps])
+
+
+def train_transform(prep: Preprocessing, options: AugmentOptions) -> Transform:
+    """The augmentation that the options describe; `augment` is resolved ("auto" is not accepted here)."""
+    if options.augment == "none":
+        return eval_transform(prep)
+    channels = ToChannels(prep.in_chans)
+    if options.augment == "affine":
+        height, width = prep.img_size
+        erase = [tv.RandomErasing(options.random_erasing)] if options.random_erasing else []
+        return tv.Compose([
+            channels,
+            CutLongSide(),
+            tv.Resize(min(height, width), tv.InterpolationMode(prep.interpolation)),
+            tv.CenterCrop((height, width)),
+            tv.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), 5, tv.InterpolationMode.BILINEAR),
+            tv.ToTensor(),
+            tv.Normalize(prep.mean, prep.std),
+            *erase,
+        ])  # fmt: skip
+    try:
+        steps = create_transform(
+            input_size=prep.img_size,
+            is_training=True,
+            scale=options.crop_scale,
+            hflip=options.hflip,
+            color_jitter=options.color_jitter or None,
+            auto_augment=options.auto_augment,
+            interpolation=prep.interpolation,
+            mean=prep.mean,
+            std=prep.std,
+            re_prob=options.random_erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        detail = f" ({error})" if str(error) else ""
+        raise UserError(
+            f"--auto_augment {options.auto_augment}: timm knows no such policy{detail}; try rand-m9-mstd0.5-inc1"
+        ) from error
+    # timm's policies draw in colour; a one-channel model gets its channel after them.
+    if prep.in_chans == 1 and options.auto_augment:
+        *before, to_tensor, normalize = [step for step in steps.transforms if not _is_erasing(step)]
+        erasing = [step for step in steps.transforms if _is_erasing(step)]
+        return tv.Compose([ToChannels(3), *before, channels, to_tensor, normalize, *erasing])
+    return tv.Compose([channels, steps])
+
+
+def _is_erasing(step: object) -> bool:
+    return type(step).__name__ == "RandomErasing"
+
+
+class ToChannels:
+    """To grey or colour, as a step of a transform."""
+
+    def __init__(self, in_chans: int):
+        self.in_chans = in_chans
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return to_channels(image, self.in_chans)
+
+
+class CutLongSide:
+    """Keep the middle of an image whose long side is over MAX_ASPECT times its short side."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        limit = MAX_ASPECT * min(width, height)
+        if max(width, height) <= limit:
+            return image
+        left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
+        return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's CPU random numbers from `seed` inside, and as they were afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,0 +1,1 @@
+"""Training tasks, one LightningModule each, and what they read and leave in a run's folder."""

@@ -1,0 +1,91 @@
+"""What is learned how fast: parameter groups, AdamW, and the learning rate over the steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from vimamba.errors import require
+
+
+@dataclasses.dataclass
+class OptimOptions:
+    """How long and how fast to learn.
+
+    Args:
+        epochs: passes over the training images
+        batch_size: images in a step on each device
+        lr: highest learning rate, for the whole batch over all devices
+        weight_decay: AdamW's, for matrices; never for biases, norms and what the model exempts
+        schedule: learning rate after the warm-up
+        warmup_epochs: epochs of linear warm-up; null takes a twentieth of the epochs, at most 5
+        min_lr: learning rate at the end of the cosine
+        layer_decay: factor on the learning rate from each layer to the one below it
+        clip_grad: largest norm of the gradient; null does not clip
+        accumulate: batches whose gradients are added up for one step
+        ema: decay of a moving average of the weights, which is then what is evaluated and kept
+    """
+
+    epochs: int = 30
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float | None = None
+    min_lr: float = 1e-6
+    layer_decay: float | None = None
+    clip_grad: float | None = 1.0
+    accumulate: int = 1
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr", "weight_decay", "min_lr", "warmup_epochs", "clip_grad"):
+            value = getattr(self, name)
+            require(value is None or 0.0 <= value < math.inf, f"--{name} is {value}; it cannot be negative")
+        require(self.lr > 0.0, "--lr is 0; nothing would be learned")
+        for name in ("layer_decay", "ema"):
+            value = getattr(self, name)
+            require(value is None or 0.0 < value < 1.0, f"--{name} is {value}; give a number between 0 and 1")
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up."""
+        return min(5.0, self.epochs / 20) if self.warmup_epochs is None else self.warmup_epochs
+
+
+def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict[str, Any]]:
+    """Groups with their weight decay and learning rate.
+
+    Exempt from weight decay: biases and other one-dimensional parameters, what `model.no_weight_decay()` names,
+    and parameters with the attribute `_no_weight_decay` (the mark that mamba_ssm uses).
+    """
+    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    exempt |= {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    if options.layer_decay is None:
+        return param_groups_weight_decay(model, options.weight_decay, exempt)
+    groups = param_groups_layer_decay(model, options.weight_decay, exempt, layer_decay=options.layer_decay)
+    return [{**group, "lr": options.lr * group["lr_scale"]} for group in groups]
+
+
+def build_optimizer(model: nn.Module, options: OptimOptions, fused: bool) -> torch.optim.AdamW:
+    """AdamW on the model's parameter groups."""
+    return torch.optim.AdamW(parameter_groups(model, options), lr=options.lr, fused=fused)
+
+
+def lr_factor(step: int, total_steps: int, options: OptimOptions) -> float:
+    """The learning rate of a step as a share of the highest: linear warm-up, then cosine or constant."""
+    warmup = max(1, round(total_steps * min(1.0, options.warmup / options.epochs)))
+    if options.warmup > 0 and step < warmup:
+        return (step + 1) / warmup
+    if options.schedule == "constant":
+        return 1.0
+    lowest = min(1.0, options.min_lr / options.lr)
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    return lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
