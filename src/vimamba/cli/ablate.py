@@ -80,7 +80,9 @@ def run(parser: ArgumentParser, parsed: Namespace) -> int:
         finished = run_design(design, seed, budget)
         append_run(folder, finished)
         done[design, seed] = finished
-        console.print(f"{number}/{len(wanted)}  {design}, seed {seed}: {terminal.percent(finished.top1)}%", markup=False)
+        console.print(
+            f"{number}/{len(wanted)}  {design}, seed {seed}: {terminal.percent(finished.top1)}%", markup=False
+        )
     rows = summarise(list(done.values()))
     console.print(table(rows))
     skipping = [line for row in rows if (line := skip_line(row))]
@@ -120,7 +122,9 @@ def read_runs(folder: Path) -> dict[tuple[str, int], Run]:
         for row in csv.DictReader(file):
             if None in row.values():
                 continue
-            values = {k: (float(v) if v else None) if k.startswith("skip_") else kinds[k](v) for k, v in row.items()}
+            values: dict[str, Any] = {
+                k: (float(v) if v else None) if k.startswith("skip_") else kinds[k](v) for k, v in row.items()
+            }
             runs[values["design"], values["seed"]] = Run(**values)
     return runs
 

@@ -24,7 +24,9 @@ def save_plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
         color = "#ea580c" if row["design"] == "ssm_conv" else "#2563eb"
         axes.errorbar(*at, yerr=100 * row["spread"], fmt="o", color=color, capsize=2)
         axes.annotate(row["design"], at, (5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="MFLOPs of a forward pass", ylabel="held-out accuracy, % (mean ± deviation over seeds)", title=title)
+    axes.set(
+        xlabel="MFLOPs of a forward pass", ylabel="held-out accuracy, % (mean ± deviation over seeds)", title=title
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e2e8f0", linewidth=0.8)
     figure.savefig(path)
@@ -40,7 +42,9 @@ def draw_paths(path: Path, grid: tuple[int, int] = (4, 6)) -> None:
         axes.scatter(columns, rows, s=90, marker="s", color="#e2e8f0")
         axes.plot(columns, rows, color="#2563eb", linewidth=1.5)
         axes.plot(columns[0], rows[0], "o", color="#ea580c")
-        axes.annotate("", (columns[-1], rows[-1]), (columns[-2], rows[-2]), arrowprops=dict(arrowstyle="-|>", color="#2563eb"))
+        axes.annotate(
+            "", (columns[-1], rows[-1]), (columns[-2], rows[-2]), arrowprops=dict(arrowstyle="-|>", color="#2563eb")
+        )
         axes.set(title=name, aspect="equal")
         axes.invert_yaxis()
         axes.axis("off")
@@ -67,7 +71,9 @@ def write_page(page: Path, studies: Path) -> None:
 
 def findings(file: Path) -> str:
     """What the table says of the published order and of the designs that are new, in a sentence each."""
-    rows = [line.strip("| ").split(" | ") for line in file.read_text(encoding="utf-8").splitlines() if " | " in line][2:]
+    rows = [line.strip("| ").split(" | ") for line in file.read_text(encoding="utf-8").splitlines() if " | " in line][
+        2:
+    ]
     top1 = {row[0]: (float(row[1]), float(row[2])) for row in rows}
     base, spread = top1["ssm_conv"]
     lines = []
@@ -114,7 +120,8 @@ ADVICE = """## Which to use
 - Published weights load into `ssm_conv` (or what a checkpoint was trained with), nothing else. `merge="gate"` may be
   put on top of them: it starts out as the same model.
 - The tables are of small models on small images under a small budget: they rank what learns fast there. They are no
-  evidence about ImageNet, where the published order is ssm_conv 73.9, none 73.2, ssm 72.8, layer 70.9 (arXiv 2401.09417),
-  nor about dense tasks, where the same paper has ssm_conv ahead of none by 3.6 mIoU on ADE20K; these were not trained here.
+  evidence about ImageNet, where the published order is ssm_conv 73.9, none 73.2, ssm 72.8, layer 70.9 (arXiv
+  2401.09417), nor about dense tasks, where the same paper has ssm_conv ahead of none by 3.6 mIoU on ADE20K; neither
+  was trained here.
 - Small compute: compare "alternate" and "every 2nd" with "ssm_conv" at the same training compute in the tables.
 - Learning rate: every design here was trained with the same one; none was tuned."""

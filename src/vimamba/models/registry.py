@@ -15,12 +15,16 @@ from vimamba.errors import UserError, nearest
 from vimamba.layers.pos_embed import resize_pos_embed
 from vimamba.layers.tokens import CLASS_TOKENS
 from vimamba.models.checkpoints import load_weights, published_weights, read_checkpoint, state_dict_of
+from vimamba.models.pyramid import vim_pyramid_nano, vim_pyramid_small, vim_pyramid_tiny
 from vimamba.models.vision_mamba import VisionMamba
 
 __all__ = [
     "vim_base_patch16_224",
     "vim_base_patch16_stride8_224",
     "vim_nano",
+    "vim_pyramid_nano",
+    "vim_pyramid_small",
+    "vim_pyramid_tiny",
     "vim_small_patch16_224",
     "vim_small_patch16_stride8_224",
     "vim_tiny_patch16_224",

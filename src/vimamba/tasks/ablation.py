@@ -130,7 +130,8 @@ class AblationTask(ClassificationTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
         loss = super().training_step(batch, batch_idx)
-        return None if loss is None else loss + self.model.gate_loss()
+        model: Any = self.model
+        return None if loss is None else loss + model.gate_loss()
 
 
 def run_design(design: str, seed: int, budget: Budget) -> Run:

@@ -1,0 +1,299 @@
+"""A hierarchical Vision Mamba: four stages of maps, for those who use timm's features_only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, LayerNorm2d, Mlp, trunc_normal_
+from timm.layers.attention import Attention
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from vimamba.errors import UserError
+from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.layers.plan import check_choice
+from vimamba.layers.tokens import Layout
+
+REDUCTIONS = (4, 8, 16, 32)
+__all__ = ["VisionMambaPyramid", "vim_pyramid_nano", "vim_pyramid_small", "vim_pyramid_tiny"]
+
+
+def _conv_norm(inside: int, outside: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside))
+
+
+class ConvBlock(nn.Module):
+    """Two 3×3 convolutions beside a skip: for the early stages, whose maps are large and whose patterns are local."""
+
+    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(_conv_norm(dim, dim, 1), nn.GELU(), _conv_norm(dim, dim, 1))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, dim, rows, columns) to the same."""
+        return x + self.drop_path(self.convs(x))
+
+
+class TokenBlock(nn.Module):
+    """A mixer of tokens and an MLP, each behind a norm and beside a skip: for the late stages."""
+
+    def __init__(self, dim: int, mixer: BidirectionalMixer | Attention, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.mixer = nn.LayerNorm(dim), mixer
+        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, dim, rows, columns) to the same."""
+        grid = (x.shape[2], x.shape[3])
+        tokens = x.flatten(2).transpose(1, 2)
+        normed = self.norm1(tokens)
+        if isinstance(self.mixer, BidirectionalMixer):
+            mixed = self.mixer(normed, layout=Layout(grid))
+        else:
+            mixed = self.mixer(normed)
+        tokens = tokens + self.drop_path(mixed)
+        tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+class Stage(nn.Module):
+    """A halving of the grid, where there is one, and the blocks of one stage."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, dim before, rows, columns) to (batch, dim, rows / 2, columns / 2)."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and self.training:
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class VisionMambaPyramid(nn.Module):
+    """Four stages at strides 4, 8, 16 and 32: convolution blocks in the first two, bidirectional blocks in the others.
+
+    Takes images of any height and width.
+
+    Args:
+        in_chans: image channels.
+        num_classes: outputs of the classifier; 0 for none.
+        dims: channels of each stage.
+        depths: blocks of each stage.
+        attention: how many of the last blocks of the third and of the fourth stage are attention (arXiv 2407.08083).
+        head_dim: channels of an attention head.
+        global_pool: "avg", or "" for the last map.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, rising linearly.
+        **mixer_args: arguments of `BidirectionalMixer`: paths, mode, merge ...
+
+    Raises:
+        ValueError: an argument is impossible; the message names it.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        dims: tuple[int, int, int, int] = (64, 128, 256, 512),
+        depths: tuple[int, int, int, int] = (1, 2, 6, 2),
+        attention: tuple[int, int] = (0, 0),
+        head_dim: int = 32,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        **mixer_args: Any,
+    ) -> None:
+        super().__init__()
+        for name, value, length in (("dims", dims, 4), ("depths", depths, 4), ("attention", attention, 2)):
+            if len(value) != length:
+                raise ValueError(f"{name} must have {length} entries, got {len(value)}")
+        for stage, count in zip((2, 3), attention, strict=True):
+            if not 0 <= count <= depths[stage]:
+                raise ValueError(f"attention must be 0 to {depths[stage]} blocks in stage {stage + 1}, got {count}")
+            if count and dims[stage] % head_dim:
+                raise ValueError(f"head_dim={head_dim} does not divide the {dims[stage]} channels of stage {stage + 1}")
+        check_choice("global_pool", global_pool, ("avg", ""))
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.num_features = self.head_hidden_size = dims[-1]
+        half = dims[0] // 2
+        self.stem = nn.Sequential(_conv_norm(in_chans, half, 2), nn.GELU(), _conv_norm(half, dims[0], 2), nn.GELU())
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        stages = []
+        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            attending = attention[i - 2] if i >= 2 else 0
+            blocks: list[nn.Module] = []
+            for block in range(depth):
+                rate = next(rates)
+                if i < 2:
+                    blocks.append(ConvBlock(dim, rate))
+                elif block >= depth - attending:
+                    blocks.append(TokenBlock(dim, Attention(dim, dim // head_dim, qkv_bias=True), rate))
+                else:
+                    blocks.append(TokenBlock(dim, BidirectionalMixer(dim, **mixer_args), rate))
+            stages.append(Stage(nn.Identity() if i == 0 else _conv_norm(dims[i - 1], dim, 2), blocks))
+        self.stages = nn.ModuleList(stages)
+        self.norm = LayerNorm2d(dims[-1])
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes > 0 else nn.Identity()
+        self.feature_info = [
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (dim, reduction) in enumerate(zip(dims, REDUCTIONS, strict=True))
+        ]
+        self._init_head()
+
+    @torch.no_grad()
+    def _init_head(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay must leave alone."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, BidirectionalMixer)
+            for name in module.no_weight_decay()
+        }
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into stem and stages, or blocks, for layer-wise learning rates."""
+        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input in training and compute the rest again in the backward pass."""
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one, and the pooling where it is given."""
+        if global_pool is not None:
+            check_choice("global_pool", global_pool, ("avg", ""))
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        anchor = next(self.parameters())
+        self.head = head.to(device=anchor.device, dtype=anchor.dtype)
+        self._init_head()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Run the model and collect the maps of some of its stages.
+
+        Args:
+            x: images, (batch, in_chans, height, width).
+            indices: the last n stages, or which ones; all by default.
+            norm: apply the final norm to the last stage's map.
+            stop_early: do not run stages after the last one asked for.
+            output_fmt: "NCHW", the only one.
+            intermediates_only: return the list alone.
+
+        Returns:
+            The list, or the last map and the list.
+        """
+        check_choice("output_fmt", output_fmt, ("NCHW",))
+        take, last = feature_take_indices(len(self.stages), indices)
+        maps: list[Tensor] = []
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > last:
+                break
+            x = stage(x)
+            if i in take:
+                maps.append(self.norm(x) if norm and i == len(REDUCTIONS) - 1 else x)
+        return maps if intermediates_only else (self.norm(x) if i == len(REDUCTIONS) - 1 else x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last one of `indices`, and the norm and the classifier where asked."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()  # type: ignore[assignment]
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (batch, in_chans, height, width) to the normalised last map, at stride 32."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map to logits (batch, num_classes), or to pooled features."""
+        x = x.mean((2, 3)) if self.global_pool == "avg" else x.permute(0, 2, 3, 1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (batch, in_chans, height, width) to logits (batch, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+_CFG = dict(
+    num_classes=1000, input_size=(3, 224, 224), pool_size=(7, 7), fixed_input_size=False, crop_pct=0.9,
+    interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv="stem.0.0",
+    classifier="head", license="apache-2.0",
+)  # fmt: skip
+default_cfgs = generate_default_cfgs({f"vim_pyramid_{size}.untrained": _CFG for size in ("nano", "tiny", "small")})
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    if pretrained:
+        raise UserError(f"no weights are published for {variant}; leave pretrained out")
+    kwargs.pop("img_size", None)  # any size will do: there are no positions to make
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    return build_model_with_cfg(
+        VisionMambaPyramid,
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+@register_model
+def vim_pyramid_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """2 M parameters."""
+    sizes = dict(dims=(24, 48, 96, 192), depths=(1, 2, 4, 2), attention=(1, 1))
+    return _create("vim_pyramid_nano", pretrained, **{**sizes, **kwargs})
+
+
+@register_model
+def vim_pyramid_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """About the size of DeiT-Ti and Vim-Ti."""
+    sizes = dict(dims=(40, 80, 160, 320), depths=(1, 2, 6, 2), attention=(2, 1))
+    return _create("vim_pyramid_tiny", pretrained, **{**sizes, **kwargs})
+
+
+@register_model
+def vim_pyramid_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """About the size of DeiT-S and Vim-S."""
+    sizes = dict(dims=(64, 128, 256, 512), depths=(2, 3, 10, 4), attention=(4, 2))
+    return _create("vim_pyramid_small", pretrained, **{**sizes, **kwargs})
