@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import pickletools
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"(?:GLOBAL|global:?|class|type) `?([\w.]+\.[\w.]+)`?", str(error))
-        if wanted and "was not an allowed global" in str(error):
-            name = wanted.group(1)
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        name = refused.group(1) if refused else _first_call(path)
+        if name:
             raise UserError(f"{path}: refused, it asks to run {name} on loading; nothing was executed") from None
         raise UserError(f"{path}: not a PyTorch or safetensors checkpoint, or a damaged one") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
@@ -47,6 +50,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise UserError(f"{path}: holds a {type(contents).__name__}, not a state dict")
     return contents
+
+
+def _first_call(path: Path) -> str | None:
+    """The first function that a plain pickle names, found by reading its instructions, not by running them."""
+    strings: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for instruction, argument, _ in pickletools.genops(file):
+                if instruction.name == "STACK_GLOBAL" and len(strings) >= 2:
+                    return ".".join(strings[-2:])
+                if isinstance(argument, str):
+                    strings.append(argument)
+    except (ValueError, IndexError):
+        pass
+    return None
 
 
 def state_dict_of(contents: dict[str, Any]) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from vimamba.errors import UserError, nearest
+from vimamba.layers.pos_embed import resize_pos_embed
 from vimamba.layers.tokens import CLASS_TOKENS
 from vimamba.models.checkpoints import load_weights, published_weights, read_checkpoint, state_dict_of
-from vimamba.models.vision_mamba import VisionMamba, resize_pos_embed
+from vimamba.models.vision_mamba import VisionMamba
 
 __all__ = [
     "vim_base_patch16_224",

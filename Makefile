@@ -1,0 +1,40 @@
+# make demo and make test are all a newcomer needs; the others are for development.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+RUN := runs/demo
+
+.PHONY: install demo test lint types bench clean
+
+install: $(VENV)/installed
+
+# pip reads the lock; the package itself is built with the locked PyTorch, so that nothing is fetched twice.
+$(VENV)/installed: requirements.lock pyproject.toml CMakeLists.txt $(wildcard src/vimamba/ops/cpu/*.cpp src/vimamba/ops/cpu/*.h*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/vimamba info
+	touch $@
+
+demo: install
+	$(BIN)/vimamba train --config recipes/mnist.yaml --output $(RUN) --overwrite
+	$(BIN)/vimamba eval $(RUN) --data mnist
+	$(BIN)/vimamba predict $(RUN) $(RUN)/digits/*.png
+	@echo "Pictures: $(RUN)/curves.png $(RUN)/confusion.png and the digits in $(RUN)/digits/"
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/models.py
+
+clean:
+	rm -rf build dist runs $(VENV)
+	rm -f src/vimamba/ops/cpu/*.so

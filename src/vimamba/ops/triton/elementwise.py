@@ -1,0 +1,83 @@
+"""Device functions that the kernels share: softplus, sigmoid, the address of a tile and the order of steps.
+
+exp(x) is exp2(x log2(e)): one MUFU.EX2 instruction, relative error 2 ulp.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Coefficients of log1p(e) / e on [0, 1] (a Chebyshev fit; relative error 1.8e-7 in float32, which log2(1 + e)
+# cannot give for small e, and small steps are what a trained model takes).
+_P0 = tl.constexpr(1.0)
+_P1 = tl.constexpr(-0.49999502301216125)
+_P2 = tl.constexpr(0.33319270610809326)
+_P3 = tl.constexpr(-0.24844369292259216)
+_P4 = tl.constexpr(0.19111430644989014)
+_P5 = tl.constexpr(-0.13674770295619965)
+_P6 = tl.constexpr(0.07836166769266129)
+_P7 = tl.constexpr(-0.02958850748836994)
+_P8 = tl.constexpr(0.005253457929939032)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)): one exponential, nine multiply-adds, no logarithm."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    p = _P8 * e + _P7
+    p = p * e + _P6
+    p = p * e + _P5
+    p = p * e + _P4
+    p = p * e + _P3
+    p = p * e + _P2
+    p = p * e + _P1
+    p = p * e + _P0
+    return tl.where(x > 0.0, x, 0.0) + p * e
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), without overflow."""
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def channel_tile(block, blocks_per_group, group_dim, CHANNELS: tl.constexpr, LANES: tl.constexpr):
+    """The channels of a block as a (CHANNELS, LANES) tile, which of them exist, and their group.
+
+    A block never spans two groups, so that one row of B and C serves all of it.
+    """
+    group = block // blocks_per_group
+    local = (block % blocks_per_group) * (CHANNELS * LANES)
+    local = local + tl.arange(0, CHANNELS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    return group * group_dim + local, local < group_dim, group
+
+
+@triton.jit
+def step_size(raw, bias, valid, SOFTPLUS: tl.constexpr):
+    """delta from its stored value; 0, a step that changes nothing, past the end."""
+    delta = raw + bias
+    if SOFTPLUS:
+        delta = softplus(delta)
+    return tl.where(valid, delta, 0.0)
+
+
+@triton.jit
+def position(index, end, length, backwards):
+    """The token of step `index` of the recurrence, kept below `end` so that every load is in bounds."""
+    return backwards * (length - 1) + (1 - 2 * backwards) * tl.minimum(index, end - 1)
+
+
+@triton.jit
+def row_of(pointer, t, stride):
+    """The address of row `t`; the product is 64 bits wide (2^31 elements and more)."""
+    return pointer + tl.cast(t, tl.int64) * stride
+
+
+@triton.jit
+def both(mask, condition):
+    """A mask where a scalar condition holds too; the comparison keeps it boolean in the interpreter."""
+    return (mask & condition) != 0

@@ -1,0 +1,131 @@
+"""The fused mixer on the GPU: every step runs for all directions in one launch.
+
+Forward: convolution (x is read once), x_proj and dt_proj (batched matrix products), scan (with dt_proj's bias and
+softplus inside), sum and gate. Backward computes the convolution and the projections again and needs only the input
+and the states every 64 steps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vimamba.ops.triton import conv, gate, scan
+from vimamba.ops.triton.plan import power_of_two
+
+if TYPE_CHECKING:
+    from vimamba.ops.mixer import Direction
+
+
+class _Weights(NamedTuple):
+    """The directions' weights side by side; the projections in the input's type, the rest in float32."""
+
+    conv_RDW: Tensor
+    conv_bias_RD: Tensor | None
+    x_proj_RED: Tensor
+    dt_proj_RDK: Tensor
+    dt_bias_RD: Tensor
+    A_RDN: Tensor
+    D_RD: Tensor
+    conv_mask: int
+    scan_mask: int
+
+
+def _stack(directions: list[Direction], dtype: torch.dtype) -> _Weights:
+    conv_w, conv_b, x_proj, dt_proj, dt_bias, A, D = zip(*(tuple(way)[:7] for way in directions), strict=True)
+    masks = [sum(int(flag) << r for r, flag in enumerate(flags)) for flags in zip(*(w[7:] for w in directions))]
+    return _Weights(
+        torch.stack(conv_w), None if conv_b[0] is None else torch.stack(conv_b), torch.stack(x_proj).to(dtype),
+        torch.stack(dt_proj).to(dtype), torch.stack(dt_bias), torch.stack(A), torch.stack(D), *masks,
+    )  # fmt: skip
+
+
+class _Activations(NamedTuple):
+    """What the scan of every direction is fed, and dt, from which delta was made."""
+
+    c_RBLD: Tensor
+    dt_RMK: Tensor
+    scan: scan.Scan
+
+
+def _activations(xz_BLE: Tensor, weights: _Weights, z_RBDL: Tensor | None, scale: float) -> _Activations:
+    batch, length, width = xz_BLE.shape
+    dim, tokens, state = width // 2, batch * length, weights.A_RDN.shape[2]
+    directions, _, rank = weights.dt_proj_RDK.shape
+    x_BDL = xz_BLE[..., :dim].transpose(1, 2)
+    c_RBLD = xz_BLE.new_empty(directions, batch, length, dim)
+    conv.forward(
+        x_BDL, weights.conv_RDW, weights.conv_bias_RD, c_RBLD.transpose(2, 3), True, weights.conv_mask
+    )  # fmt: skip
+    x_dbl_RME = torch.bmm(c_RBLD.view(directions, tokens, dim), weights.x_proj_RED.transpose(1, 2))
+    dt_RMK = x_dbl_RME[..., :rank]
+    delta_RBLD = torch.bmm(dt_RMK, weights.dt_proj_RDK.transpose(1, 2)).view(c_RBLD.shape)
+    bc_RMSN = x_dbl_RME[..., rank:].unflatten(-1, (2, state))
+    block_n = power_of_two(state)
+    if block_n == state:
+        packed = bc_RMSN.float().contiguous()
+    else:
+        packed = bc_RMSN.new_zeros((directions, tokens, 2, block_n), dtype=torch.float32)
+        packed[..., :state].copy_(bc_RMSN)
+    inputs = scan.Scan(
+        c_RBLD.transpose(2, 3), delta_RBLD.transpose(2, 3), weights.A_RDN, packed, None, None, weights.D_RD,
+        z_RBDL, weights.dt_bias_RD, 1, True, weights.scan_mask, scale,
+    )  # fmt: skip
+    return _Activations(c_RBLD, dt_RMK, inputs)
+
+
+def _channels_last(xz_BLE: Tensor) -> Tensor:
+    return xz_BLE if xz_BLE.stride(-1) == 1 else xz_BLE.contiguous()
+
+
+def mixer_forward(
+    xz_BLE: Tensor, directions: list[Direction], scale: float, save_states: bool
+) -> tuple[Tensor, Tensor]:
+    """The mixed tokens (batch, length, dim) and the states (R, batch, chunks, dim, state), or (R, 0) if not saved."""
+    xz_BLE = _channels_last(xz_BLE)
+    a = _activations(xz_BLE, _stack(directions, xz_BLE.dtype), None, 1.0)
+    y_RBLD = torch.empty_like(a.c_RBLD)
+    _, states = scan.forward(a.scan, y_RBLD.transpose(2, 3), save_states)
+    return gate.gate(y_RBLD, xz_BLE[..., xz_BLE.shape[-1] // 2 :], scale), states
+
+
+def mixer_backward(
+    dout_BLD: Tensor, xz_BLE: Tensor, directions: list[Direction], states_RBKDN: Tensor, scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of xz and, direction after direction, of its seven weights."""
+    xz_BLE, dout_BLD = _channels_last(xz_BLE), _channels_last(dout_BLD)
+    batch, length, width = xz_BLE.shape
+    dim, tokens, count = width // 2, batch * length, len(directions)
+    weights = _stack(directions, xz_BLE.dtype)
+    z_RBDL = xz_BLE[..., dim:].transpose(1, 2).expand(count, -1, -1, -1)
+    a = _activations(xz_BLE, weights, z_RBDL, scale)
+    dc_RBLD, ddelta_RBLD, dz_RBLD = (torch.empty_like(a.c_RBLD) for _ in range(3))
+    grads = scan.backward(
+        a.scan, dout_BLD.transpose(1, 2).expand(count, -1, -1, -1), None, states_RBKDN,
+        dc_RBLD.transpose(2, 3), ddelta_RBLD.transpose(2, 3), dz_RBLD.transpose(2, 3),
+    )  # fmt: skip
+    assert grads.dbc_RBGLN is not None
+    assert grads.dD_RD is not None
+    assert grads.dbias_RD is not None
+    ddelta_RMD, c_RMD = ddelta_RBLD.view(count, tokens, dim), a.c_RBLD.view(count, tokens, dim)
+    ddt_weight = torch.bmm(ddelta_RMD.transpose(1, 2), a.dt_RMK)
+    state, rank = weights.A_RDN.shape[2], weights.dt_proj_RDK.shape[2]
+    dx_dbl_RME = c_RMD.new_empty(count, tokens, rank + 2 * state)
+    dx_dbl_RME[..., :rank] = torch.bmm(ddelta_RMD, weights.dt_proj_RDK)
+    dbc_RMSN = grads.dbc_RBGLN.view(count, tokens, 2, -1)
+    dx_dbl_RME[..., rank:].unflatten(-1, (2, state)).copy_(dbc_RMSN[..., :state])
+    dx_weight = torch.bmm(dx_dbl_RME.transpose(1, 2), c_RMD)
+    dc_RBLD.view(count, tokens, dim).baddbmm_(dx_dbl_RME, weights.x_proj_RED)
+
+    dxz_BLE = xz_BLE.new_empty(batch, length, width)
+    dconv_weight, dconv_bias = conv.backward(
+        dc_RBLD.transpose(2, 3), xz_BLE[..., :dim].transpose(1, 2), weights.conv_RDW, weights.conv_bias_RD,
+        dxz_BLE[..., :dim].transpose(1, 2), True, weights.conv_mask,
+    )  # fmt: skip
+    torch.sum(dz_RBLD, 0, out=dxz_BLE[..., dim:])
+    stacked = (
+        dconv_weight, dconv_bias, dx_weight.float(), ddt_weight.float(), grads.dbias_RD, grads.dA_RDN, grads.dD_RD
+    )  # fmt: skip
+    return dxz_BLE, [gradient[r] for r in range(count) for gradient in stacked]

@@ -1,0 +1,283 @@
+"""Launching the selective scan: the backend functions `scan_forward` and `scan_backward`, and what the mixer shares.
+
+Inside, a scan has a leading axis R of directions (1 for the public op): each with its own u, delta, B, C and weights,
+run by one launch. B and C are packed as one float32 tensor (R, batch, groups, length, 2, power of two >= N), so that
+a row is aligned for 16-byte loads whatever strides came in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from vimamba.ops.backends import CHUNK
+from vimamba.ops.triton import plan
+from vimamba.ops.triton.scan_backward import scan_backward_kernel
+from vimamba.ops.triton.scan_forward import scan_forward_kernel
+from vimamba.ops.triton.scan_segments import carry_kernel, segment_kernel
+
+CARRY_BLOCK = 128
+
+
+class Scan(NamedTuple):
+    """The inputs of a scan over R directions; `bc` and the constants as the kernels take them."""
+
+    u_RBDL: Tensor
+    delta_RBDL: Tensor
+    A_RDN: Tensor
+    bc_RBGLN: Tensor | None
+    B_DN: Tensor | None
+    C_DN: Tensor | None
+    D_RD: Tensor | None
+    z_RBDL: Tensor | None
+    bias_RD: Tensor | None
+    groups: int
+    softplus: bool
+    reverse_mask: int
+    scale: float
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """(directions, batch, dim, length, state)"""
+        return *self.u_RBDL.shape, self.A_RDN.shape[-1]  # type: ignore[return-value]
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; a machine of one for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def pack(B: Tensor, C: Tensor, batch: int, length: int, state: int) -> tuple[Tensor | None, int]:
+    """B and C, where variable, as float32 (1, batch, groups, length, 2 * block_n); and the number of groups."""
+    variable = [m for m in (B, C) if m.dim() == 4]
+    if not variable:
+        return None, 1
+    block_n = plan.power_of_two(state)
+    groups = math.lcm(*(m.shape[1] for m in variable))
+    shape = (1, batch, groups, length, 2, block_n)
+    exact = len(variable) == 2 and block_n == state
+    make = torch.empty if exact else torch.zeros
+    packed = make(shape, dtype=torch.float32, device=B.device)
+    for index, matrix in enumerate((B, C)):
+        if matrix.dim() == 4:
+            spread = matrix.transpose(2, 3).unsqueeze(2).expand(-1, -1, groups // matrix.shape[1], -1, -1)
+            packed.unflatten(2, spread.shape[1:3])[0, ..., index, :state].copy_(spread)
+    return packed.flatten(-2), groups
+
+
+def strides(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Strides of directions, batch and length; zeros for an absent tensor."""
+    if tensor is None:
+        return 0, 0, 0
+    R, batch, _, length = tensor.stride()
+    return R, batch, length
+
+
+def channels_last(tensor: Tensor | None) -> Tensor | None:
+    """The same (batch, dim, length) with contiguous channels; copied if they are not."""
+    if tensor is None or tensor.stride(1) == 1:
+        return tensor
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Tensor]:
+    """Fill `out_RBDL`; the last state (R, batch, dim, state) and the states every `CHUNK` steps, or an empty tensor."""
+    R, batch, dim, length, state = scan.sizes
+    u, A = scan.u_RBDL, scan.A_RDN
+    n_states = -(-length // CHUNK) if save_states else 0
+    last = u.new_zeros((R, batch, dim, state), dtype=torch.float32)
+    states = last.new_empty((R, batch, n_states, dim, state) if save_states else (R, 0))
+    if u.numel() == 0:
+        return last, states
+    group_dim = dim // scan.groups
+    tiling = plan.forward_tiling(R * batch, scan.groups, group_dim, length, state, processors(u.device))
+    segments = tiling.segments(length)
+    blocks = -(-group_dim // (tiling.channels * tiling.lanes))
+    with torch.cuda.device_of(u):
+        carry = _carries(scan, tiling, None, None) if segments > 1 else None
+        scan_forward_kernel[(R * batch * segments * scan.groups * blocks,)](
+            u, scan.delta_RBDL, scan.z_RBDL, out_RBDL, A, scan.bc_RBGLN, scan.B_DN, scan.C_DN, scan.D_RD,
+            scan.bias_RD, states, carry, last,
+            *strides(u), *strides(scan.delta_RBDL), *strides(scan.z_RBDL), *strides(out_RBDL),
+            1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, n_states,
+            scan.reverse_mask, scan.scale,
+            **_constants(scan, tiling), CHUNK=CHUNK, HAS_D=scan.D_RD is not None,
+            CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None,
+            EVEN=group_dim % (tiling.channels * tiling.lanes) == 0, SAVE_STATES=save_states,
+            HAS_CARRY=carry is not None,
+        )  # fmt: skip
+    return last, states
+
+
+def _constants(scan: Scan, tiling: plan.Tiling) -> dict[str, object]:
+    return {
+        "N": scan.A_RDN.shape[-1], "BLOCK_N": tiling.block_n, "CHANNELS": tiling.channels, "LANES": tiling.lanes,
+        "UNROLL": tiling.unroll, "SOFTPLUS": scan.softplus, "HAS_Z": scan.z_RBDL is not None,
+        "HAS_BIAS": scan.bias_RD is not None, "num_warps": 1,
+    }  # fmt: skip
+
+
+def _carries(scan: Scan, tiling: plan.Tiling, dout_RBDL: Tensor | None, dlast_RBDN: Tensor | None) -> Tensor:
+    """What enters every segment: the state, or its gradient where `dout_RBDL` is given."""
+    R, batch, dim, length, state = scan.sizes
+    segments = tiling.segments(length)
+    group_dim = dim // scan.groups
+    blocks = -(-group_dim // (tiling.channels * tiling.lanes))
+    gradient = dout_RBDL is not None
+    x = scan.u_RBDL if dout_RBDL is None else dout_RBDL
+    z = scan.z_RBDL if gradient else None
+    matrix = scan.C_DN if gradient else scan.B_DN
+    summary = x.new_empty((R, batch, segments, dim, state), dtype=torch.float32)
+    decay = summary.new_empty((R, batch, segments, dim))
+    constants = _constants(scan, tiling) | {"HAS_Z": z is not None}
+    segment_kernel[(R * batch * (segments - 1) * scan.groups * blocks,)](
+        x, scan.delta_RBDL, z, scan.A_RDN, scan.bc_RBGLN, matrix, scan.bias_RD, summary, decay,
+        *strides(x), *strides(scan.delta_RBDL), *strides(z),
+        1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, scan.reverse_mask, scan.scale,
+        **constants, CONST=matrix is not None, GRADIENT=gradient,
+    )  # fmt: skip
+    total = R * batch * dim * state
+    carry_kernel[(triton.cdiv(total, CARRY_BLOCK),)](
+        summary, decay, scan.A_RDN, dlast_RBDN, total, dim * state, segments, batch,
+        N=state, BLOCK=CARRY_BLOCK, GRADIENT=gradient, HAS_INITIAL=dlast_RBDN is not None, num_warps=4,
+    )  # fmt: skip
+    return summary
+
+
+class Gradients(NamedTuple):
+    """Of a scan's inputs; those of the weights in float32, None where the input was None."""
+
+    dbc_RBGLN: Tensor | None
+    dA_RDN: Tensor
+    dB_DN: Tensor | None
+    dC_DN: Tensor | None
+    dD_RD: Tensor | None
+    dbias_RD: Tensor | None
+
+
+def backward(
+    scan: Scan,
+    dout_RBDL: Tensor,
+    dlast_RBDN: Tensor | None,
+    states_RBKDN: Tensor,
+    du_RBDL: Tensor,
+    ddelta_RBDL: Tensor,
+    dz_RBDL: Tensor | None,
+) -> Gradients:
+    """Fill `du_RBDL`, `ddelta_RBDL` and `dz_RBDL`; the other gradients."""
+    R, batch, dim, length, state = scan.sizes
+    u, A = scan.u_RBDL, scan.A_RDN
+    group_dim = dim // scan.groups
+    tiling = plan.backward_tiling(R * batch, scan.groups, group_dim, length, state, processors(u.device))
+    segments = tiling.segments(length)
+    blocks = -(-group_dim // (tiling.channels * tiling.lanes))
+    programs = R * batch * segments * scan.groups * blocks
+    make = torch.empty if u.numel() else torch.zeros
+
+    def partial(present: bool, *tail: int) -> Tensor | None:
+        shape = (R, batch, segments, dim, *tail)
+        return make(shape, dtype=torch.float32, device=u.device) if present else None
+
+    dA, dD, dbias = partial(True, state), partial(scan.D_RD is not None), partial(scan.bias_RD is not None)
+    dB, dC = partial(scan.B_DN is not None, state), partial(scan.C_DN is not None, state)
+    dbc = None if scan.bc_RBGLN is None else torch.zeros_like(scan.bc_RBGLN)
+    if u.numel():
+        scratch = u.new_empty(
+            programs * (CHUNK // tiling.unroll) * tiling.channels * tiling.lanes * tiling.block_n, dtype=torch.float32
+        )
+        with torch.cuda.device_of(u):
+            carry = dlast_RBDN if segments == 1 else _carries(scan, tiling, dout_RBDL, dlast_RBDN)
+            scan_backward_kernel[(programs,)](
+                u, scan.delta_RBDL, scan.z_RBDL, dout_RBDL, A, scan.bc_RBGLN, scan.B_DN, scan.C_DN, scan.D_RD,
+                scan.bias_RD, states_RBKDN, carry, scratch,
+                du_RBDL, ddelta_RBDL, dz_RBDL, dA, dbc, dB, dC, dD, dbias,
+                *strides(u), *strides(scan.delta_RBDL), *strides(scan.z_RBDL), *strides(dout_RBDL),
+                *strides(du_RBDL), *strides(ddelta_RBDL), *strides(dz_RBDL),
+                1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, states_RBKDN.shape[2],
+                scan.reverse_mask, scan.scale,
+                **_constants(scan, tiling), CHUNK=CHUNK, HAS_D=dD is not None,
+                CONST_B=dB is not None, CONST_C=dC is not None,
+                EVEN=group_dim % (tiling.channels * tiling.lanes) == 0, HAS_CARRY=carry is not None,
+                ATOMIC=blocks > 1,
+            )  # fmt: skip
+
+    def total(parts: Tensor | None) -> Tensor | None:
+        return None if parts is None else parts.sum((1, 2))
+
+    dA_RDN = total(dA)
+    assert dA_RDN is not None
+    dB_DN, dC_DN = (None if m is None else m.sum((0, 1, 2)) for m in (dB, dC))
+    return Gradients(dbc, dA_RDN, dB_DN, dC_DN, total(dD), total(dbias))
+
+
+def _single(
+    u_BDL: Tensor, delta_BDL: Tensor, A_DN: Tensor, B: Tensor, C: Tensor, D_D: Tensor | None, z_BDL: Tensor | None,
+    bias_D: Tensor | None, softplus: bool, reverse: bool,
+) -> Scan:  # fmt: skip
+    """The arguments of the public op as a scan of one direction."""
+    bc, groups = pack(B, C, u_BDL.shape[0], u_BDL.shape[2], A_DN.shape[1])
+    u, delta, z = (channels_last(t) for t in (u_BDL, delta_BDL, z_BDL))
+    assert u is not None
+    assert delta is not None
+    return Scan(
+        u[None], delta[None], A_DN[None].contiguous(), bc,
+        B.contiguous() if B.dim() == 2 else None, C.contiguous() if C.dim() == 2 else None,
+        None if D_D is None else D_D[None].contiguous(), None if z is None else z[None],
+        None if bias_D is None else bias_D[None].contiguous(), groups, softplus, int(reverse), 1.0,
+    )  # fmt: skip
+
+
+def _like(inside_RBDL: Tensor, given_BDL: Tensor) -> Tensor:
+    """The kernel's result in the layout of the tensor that the caller gave."""
+    result = inside_RBDL[0]
+    return result if given_BDL.stride(1) == 1 else torch.empty_like(given_BDL).copy_(result)
+
+
+def scan_forward(
+    u_BDL: Tensor, delta_BDL: Tensor, A_DN: Tensor, B: Tensor, C: Tensor, D_D: Tensor | None, z_BDL: Tensor | None,
+    delta_bias_D: Tensor | None, delta_softplus: bool, reverse: bool, save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The output, the last state and the states before every chunk; see `vimamba.selective_scan`."""
+    scan = _single(u_BDL, delta_BDL, A_DN, B, C, D_D, z_BDL, delta_bias_D, delta_softplus, reverse)
+    out_RBDL = torch.empty_like(scan.u_RBDL)
+    last, states = forward(scan, out_RBDL, save_states)
+    return _like(out_RBDL, u_BDL), last[0], states[0]
+
+
+def scan_backward(
+    dout_BDL: Tensor, dlast_BDN: Tensor | None, u_BDL: Tensor, delta_BDL: Tensor, A_DN: Tensor, B: Tensor, C: Tensor,
+    D_D: Tensor | None, z_BDL: Tensor | None, delta_bias_D: Tensor | None, states_BKDN: Tensor, delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of u, delta, A, B, C, D, z and delta_bias."""
+    scan = _single(u_BDL, delta_BDL, A_DN, B, C, D_D, z_BDL, delta_bias_D, delta_softplus, reverse)
+    du, ddelta = torch.empty_like(scan.u_RBDL), torch.empty_like(scan.delta_RBDL)
+    dz = None if scan.z_RBDL is None else torch.empty_like(scan.z_RBDL)
+    dlast = None if dlast_BDN is None else dlast_BDN[None].float().contiguous()
+    dout = channels_last(dout_BDL)
+    assert dout is not None
+    grads = backward(scan, dout[None], dlast, states_BKDN[None].contiguous(), du, ddelta, dz)
+    dB, dC = (_unpacked(grads, m, i, A_DN.shape[1]) for i, m in enumerate((B, C)))
+    return (
+        _like(du, u_BDL), _like(ddelta, delta_BDL), grads.dA_RDN[0], dB, dC,
+        None if grads.dD_RD is None else grads.dD_RD[0],
+        None if dz is None or z_BDL is None else _like(dz, z_BDL),
+        None if grads.dbias_RD is None else grads.dbias_RD[0],
+    )  # fmt: skip
+
+
+def _unpacked(grads: Gradients, matrix: Tensor, index: int, state: int) -> Tensor:
+    """The gradient of B (index 0) or C (1) in its own shape and type."""
+    if matrix.dim() == 2:
+        constant = grads.dC_DN if index else grads.dB_DN
+        assert constant is not None
+        return constant
+    assert grads.dbc_RBGLN is not None
+    packed_BGLN = grads.dbc_RBGLN[0].unflatten(-1, (2, -1))[..., index, :state]
+    if matrix.shape[1] != packed_BGLN.shape[1]:
+        packed_BGLN = packed_BGLN.unflatten(1, (matrix.shape[1], -1)).sum(2)
+    return packed_BGLN.transpose(2, 3).to(matrix.dtype)
