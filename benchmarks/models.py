@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-import statistics
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vimamba.benchmark import Entry, Result, machine, measure, memory, report
-from vimamba.benchmark.timing import ratio
+from vimamba.benchmark.timing import quartiles
 
 VIM_TI, DEIT_TI = "vim_tiny_patch16_224", "deit_tiny_patch16_224"
 VIM_S, DEIT_S = "vim_small_patch16_224", "deit_small_patch16_224"
@@ -61,48 +62,45 @@ class Measured:
 
 def speed(ours: str, peer: str, size: int, **options: Any) -> Callable[[Effort], Measured]:
     """How many times as fast as the peer with fused attention."""
-
-    def run(effort: Effort) -> Measured:
-        pair = [Entry(name, size, **options) for name in (ours, peer)]
-        own, other = measure(pair, effort.repeats, effort.seconds, with_memory=False)
-        low, high = statistics.quantiles([b / a for a, b in zip(own.seconds, other.seconds, strict=True)], n=4)[::2]
-        remark = f"{1000 * own.median:.0f} against {1000 * other.median:.0f} ms, quartiles {low:.2f} to {high:.2f}"
-        return Measured(other.relative or 0.0, remark, [own, other])
-
-    return run
+    pair = [Entry(name, size, **options) for name in (ours, peer)]
+    return lambda effort: _compared(effort, pair, lambda quotient: quotient)
 
 
 def second_direction(size: int) -> Callable[[Effort], Measured]:
     """Per cent that the second direction adds to the time."""
+    one = Entry(VIM_TI, size, model_args={"bidirectional": "none"}, label="Vim-Ti one direction")
+    return lambda effort: _compared(effort, [one, Entry(VIM_TI, size)], lambda quotient: 100 * (quotient - 1))
 
-    def run(effort: Effort) -> Measured:
-        one = Entry(VIM_TI, size, model_args={"bidirectional": "none"}, label="Vim-Ti one direction")
-        single, both = measure([one, Entry(VIM_TI, size)], effort.repeats, effort.seconds, with_memory=False)
-        remark = f"{1000 * both.median:.0f} against {1000 * single.median:.0f} ms"
-        return Measured(100 * (ratio(both.seconds, single.seconds) - 1), remark, [single, both])
 
-    return run
+def _compared(effort: Effort, pair: Sequence[Entry], scale: Callable[[float], float]) -> Measured:
+    """The time of the second entry as a multiple of the first's, scaled."""
+    results = measure(pair, effort.repeats, effort.seconds, with_memory=False)
+    first, second = results
+    if first.median is None or second.median is None or second.relative is None:
+        return Measured(math.nan, f"{first.error or second.error}", results)
+    quotients = [scale(b / a) for a, b in zip(first.seconds, second.seconds, strict=True)]
+    low, _, high = quartiles(quotients)
+    remark = f"{1000 * first.median:.0f} and {1000 * second.median:.0f} ms, quartiles {low:.2f} and {high:.2f}"
+    return Measured(scale(second.relative), remark, results)
 
 
 def less_memory(passes: str, attention: str) -> Callable[[Effort], Measured]:
     """Per cent by which the peak beyond the loaded model changes from DeiT-Ti to Vim-Ti."""
 
     def run(effort: Effort) -> Measured:
-        ours = _peak(Entry(VIM_TI, 1248, passes=passes))
-        theirs = _peak(Entry(DEIT_TI, 1248, passes=passes, attention=attention))
+        try:
+            ours = _peak(Entry(VIM_TI, 1248, passes=passes))
+            theirs = _peak(Entry(DEIT_TI, 1248, passes=passes, attention=attention))
+        except memory.StepError as error:
+            return Measured(math.nan, str(error))
         return Measured(100 * (ours / theirs - 1), f"{ours / 1e6:.0f} against {theirs / 1e6:.0f} MB")
 
     return run
 
 
-_peaks: dict[tuple, int] = {}
-
-
-def _peak(entry: Entry) -> int:
-    key = (entry.model, entry.passes, entry.attention)
-    if key not in _peaks:
-        _peaks[key] = memory.peak(entry) or 0
-    return _peaks[key]
+@functools.cache
+def _peak(entry: Entry) -> float:
+    return memory.peak(entry) or math.nan
 
 
 def above_floor(effort: Effort) -> Measured:
@@ -173,7 +171,7 @@ def _row(goal: Goal, measured: Measured) -> dict[str, Any]:
         "at_least": None if goal.at_least == float("inf") else goal.at_least,
         "aim": goal.aim,
         "unit": goal.unit,
-        "measured": measured.value,
+        "measured": None if math.isnan(measured.value) else measured.value,
         "remark": measured.remark,
         "results": [report.as_row(result) for result in measured.results],
     }

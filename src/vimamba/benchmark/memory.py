@@ -128,8 +128,6 @@ def reason(error: BaseException) -> str:
 def main(request: str) -> None:
     """The fresh process."""
     asked = json.loads(request)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, this process goes first
     torch.set_num_threads(asked["threads"])
     answer: dict[str, Any] = {"bytes": None, "error": None}
     try:
@@ -140,4 +138,6 @@ def main(request: str) -> None:
 
 
 if __name__ == "__main__":
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, this process goes first
     main(sys.argv[1])
