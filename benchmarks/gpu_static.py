@@ -168,7 +168,7 @@ def analyse(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dic
     binary = compiled(kernel, args, kwargs, TARGETS[arch])
     if arch not in CARDS:
         asm = binary.asm["amdgcn"]
-        spills = re.findall(r"\.(?:sgpr|vgpr)_spill_count:\s+(\d+)", asm)
+        spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", asm)
         result.registers = max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", asm)), default=0)
         result.spilled_bytes = 4 * sum(map(int, spills))
         return result

@@ -50,7 +50,7 @@ def scan_backward_kernel(
     dim = groups * group_dim
     n_blocks = groups * blocks_per_group
     pid = tl.program_id(0)
-    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES)
+    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES, EVEN)
     segment = (pid // n_blocks) % n_segments
     sequence = (pid // (n_blocks * n_segments)).to(tl.int64)
     b, r = sequence % batch, sequence // batch
@@ -138,7 +138,6 @@ def scan_backward_kernel(
             decays = ()
             dts = ()
             dys = ()
-            dzs = ()
             for j in tl.static_range(UNROLL):
                 valid = i + j < stop
                 t = position(i + j, stop, length, backwards)
@@ -161,7 +160,9 @@ def scan_backward_kernel(
                     y = tl.sum(h * Ct, axis=1) + skip * x
                     gate = zs[j].to(tl.float32)
                     open_ = sigmoid(gate)
-                    dzs = dzs + (dy * y * open_ * (1.0 + gate * (1.0 - open_)),)
+                    dgate = dy * y * open_ * (1.0 + gate * (1.0 - open_))
+                    dz_here = row_of(dz_row, t, dz_sl) + offsets
+                    tl.store(dz_here, dgate.to(dz.dtype.element_ty), mask=both(exists, valid))
                     dy = dy * gate * open_
                 if CONST_C:
                     dC_tile += dy[:, None, :] * h
@@ -203,8 +204,6 @@ def scan_backward_kernel(
                 mask = both(exists, valid)
                 tl.store(row_of(du_row, t, du_sl) + offsets, dx.to(du.dtype.element_ty), mask=mask)
                 tl.store(row_of(ddelta_row, t, ddelta_sl) + offsets, ddt.to(ddelta.dtype.element_ty), mask=mask)
-                if HAS_Z:
-                    tl.store(row_of(dz_row, t, dz_sl) + offsets, dzs[j].to(dz.dtype.element_ty), mask=mask)
 
     state_offsets = channel[:, None, :] * N + n[None, :, None] * (state_stride + (end >> 31))
     tl.store(dA + slot * dim * N + state_offsets, dA_tile, mask=state_mask)

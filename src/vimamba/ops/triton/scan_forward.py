@@ -50,7 +50,7 @@ def scan_forward_kernel(
     dim = groups * group_dim
     n_blocks = groups * blocks_per_group
     pid = tl.program_id(0)
-    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES)
+    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES, EVEN)
     segment = (pid // n_blocks) % n_segments
     sequence = (pid // (n_blocks * n_segments)).to(tl.int64)
     b, r = sequence % batch, sequence // batch
