@@ -69,8 +69,10 @@ def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict[str, 
     exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     exempt |= {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
     if options.layer_decay is None:
-        return param_groups_weight_decay(model, options.weight_decay, exempt)
-    groups = param_groups_layer_decay(model, options.weight_decay, exempt, layer_decay=options.layer_decay)
+        return param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=exempt)
+    groups = param_groups_layer_decay(
+        model, options.weight_decay, no_weight_decay_list=exempt, layer_decay=options.layer_decay
+    )
     return [{**group, "lr": options.lr * group["lr_scale"]} for group in groups]
 
 
