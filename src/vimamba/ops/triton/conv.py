@@ -117,25 +117,24 @@ def conv_backward_kernel(
         new_gradients = ()
         new_sums = ()
         for r in tl.static_range(DIRECTIONS):
-            FLIP: tl.constexpr = (REVERSE_MASK >> r) & 1 == 1
-            at = emitted if FLIP else i
+            at = emitted if (REVERSE_MASK >> r) & 1 else i
             inside = (at >= 0) & (at < length)
             here = dy_columns + r * dy_sr + tl.cast(at, tl.int64) * dy_sl
             gradient = tl.load(here, mask=both(exists, inside), other=0.0).to(tl.float32)
             if SILU:
-                before = weighted(window, taps[r], WIDTH, FLIP)
+                before = weighted(window, taps[r], WIDTH, (REVERSE_MASK >> r) & 1)
                 if HAS_BIAS:
                     before += tl.load(bias + r * dim + d, mask=exists, other=0.0)
                 s = sigmoid(before)
                 # Outside the sequence the gradient is 0, whatever the window holds there.
                 gradient = tl.where(inside, gradient * s * (1.0 + before * (1.0 - s)), 0.0)
             gradients_r = shifted(gradients[r], gradient, WIDTH)
-            total += weighted(gradients_r, taps[r], WIDTH, not FLIP)
+            total += weighted(gradients_r, taps[r], WIDTH, 1 - ((REVERSE_MASK >> r) & 1))
             new_gradients = new_gradients + (gradients_r,)
             counted = tl.where((at >= begin) & (at < begin + ROWS), gradient, 0.0)
             sums_r = ()
             for w in tl.static_range(WIDTH):
-                sums_r = sums_r + (sums[r][w] + counted * window[WIDTH - 1 - w if FLIP else w],)
+                sums_r = sums_r + (sums[r][w] + counted * window[WIDTH - 1 - w if (REVERSE_MASK >> r) & 1 else w],)
             new_sums = new_sums + (sums_r + (sums[r][WIDTH] + counted,),)
         gradients = new_gradients
         sums = new_sums

@@ -68,8 +68,13 @@ def step_size(raw, bias, valid, SOFTPLUS: tl.constexpr):
 @triton.jit
 def position(index, end, length, backwards):
     """The token of step `index` of the recurrence, kept below `end` so that every load is in bounds."""
-    step = tl.minimum(index, end - 1).to(tl.int64)
-    return step + backwards * (length - 1 - 2 * step)
+    return backwards * (length - 1) + (1 - 2 * backwards) * tl.minimum(index, end - 1)
+
+
+@triton.jit
+def row_of(pointer, t, stride):
+    """The address of row `t`; the product is 64 bits wide (2^31 elements and more)."""
+    return pointer + tl.cast(t, tl.int64) * stride
 
 
 @triton.jit

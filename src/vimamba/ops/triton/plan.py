@@ -65,7 +65,7 @@ def backward_tiling(sequences: int, groups: int, group_dim: int, length: int, st
     block_n = power_of_two(state)
     lanes = 8 if block_n <= 64 else max(1, 512 // block_n)
     most = max(1, min(8, 512 // (block_n * lanes)))
-    tilings = [Tiling(c, lanes, 4, block_n, 0) for c in (most, most // 2) if c]
+    tilings = [Tiling(c, lanes, 2, block_n, 0) for c in (most, most // 2) if c]
     return _cheapest(tilings, sequences, groups, group_dim, length, processors, 28, 1.4)
 
 

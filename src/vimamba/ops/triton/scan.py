@@ -69,9 +69,19 @@ def pack(B: Tensor, C: Tensor, batch: int, length: int, state: int) -> tuple[Ten
     return packed.flatten(-2), groups
 
 
-def strides(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """Strides of (R, batch, dim, length); zeros for an absent tensor."""
-    return (0, 0, 0, 0) if tensor is None else tensor.stride()  # type: ignore[return-value]
+def strides(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Strides of directions, batch and length; zeros for an absent tensor."""
+    if tensor is None:
+        return 0, 0, 0
+    R, batch, _, length = tensor.stride()
+    return R, batch, length
+
+
+def channels_last(tensor: Tensor | None) -> Tensor | None:
+    """The same (batch, dim, length) with contiguous channels; copied if they are not."""
+    if tensor is None or tensor.stride(1) == 1:
+        return tensor
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Tensor]:
@@ -93,7 +103,7 @@ def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Te
             u, scan.delta_RBDL, scan.z_RBDL, out_RBDL, A, scan.bc_RBGLN, scan.B_DN, scan.C_DN, scan.D_RD,
             scan.bias_RD, states, carry, last,
             *strides(u), *strides(scan.delta_RBDL), *strides(scan.z_RBDL), *strides(out_RBDL),
-            1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, n_states,
+            1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, n_states,
             scan.reverse_mask, scan.scale,
             **_constants(scan, tiling), CHUNK=CHUNK, HAS_D=scan.D_RD is not None,
             CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None,
@@ -127,7 +137,7 @@ def _carries(scan: Scan, tiling: plan.Tiling, dout_RBDL: Tensor | None, dlast_RB
     segment_kernel[(R * batch * (segments - 1) * scan.groups * blocks,)](
         x, scan.delta_RBDL, z, scan.A_RDN, scan.bc_RBGLN, matrix, scan.bias_RD, summary, decay,
         *strides(x), *strides(scan.delta_RBDL), *strides(z),
-        1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, scan.reverse_mask, scan.scale,
+        1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, scan.reverse_mask, scan.scale,
         **constants, CONST=matrix is not None, GRADIENT=gradient,
     )  # fmt: skip
     total = R * batch * dim * state
@@ -187,7 +197,7 @@ def backward(
                 du_RBDL, ddelta_RBDL, dz_RBDL, dA, dbc, dB, dC, dD, dbias,
                 *strides(u), *strides(scan.delta_RBDL), *strides(scan.z_RBDL), *strides(dout_RBDL),
                 *strides(du_RBDL), *strides(ddelta_RBDL), *strides(dz_RBDL),
-                1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, states_RBKDN.shape[2],
+                1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, states_RBKDN.shape[2],
                 scan.reverse_mask, scan.scale,
                 **_constants(scan, tiling), CHUNK=CHUNK, HAS_D=dD is not None,
                 CONST_B=dB is not None, CONST_C=dC is not None,
@@ -210,12 +220,21 @@ def _single(
 ) -> Scan:  # fmt: skip
     """The arguments of the public op as a scan of one direction."""
     bc, groups = pack(B, C, u_BDL.shape[0], u_BDL.shape[2], A_DN.shape[1])
+    u, delta, z = (channels_last(t) for t in (u_BDL, delta_BDL, z_BDL))
+    assert u is not None
+    assert delta is not None
     return Scan(
-        u_BDL[None], delta_BDL[None], A_DN[None].contiguous(), bc,
+        u[None], delta[None], A_DN[None].contiguous(), bc,
         B.contiguous() if B.dim() == 2 else None, C.contiguous() if C.dim() == 2 else None,
-        None if D_D is None else D_D[None].contiguous(), None if z_BDL is None else z_BDL[None],
+        None if D_D is None else D_D[None].contiguous(), None if z is None else z[None],
         None if bias_D is None else bias_D[None].contiguous(), groups, softplus, int(reverse), 1.0,
     )  # fmt: skip
+
+
+def _like(inside_RBDL: Tensor, given_BDL: Tensor) -> Tensor:
+    """The kernel's result in the layout of the tensor that the caller gave."""
+    result = inside_RBDL[0]
+    return result if given_BDL.stride(1) == 1 else torch.empty_like(given_BDL).copy_(result)
 
 
 def scan_forward(
@@ -224,9 +243,9 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The output, the last state and the states before every chunk; see `vimamba.selective_scan`."""
     scan = _single(u_BDL, delta_BDL, A_DN, B, C, D_D, z_BDL, delta_bias_D, delta_softplus, reverse)
-    out_BDL = torch.empty_like(u_BDL)
-    last, states = forward(scan, out_BDL[None], save_states)
-    return out_BDL, last[0], states[0]
+    out_RBDL = torch.empty_like(scan.u_RBDL)
+    last, states = forward(scan, out_RBDL, save_states)
+    return _like(out_RBDL, u_BDL), last[0], states[0]
 
 
 def scan_backward(
@@ -236,17 +255,19 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients of u, delta, A, B, C, D, z and delta_bias."""
     scan = _single(u_BDL, delta_BDL, A_DN, B, C, D_D, z_BDL, delta_bias_D, delta_softplus, reverse)
-    du, ddelta = torch.empty_like(u_BDL), torch.empty_like(delta_BDL)
-    dz = None if z_BDL is None else torch.empty_like(z_BDL)
+    du, ddelta = torch.empty_like(scan.u_RBDL), torch.empty_like(scan.delta_RBDL)
+    dz = None if scan.z_RBDL is None else torch.empty_like(scan.z_RBDL)
     dlast = None if dlast_BDN is None else dlast_BDN[None].float().contiguous()
-    grads = backward(
-        scan, dout_BDL[None], dlast, states_BKDN[None].contiguous(), du[None], ddelta[None],
-        None if dz is None else dz[None],
-    )  # fmt: skip
+    dout = channels_last(dout_BDL)
+    assert dout is not None
+    grads = backward(scan, dout[None], dlast, states_BKDN[None].contiguous(), du, ddelta, dz)
     dB, dC = (_unpacked(grads, m, i, A_DN.shape[1]) for i, m in enumerate((B, C)))
-    dD = None if grads.dD_RD is None else grads.dD_RD[0]
-    dbias = None if grads.dbias_RD is None else grads.dbias_RD[0]
-    return du, ddelta, grads.dA_RDN[0], dB, dC, dD, dz, dbias
+    return (
+        _like(du, u_BDL), _like(ddelta, delta_BDL), grads.dA_RDN[0], dB, dC,
+        None if grads.dD_RD is None else grads.dD_RD[0],
+        None if dz is None or z_BDL is None else _like(dz, z_BDL),
+        None if grads.dbias_RD is None else grads.dbias_RD[0],
+    )  # fmt: skip
 
 
 def _unpacked(grads: Gradients, matrix: Tensor, index: int, state: int) -> Tensor:

@@ -16,10 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, sigmoid, step_size
+from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, row_of, sigmoid, step_size
 from vimamba.ops.triton.scan_forward import load_rows
 
-STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "dout", "du", "ddelta", "dz") for axis in "rbdl"]
+STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "dout", "du", "ddelta", "dz") for axis in "rbl"]
 
 
 @triton.jit
@@ -32,14 +32,14 @@ def add_row(pointer, tile, valid, n, BLOCK_N: tl.constexpr, ATOMIC: tl.constexpr
         tl.store(pointer + n, row, mask=both(n < BLOCK_N, valid))
 
 
-@triton.jit(do_not_specialize=[*STRIDES, "state_stride", "length", "segment_length", "batch", "n_segments"])
+@triton.jit(do_not_specialize=[*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"])
 def scan_backward_kernel(
     u, delta, z, dout, A, bc, B_const, C_const, D, bias, states, carry, scratch,
     du, ddelta, dz, dA, dbc, dB_const, dC_const, dD, dbias,
-    u_sr, u_sb, u_sd, u_sl, delta_sr, delta_sb, delta_sd, delta_sl, z_sr, z_sb, z_sd, z_sl,
-    dout_sr, dout_sb, dout_sd, dout_sl, du_sr, du_sb, du_sd, du_sl,
-    ddelta_sr, ddelta_sb, ddelta_sd, ddelta_sl, dz_sr, dz_sb, dz_sd, dz_sl,
-    state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments, segment_length, n_states,
+    u_sr, u_sb, u_sl, delta_sr, delta_sb, delta_sl, z_sr, z_sb, z_sl,
+    dout_sr, dout_sb, dout_sl, du_sr, du_sb, du_sl,
+    ddelta_sr, ddelta_sb, ddelta_sl, dz_sr, dz_sb, dz_sl,
+    channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments, segment_length, n_states,
     reverse_mask, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
@@ -62,33 +62,32 @@ def scan_backward_kernel(
     n = tl.arange(0, BLOCK_N)
     state_mask = exists[:, None, :] & (n < N)[None, :, None]
     state_offsets = channel[:, None, :] * N + n[None, :, None] * state_stride
-    A_tile = tl.load(A + r * dim * N + state_offsets, mask=state_mask, other=0.0)
-    A2 = A_tile * LOG2E
+    A2 = tl.load(A + r * dim * N + state_offsets, mask=state_mask, other=0.0) * LOG2E
     if CONST_B:
         B_tile = tl.load(B_const + state_offsets, mask=state_mask, other=0.0)
     if CONST_C:
         C_tile = tl.load(C_const + state_offsets, mask=state_mask, other=0.0)
-    shift = tl.load(bias + r * dim + channel, mask=exists, other=0.0) if HAS_BIAS else 0.0
-    skip = tl.load(D + r * dim + channel, mask=exists, other=0.0) if HAS_D else 0.0
+    shift = tl.load(bias + r * dim + channel * state_stride, mask=exists, other=0.0) if HAS_BIAS else 0.0
+    skip = tl.load(D + r * dim + channel * state_stride, mask=exists, other=0.0) if HAS_D else 0.0
     if HAS_CARRY:
         g = tl.load(carry + slot * dim * N + state_offsets, mask=state_mask, other=0.0)
     else:
         g = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
 
-    channel64 = channel.to(tl.int64)
-    u_offsets, delta_offsets, dout_offsets = channel64 * u_sd, channel64 * delta_sd, channel64 * dout_sd
-    du_offsets, ddelta_offsets = channel64 * du_sd, channel64 * ddelta_sd
-    z_offsets, dz_offsets = channel64 * z_sd, channel64 * dz_sd
+    offsets = channel * channel_stride
     u_row, delta_row = u + r * u_sr + b * u_sb, delta + r * delta_sr + b * delta_sb
     dout_row = dout + r * dout_sr + b * dout_sb
     du_row, ddelta_row = du + r * du_sr + b * du_sb, ddelta + r * ddelta_sr + b * ddelta_sb
     if HAS_Z:
         z_row, dz_row = z + r * z_sr + b * z_sb, dz + r * dz_sr + b * dz_sb
-    bc_start = (sequence * groups + group) * length * (2 * BLOCK_N)
+    if not (CONST_B and CONST_C):
+        bc_start = (sequence * groups + group) * length * (2 * BLOCK_N)
+        bc_row, dbc_row = bc + bc_start, dbc + bc_start
     states_row = states + sequence * n_states * dim * N
     # The tile's own order in scratch; the run-time stride keeps the layout (see scan_forward).
-    flat = tl.arange(0, CHANNELS)[:, None, None] * BLOCK_N + n[None, :, None]
-    flat = flat * LANES + tl.arange(0, LANES)[None, None, :] * state_stride
+    # 64-bit indices let the compiler turn all but one address into immediate offsets.
+    flat = tl.arange(0, CHANNELS).to(tl.int64)[:, None, None] * BLOCK_N + n.to(tl.int64)[None, :, None]
+    flat = flat * LANES + (tl.arange(0, LANES) * state_stride).to(tl.int64)[None, None, :]
     scratch_row = scratch + pid.to(tl.int64) * (CHUNK // UNROLL) * TILE
 
     dA_tile = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
@@ -102,24 +101,26 @@ def scan_backward_kernel(
     for back in range(0, tl.cdiv(end - begin, CHUNK)):
         first = begin + (tl.cdiv(end - begin, CHUNK) - 1 - back) * CHUNK
         stop = tl.minimum(first + CHUNK, end)
+        # Adds 0, which the compiler cannot know: it would otherwise keep a tile of addresses in registers.
+        unit = state_stride + (first >> 31)
         turns = tl.cdiv(stop - first, UNROLL)
 
         # 1. Forward through the chunk; the state before every turn goes to scratch.
         here = states_row + tl.cast(first // CHUNK, tl.int64) * dim * N
-        h = tl.load(here + state_offsets, mask=state_mask, other=0.0)
+        h = tl.load(here + channel[:, None, :] * N + n[None, :, None] * unit, mask=state_mask, other=0.0)
         tl.debug_barrier()
         for turn in range(0, turns - 1):
             tl.store(scratch_row + turn * TILE + flat, h)
             i = first + turn * UNROLL
-            us = load_rows(u_row, u_sl, u_offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
-            raws = load_rows(delta_row, delta_sl, delta_offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
+            us = load_rows(u_row, u_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
+            raws = load_rows(delta_row, delta_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
             for j in tl.static_range(UNROLL):
                 dt = step_size(raws[j].to(tl.float32), shift, i + j < stop, SOFTPLUS)
                 if CONST_B:
                     Bt = B_tile
                 else:
                     t = position(i + j, stop, length, backwards)
-                    Bt = tl.load(bc + bc_start + t * (2 * BLOCK_N) + n)[None, :, None]
+                    Bt = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + n)[None, :, None]
                 h = tl.exp2(dt[:, None, :] * A2) * h + (dt * us[j].to(tl.float32))[:, None, :] * Bt
         tl.store(scratch_row + (turns - 1) * TILE + flat, h)
         tl.debug_barrier()
@@ -128,11 +129,11 @@ def scan_backward_kernel(
         for turn_back in range(0, turns):
             i = first + (turns - 1 - turn_back) * UNROLL
             h = tl.load(scratch_row + (turns - 1 - turn_back) * TILE + flat)
-            us = load_rows(u_row, u_sl, u_offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
-            raws = load_rows(delta_row, delta_sl, delta_offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
-            douts = load_rows(dout_row, dout_sl, dout_offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
+            us = load_rows(u_row, u_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
+            raws = load_rows(delta_row, delta_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
+            douts = load_rows(dout_row, dout_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
             if HAS_Z:
-                zs = load_rows(z_row, z_sl, z_offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
+                zs = load_rows(z_row, z_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
             hs = ()
             decays = ()
             dts = ()
@@ -146,11 +147,11 @@ def scan_backward_kernel(
                 if CONST_B:
                     Bt = B_tile
                 else:
-                    Bt = tl.load(bc + bc_start + t * (2 * BLOCK_N) + n)[None, :, None]
+                    Bt = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + n)[None, :, None]
                 if CONST_C:
                     Ct = C_tile
                 else:
-                    Ct = tl.load(bc + bc_start + t * (2 * BLOCK_N) + BLOCK_N + n)[None, :, None]
+                    Ct = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + BLOCK_N + n)[None, :, None]
                 decay = tl.exp2(dt[:, None, :] * A2)
                 hs = hs + (h,)
                 decays = decays + (decay,)
@@ -165,12 +166,11 @@ def scan_backward_kernel(
                 if CONST_C:
                     dC_tile += dy[:, None, :] * h
                 else:
-                    dC_here = dbc + bc_start + t * (2 * BLOCK_N) + BLOCK_N
+                    dC_here = row_of(dbc_row, t, 2 * BLOCK_N) + BLOCK_N
                     add_row(dC_here, dy[:, None, :] * h, valid, n, BLOCK_N, ATOMIC)
                 dts = dts + (dt,)
                 dys = dys + (dy,)
-            for back_j in tl.static_range(UNROLL):
-                j: tl.constexpr = UNROLL - 1 - back_j
+            for j in tl.static_range(UNROLL - 1, -1, -1):
                 valid = i + j < stop
                 t = position(i + j, stop, length, backwards)
                 x = us[j].to(tl.float32)
@@ -179,39 +179,40 @@ def scan_backward_kernel(
                 if CONST_B:
                     Bt = B_tile
                 else:
-                    Bt = tl.load(bc + bc_start + t * (2 * BLOCK_N) + n)[None, :, None]
+                    Bt = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + n)[None, :, None]
                 if CONST_C:
                     Ct = C_tile
                 else:
-                    Ct = tl.load(bc + bc_start + t * (2 * BLOCK_N) + BLOCK_N + n)[None, :, None]
+                    Ct = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + BLOCK_N + n)[None, :, None]
                 g += dy[:, None, :] * Ct
                 dinput = tl.sum(g * Bt, axis=1)
                 if CONST_B:
                     dB_tile += g * (dt * x)[:, None, :]
                 else:
-                    dB_here = dbc + bc_start + t * (2 * BLOCK_N)
+                    dB_here = row_of(dbc_row, t, 2 * BLOCK_N)
                     add_row(dB_here, g * (dt * x)[:, None, :], valid, n, BLOCK_N, ATOMIC)
                 g *= decays[j]
                 through = g * hs[j]
                 dA_tile += through * dt[:, None, :]
-                ddt = tl.sum(through * A_tile, axis=1) + dinput * x
+                ddt = tl.sum(through * A2, axis=1) * (1.0 / LOG2E) + dinput * x
                 dx = dinput * dt + skip * dy
                 if SOFTPLUS:
                     ddt = ddt * sigmoid(raws[j].to(tl.float32) + shift)
                 dD_tile += dy * x
                 dbias_tile += tl.where(valid, ddt, 0.0)
                 mask = both(exists, valid)
-                tl.store(du_row + t * du_sl + du_offsets, dx.to(du.dtype.element_ty), mask=mask)
-                tl.store(ddelta_row + t * ddelta_sl + ddelta_offsets, ddt.to(ddelta.dtype.element_ty), mask=mask)
+                tl.store(row_of(du_row, t, du_sl) + offsets, dx.to(du.dtype.element_ty), mask=mask)
+                tl.store(row_of(ddelta_row, t, ddelta_sl) + offsets, ddt.to(ddelta.dtype.element_ty), mask=mask)
                 if HAS_Z:
-                    tl.store(dz_row + t * dz_sl + dz_offsets, dzs[j].to(dz.dtype.element_ty), mask=mask)
+                    tl.store(row_of(dz_row, t, dz_sl) + offsets, dzs[j].to(dz.dtype.element_ty), mask=mask)
 
+    state_offsets = channel[:, None, :] * N + n[None, :, None] * (state_stride + (end >> 31))
     tl.store(dA + slot * dim * N + state_offsets, dA_tile, mask=state_mask)
     if CONST_B:
         tl.store(dB_const + slot * dim * N + state_offsets, dB_tile, mask=state_mask)
     if CONST_C:
         tl.store(dC_const + slot * dim * N + state_offsets, dC_tile, mask=state_mask)
     if HAS_D:
-        tl.store(dD + slot * dim + channel, dD_tile, mask=exists)
+        tl.store(dD + slot * dim + channel * state_stride, dD_tile, mask=exists)
     if HAS_BIAS:
-        tl.store(dbias + slot * dim + channel, dbias_tile, mask=exists)
+        tl.store(dbias + slot * dim + channel * state_stride, dbias_tile, mask=exists)

@@ -17,9 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, sigmoid, step_size
+from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, row_of, sigmoid, step_size
 
-STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "out") for axis in "rbdl"]
+STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "out") for axis in "rbl"]
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def load_rows(row, stride, offsets, mask, index, end, length, backwards, ROWS: t
     """ROWS rows of a tile, one a step from step `index`, as stored."""
     rows = ()
     for j in tl.static_range(ROWS):
-        here = row + position(index + j, end, length, backwards) * stride
+        here = row_of(row, position(index + j, end, length, backwards), stride)
         if EVEN:
             rows = rows + (tl.load(here + offsets),)
         else:
@@ -35,12 +35,12 @@ def load_rows(row, stride, offsets, mask, index, end, length, backwards, ROWS: t
     return rows
 
 
-@triton.jit(do_not_specialize=[*STRIDES, "state_stride", "length", "segment_length", "batch", "n_segments"])
+@triton.jit(do_not_specialize=[*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"])
 def scan_forward_kernel(
     u, delta, z, out, A, bc, B_const, C_const, D, bias, states, carry, last,
-    u_sr, u_sb, u_sd, u_sl, delta_sr, delta_sb, delta_sd, delta_sl,
-    z_sr, z_sb, z_sd, z_sl, out_sr, out_sb, out_sd, out_sl,
-    state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments, segment_length, n_states,
+    u_sr, u_sb, u_sl, delta_sr, delta_sb, delta_sl,
+    z_sr, z_sb, z_sl, out_sr, out_sb, out_sl,
+    channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments, segment_length, n_states,
     reverse_mask, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
@@ -66,17 +66,15 @@ def scan_forward_kernel(
         B_tile = tl.load(B_const + state_offsets, mask=state_mask, other=0.0)
     if CONST_C:
         C_tile = tl.load(C_const + state_offsets, mask=state_mask, other=0.0)
-    shift = tl.load(bias + r * dim + channel, mask=exists, other=0.0) if HAS_BIAS else 0.0
-    skip = tl.load(D + r * dim + channel, mask=exists, other=0.0) if HAS_D else 0.0
+    shift = tl.load(bias + r * dim + channel * state_stride, mask=exists, other=0.0) if HAS_BIAS else 0.0
+    skip = tl.load(D + r * dim + channel * state_stride, mask=exists, other=0.0) if HAS_D else 0.0
     if HAS_CARRY:
         carry_base = carry + (sequence * n_segments + segment) * dim * N
         h = tl.load(carry_base + state_offsets, mask=state_mask, other=0.0)
     else:
         h = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
 
-    channel64 = channel.to(tl.int64)
-    u_offsets, delta_offsets = channel64 * u_sd, channel64 * delta_sd
-    z_offsets, out_offsets = channel64 * z_sd, channel64 * out_sd
+    offsets = channel * channel_stride
     u_row, delta_row = u + r * u_sr + b * u_sb, delta + r * delta_sr + b * delta_sb
     out_row = out + r * out_sr + b * out_sb
     if HAS_Z:
@@ -86,15 +84,15 @@ def scan_forward_kernel(
     states_row = states + sequence * n_states * dim * N
 
     # Rows are fetched one turn ahead, so that the work of a turn hides the latency of the next one's loads.
-    us = load_rows(u_row, u_sl, u_offsets, exists, begin, end, length, backwards, UNROLL, EVEN)
-    deltas = load_rows(delta_row, delta_sl, delta_offsets, exists, begin, end, length, backwards, UNROLL, EVEN)
+    us = load_rows(u_row, u_sl, offsets, exists, begin, end, length, backwards, UNROLL, EVEN)
+    deltas = load_rows(delta_row, delta_sl, offsets, exists, begin, end, length, backwards, UNROLL, EVEN)
     for i in range(begin, end, UNROLL):
-        next_us = load_rows(u_row, u_sl, u_offsets, exists, i + UNROLL, end, length, backwards, UNROLL, EVEN)
+        next_us = load_rows(u_row, u_sl, offsets, exists, i + UNROLL, end, length, backwards, UNROLL, EVEN)
         next_deltas = load_rows(
-            delta_row, delta_sl, delta_offsets, exists, i + UNROLL, end, length, backwards, UNROLL, EVEN
+            delta_row, delta_sl, offsets, exists, i + UNROLL, end, length, backwards, UNROLL, EVEN
         )
         if HAS_Z:
-            zs = load_rows(z_row, z_sl, z_offsets, exists, i, end, length, backwards, UNROLL, EVEN)
+            zs = load_rows(z_row, z_sl, offsets, exists, i, end, length, backwards, UNROLL, EVEN)
         if SAVE_STATES:
             if i % CHUNK == 0:
                 here = states_row + tl.cast(i // CHUNK, tl.int64) * dim * N
@@ -108,11 +106,11 @@ def scan_forward_kernel(
             if CONST_B:
                 Bt = B_tile
             else:
-                Bt = tl.load(bc_row + t * (2 * BLOCK_N) + n)[None, :, None]
+                Bt = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + n)[None, :, None]
             if CONST_C:
                 Ct = C_tile
             else:
-                Ct = tl.load(bc_row + t * (2 * BLOCK_N) + BLOCK_N + n)[None, :, None]
+                Ct = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + BLOCK_N + n)[None, :, None]
             h = tl.exp2(dt[:, None, :] * A2) * h + (dt * x)[:, None, :] * Bt
             y = tl.sum(h * Ct, axis=1) + skip * x
             if HAS_Z:
@@ -120,8 +118,8 @@ def scan_forward_kernel(
                 y = y * gate * sigmoid(gate) * scale
             ys = ys + (y,)
         for j in tl.static_range(UNROLL):
-            here = out_row + position(i + j, end, length, backwards) * out_sl
-            tl.store(here + out_offsets, ys[j].to(out.dtype.element_ty), mask=both(exists, i + j < end))
+            here = row_of(out_row, position(i + j, end, length, backwards), out_sl)
+            tl.store(here + offsets, ys[j].to(out.dtype.element_ty), mask=both(exists, i + j < end))
         us = next_us
         deltas = next_deltas
 

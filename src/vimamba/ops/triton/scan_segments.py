@@ -15,16 +15,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, sigmoid, step_size
+from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, row_of, sigmoid, step_size
 
-STRIDES = [f"{tensor}_s{axis}" for tensor in ("x", "delta", "z") for axis in "rbdl"]
+STRIDES = [f"{tensor}_s{axis}" for tensor in ("x", "delta", "z") for axis in "rbl"]
 
 
-@triton.jit(do_not_specialize=[*STRIDES, "state_stride", "length", "segment_length", "batch", "n_segments"])
+@triton.jit(do_not_specialize=[*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"])
 def segment_kernel(
     x, delta, z, A, bc, M_const, bias, summary, decay,
-    x_sr, x_sb, x_sd, x_sl, delta_sr, delta_sb, delta_sd, delta_sl, z_sr, z_sb, z_sd, z_sl,
-    state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments, segment_length,
+    x_sr, x_sb, x_sl, delta_sr, delta_sb, delta_sl, z_sr, z_sb, z_sl,
+    channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments, segment_length,
     reverse_mask, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, CONST: tl.constexpr,
@@ -48,8 +48,8 @@ def segment_kernel(
     A2 = tl.load(A + r * dim * N + state_offsets, mask=state_mask, other=0.0) * LOG2E
     if CONST:
         M_tile = tl.load(M_const + state_offsets, mask=state_mask, other=0.0)
-    shift = tl.load(bias + r * dim + channel, mask=exists, other=0.0) if HAS_BIAS else 0.0
-    channel64 = channel.to(tl.int64)
+    shift = tl.load(bias + r * dim + channel * state_stride, mask=exists, other=0.0) if HAS_BIAS else 0.0
+    offsets = channel * channel_stride
     x_row = x + r * x_sr + b * x_sb
     delta_row = delta + r * delta_sr + b * delta_sb
     if GRADIENT and HAS_Z:
@@ -66,17 +66,17 @@ def segment_kernel(
             valid = start + j < end
             t = position(tl.maximum(i, begin), end, length, backwards)
             mask = both(exists, valid)
-            raw = tl.load(delta_row + t * delta_sl + channel64 * delta_sd, mask=mask, other=0.0).to(tl.float32)
-            value = tl.load(x_row + t * x_sl + channel64 * x_sd, mask=mask, other=0.0).to(tl.float32)
+            raw = tl.load(row_of(delta_row, t, delta_sl) + offsets, mask=mask, other=0.0).to(tl.float32)
+            value = tl.load(row_of(x_row, t, x_sl) + offsets, mask=mask, other=0.0).to(tl.float32)
             if CONST:
                 Mt = M_tile
             else:
-                Mt = tl.load(bc_row + t * (2 * BLOCK_N) + n)[None, :, None]
+                Mt = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + n)[None, :, None]
             dt = step_size(raw, shift, valid, SOFTPLUS)
             a = tl.exp2(dt[:, None, :] * A2)
             if GRADIENT:
                 if HAS_Z:
-                    gate = tl.load(z_row + t * z_sl + channel64 * z_sd, mask=mask, other=0.0).to(tl.float32)
+                    gate = tl.load(row_of(z_row, t, z_sl) + offsets, mask=mask, other=0.0).to(tl.float32)
                     value = value * gate * sigmoid(gate) * scale
                 h = a * (h + value[:, None, :] * Mt)
             else:
@@ -84,7 +84,7 @@ def segment_kernel(
             total += dt
     slot = sequence * n_segments + segment
     tl.store(summary + slot * dim * N + state_offsets, h, mask=state_mask)
-    tl.store(decay + slot * dim + channel, total, mask=exists)
+    tl.store(decay + slot * dim + channel * state_stride, total, mask=exists)
 
 
 @triton.jit(do_not_specialize=["total", "state_size", "n_segments", "batch"])
