@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import timm
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from timm.data import resolve_data_config
@@ -145,7 +145,8 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     folder = Path(run_options.output or default_output(run_options))
     checkpoint = run_folder.check_resumable(folder, card) if options.resume else None
     task, note = build_task(run_options, card, optim, augment)
-    if rank_zero_only.rank == 0 and checkpoint is None:
+    first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if first_process and checkpoint is None:
         run_folder.prepare_folder(folder, options.overwrite)
         run_folder.check_space(folder, task.model)
         write_config(options, folder)
