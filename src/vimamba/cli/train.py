@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import timm
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from timm.data import resolve_data_config
