@@ -137,10 +137,12 @@ def main() -> None:
     rate, bytes_a_second = inner_loop_rate(), bandwidth()
     about = f"{platform.machine()}, {cpu.instruction_set()}, {options.threads} threads, torch {torch.__version__}"
     print(
-        f"{about}\ninner loop {rate / 1e9 / options.threads:.2f} G updates/s/thread, copy {bytes_a_second / 1e9:.1f} GB/s"
+        f"{about}\n"
+        f"inner loop {rate / 1e9 / options.threads:.2f} G updates/s/thread, copy {bytes_a_second / 1e9:.1f} GB/s"
     )
     print(
-        f"{'shape':>10} {'type':>8} {'what':>19} {'ms':>8} {'least':>8} {'G/s/thread':>10} {'x floor':>7} {'x forward':>9}"
+        f"{'shape':>10} {'type':>8} {'what':>19} {'ms':>8} {'least':>8} {'G/s/thread':>10} {'x floor':>7}"
+        f" {'x forward':>9}"
     )
     rows = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -45,8 +45,6 @@ inline int64_t reach_at(int64_t position, int64_t length, bool reverse) {
   return reverse ? length - 1 - position : position;
 }
 
-constexpr int kMaxWidth = 16;  // wider convolutions are refused by ops.cpp
-
 template <class T>
 void conv_forward_task(const Conv& conv, int64_t b, int64_t begin, int64_t end) {
   alignas(64) float weight[kMaxWidth * W];

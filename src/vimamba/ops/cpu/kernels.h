@@ -13,6 +13,8 @@ namespace vimamba {
 
 constexpr int64_t kChunk = 64;  // steps between two saved states; vimamba.ops.backends.CHUNK
 
+constexpr int kMaxWidth = 16;  // of a convolution
+
 struct Rows {  // a (B, L, D) activation, channels contiguous
   void* data;
   int64_t batch_stride, time_stride;

@@ -144,6 +144,8 @@ void scan_backward(const Tensor dout, const Maybe dlast, const Tensor u, const T
 
 Conv conv_of(const Tensor& x, const Tensor& y, const Tensor& weight, const Maybe& bias, bool silu,
              bool reverse) {
+  STD_TORCH_CHECK(weight.size(1) <= kMaxWidth, "the CPU kernels take convolutions of width 1 to ", kMaxWidth,
+                  ", got ", weight.size(1));
   return {x.size(0), x.size(1), x.size(2), weight.size(1), is_bf16(x), silu,
           reverse,   rows(x),   rows(y),   data(weight),   data(bias)};
 }
