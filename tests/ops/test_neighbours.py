@@ -95,6 +95,17 @@ def test_norm_keeps_the_residual_in_float32(backend):
     assert rms_norm(rand(3, 8).float(), torch.ones(8), out_dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_norm_chooses_a_backend_that_knows_both_types(dtype, out_dtype):
+    x = rand(50, 33).to(dtype).requires_grad_()
+    normed, _ = rms_norm(x, torch.ones(33), out_dtype=out_dtype)
+    assert normed.dtype == out_dtype
+    assert error(normed, reference.rms_norm(x.double(), torch.ones(33))[0]) < 1e-3
+    normed.float().square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
 FLAGS = {
     "none": [(False, False)],
     "ssm": [(False, False), (False, True)],

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "teach a model the classes of your images",
     "eval": "measure a trained model on held-out images",
     "predict": "name what is in images",
+    "bench": "measure time and memory of models side by side",
     "models": "list the models, with their size and cost",
     "info": "show versions, devices and which scan backends are usable",
 }

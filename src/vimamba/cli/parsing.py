@@ -55,12 +55,12 @@ def explain(parser: ArgumentParser, message: str) -> str:
     if found := re.match(r"Option '([^']+)' is not accepted", message):
         hint = nearest("--" + found[1], names).replace("--", "") or otherwise
         return f"--config: '{found[1]}' is not an option of {parser.prog}{hint}"
-    if found := re.match(r'Parser key "([^"]+)":', message):
+    if found := re.match(r'Parser key "([^"]+)"(?: element \d+)?:', message):
         key = found[1]
         if key == "config":
             problem = _flat(message.split(":", 1)[1])
             return f"--config: {problem.replace('File does not exist:', 'there is no file')}"
-        kinds = [a._typehint for a in parser._actions if a.dest == key and hasattr(a, "_typehint")]
+        kinds = [getattr(a, "_typehint", a.type) for a in parser._actions if a.dest == key]
         values = re.findall(r"Got value: (.*)", message)
         if kinds and values:
             return f"--{key}: expected {describe(kinds[0])}, got {values[-1].strip() or 'nothing'}"

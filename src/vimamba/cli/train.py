@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import timm
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from timm.data import resolve_data_config
@@ -18,7 +19,8 @@ from vimamba.cli import terminal
 from vimamba.cli.parsing import add_options, take
 from vimamba.cli.train_progress import TrainProgress, duration
 from vimamba.data.loaders import ImageDataModule, default_workers
-from vimamba.data.sources import ImageData, open_data
+from vimamba.data.sample import write_digits
+from vimamba.data.sources import BUILT_IN, ImageData, open_data
 from vimamba.data.transforms import AugmentOptions, Preprocessing
 from vimamba.errors import UserError, require
 from vimamba.tasks import run_folder
@@ -143,10 +145,11 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     folder = Path(run_options.output or default_output(run_options))
     checkpoint = run_folder.check_resumable(folder, card) if options.resume else None
     task, note = build_task(run_options, card, optim, augment)
-    if rank_zero_only.rank == 0 and checkpoint is None:
+    first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if first_process and checkpoint is None:
         run_folder.prepare_folder(folder, options.overwrite)
         run_folder.check_space(folder, task.model)
-        write_config(parser, options, folder)
+        write_config(options, folder)
     files = RunFolder(folder, data.name)
     workers = default_workers(data) if run_options.num_workers is None else run_options.num_workers
     module = ImageDataModule(data, prep, augment, optim.batch_size, workers, run_options.seed)
@@ -227,14 +230,14 @@ def build_trainer(
         raise UserError(f"{given}: not possible here: {error}") from error
 
 
-def write_config(parser: ArgumentParser, options: Namespace, folder: Path) -> None:
+def write_config(options: Namespace, folder: Path) -> None:
     """Every option of the run, so that `--config` repeats it."""
     kept = options.clone()
     for name in OF_THE_CALL:
         kept.pop(name, None)
     kept["output"] = str(folder)
     try:
-        text = parser.dump(kept, skip_validation=True, skip_none=False)
+        text = yaml.safe_dump(kept.as_dict(), sort_keys=False, allow_unicode=True)
         (folder / run_folder.CONFIG).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder / run_folder.CONFIG}: cannot be written ({error.strerror})") from error
@@ -280,4 +283,8 @@ def print_summary(console: Any, folder: Path, files: RunFolder, skipped: Skipped
     )
     console.print(f"In {folder}: {', '.join(n for n in run_folder.OWN_FILES if (folder / n).exists())}", markup=False)
     name = shlex.quote(str(folder))
-    console.print(f"Next: vimamba eval {name}   vimamba predict {name} IMAGE...", markup=False)
+    pictures = "IMAGE..."
+    if files.trained_on in BUILT_IN:
+        pictures = f"{shlex.quote(str(write_digits(folder / 'digits')[0].parent))}/*.png"
+    console.print(f"Next: vimamba eval {name}", markup=False)
+    console.print(f"      vimamba predict {name} {pictures}", markup=False)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vimamba.layers.mixer import BidirectionalMixer
 from vimamba.layers.norm import LayerNorm, RMSNorm
+from vimamba.layers.tokens import Layout
 
 
 class Block(nn.Module):
@@ -24,9 +25,11 @@ class Block(nn.Module):
         self.norm = norm
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, hidden: Tensor, residual: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, reverse: bool = False, layout: Layout | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(batch, length, dim) of the previous block and the stream before it, to the same of this block."""
         if residual is not None:
             hidden = self.drop_path(hidden)
         normed, residual = self.norm(hidden, residual)
-        return self.mixer(normed, reverse), residual
+        return self.mixer(normed, reverse, layout), residual

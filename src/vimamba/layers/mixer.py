@@ -3,14 +3,47 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vimamba.layers.gate import DirectionGate
+from vimamba.layers.paths import Path, parse_paths, route
+from vimamba.layers.tokens import Layout, insert_tokens, split_tokens
 from vimamba.ops import Direction, mixer
 
 MODES = ("none", "ssm", "ssm_conv")
-MERGES = ("mean", "sum")
+MERGES = ("mean", "sum", "gate")
+PATH_WEIGHTS = ("own", "shared")
+CONVS = ("1d", "2d")
+
+
+class Way(NamedTuple):
+    """One direction of a mixer: its path, the names of its weights, and the sense of its two recurrences."""
+
+    path: Path
+    weights: str  # suffix of conv1d, x_proj, dt_proj and D
+    A: str
+    conv_reverse: bool
+    scan_reverse: bool
+
+
+def ways_of(paths: Sequence[Path], mode: str, path_weights: str) -> list[Way]:
+    """Every direction that `paths` and `mode` make; the first path has the official names."""
+    ways = []
+    for i, path in enumerate(paths):
+        own = "" if i == 0 or path_weights == "shared" else f"_{path.name}"
+        forward, back_A = f"A{own}_log", f"A{own}_b_log"
+        if path.sense != "both" or mode == "none":
+            backward = path.sense == "backward"
+            ways.append(Way(path, own, forward, backward, backward))
+        elif mode == "ssm":
+            ways += [Way(path, own, forward, False, False), Way(path, own, back_A, False, True)]
+        else:
+            ways += [Way(path, own, forward, False, False), Way(path, f"{own}_b", back_A, True, True)]
+    return ways
 
 
 class BidirectionalMixer(nn.Module):
@@ -24,7 +57,14 @@ class BidirectionalMixer(nn.Module):
         dt_rank: rank of the step-size projection; "auto" is ceil(dim / 16).
         mode: "none" is one direction; "ssm" scans back with its own A over the same convolution and projections
             (the official v1); "ssm_conv" has everything of its own for each direction (v2, the published models).
-        merge: "mean" or "sum" of the directions.
+        merge: "mean" or "sum" of the directions, or "gate": their mean, each weighed by a learned gate.
+        paths: the orders in which the grid is read, see `layers.paths`; each is read in the senses that `mode` says,
+            unless it names its own.
+        path_weights: "own" weights for each path, or those of the first "shared" by all.
+        gate: "image" or "token": what a gate is computed for.
+        conv: "1d", the causal convolution of each direction, or "2d": one of 3×3 on the grid in front of all of them;
+            tokens that are not patches pass it by.
+        pooled_token: put the mean of the tokens in front of those a single direction reads (arXiv 2410.07599).
         dt_min, dt_max: range of the initial step sizes.
         dt_init: "random" or "constant" initial weights of the step-size projection.
         dt_scale, dt_init_floor: scale of those weights, and lower bound of the initial step sizes.
@@ -42,6 +82,11 @@ class BidirectionalMixer(nn.Module):
         dt_rank: int | str = "auto",
         mode: str = "ssm_conv",
         merge: str = "mean",
+        paths: Sequence[str | Path] = ("row",),
+        path_weights: str = "own",
+        gate: str = "image",
+        conv: str = "1d",
+        pooled_token: bool = False,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         dt_init: str = "random",
@@ -53,59 +98,142 @@ class BidirectionalMixer(nn.Module):
     ) -> None:
         super().__init__()
         self.mode, self.merge = mode, merge
+        self.paths = parse_paths(paths)
+        self.ways = ways_of(self.paths, mode, path_weights)
+        self.pooled_token = pooled_token
+        if pooled_token and (len(self.ways) > 1 or not self.paths[0].along_rows):
+            raise ValueError("pooled_token stands in front of one direction along the rows, but the mixer has others")
+        if merge == "gate" and len(self.ways) == 1:
+            raise ValueError('merge="gate" needs two directions or more to choose from, but the mixer has one')
         inner = int(expand * dim)
         rank = math.ceil(dim / 16) if dt_rank == "auto" else int(dt_rank)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=bias)
-        for suffix in ("", "_b") if mode == "ssm_conv" else ("",):
-            conv = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias)
+        for suffix in dict.fromkeys(way.weights for way in self.ways):
+            if conv == "1d":
+                causal = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias)
+                setattr(self, f"conv1d{suffix}", causal)
             dt_proj = nn.Linear(rank, inner)
             _init_dt(dt_proj, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
-            setattr(self, f"conv1d{suffix}", conv)
             setattr(self, f"x_proj{suffix}", nn.Linear(inner, rank + 2 * d_state, bias=False))
             setattr(self, f"dt_proj{suffix}", dt_proj)
             setattr(self, f"D{suffix}", nn.Parameter(torch.ones(inner)))
-        for name in ("A_log",) if mode == "none" else ("A_log", "A_b_log"):
+        for name in dict.fromkeys(way.A for way in self.ways):
             steps = torch.arange(1, d_state + 1, dtype=torch.float32)
             setattr(self, name, nn.Parameter(steps.log().repeat(inner, 1)))
+        self.conv2d = nn.Conv2d(inner, inner, 3, groups=inner, padding=1, bias=conv_bias) if conv == "2d" else None
+        self.gate = DirectionGate(dim, len(self.ways), gate) if merge == "gate" else None
         self.out_proj = nn.Linear(inner, dim, bias=bias)
         self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that keep their scale: A and D of every direction, and the biases that set the time scale."""
-        kept = ("A_log", "A_b_log", "D", "D_b")
+        kept = {way.A for way in self.ways} | {f"D{way.weights}" for way in self.ways}
         return {n for n, _ in self.named_parameters() if n in kept or n.endswith("bias")}
 
-    def _direction(self, suffix: str, name_A: str, conv_reverse: bool, scan_reverse: bool) -> Direction:
-        conv = getattr(self, f"conv1d{suffix}")
-        dt_proj = getattr(self, f"dt_proj{suffix}")
-        log_A = getattr(self, name_A)
+    def _direction(self, way: Way, reverse: bool) -> Direction:
+        dt_proj = getattr(self, f"dt_proj{way.weights}")
+        D = getattr(self, f"D{way.weights}")
+        log_A = getattr(self, way.A)
+        if self.conv2d is not None:  # its output only has its SiLU to come: a convolution of width 1
+            taps, bias = D.new_ones(D.shape[0], 1), D.new_zeros(D.shape[0])
+        else:
+            conv = getattr(self, f"conv1d{way.weights}")
+            taps = conv.weight.squeeze(1)
+            bias = conv.bias if conv.bias is not None else taps.new_zeros(taps.shape[0])
         return Direction(
-            conv_weight=conv.weight.squeeze(1),
-            conv_bias=conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.weight.shape[0]),
-            x_proj_weight=getattr(self, f"x_proj{suffix}").weight,
+            conv_weight=taps,
+            conv_bias=bias,
+            x_proj_weight=getattr(self, f"x_proj{way.weights}").weight,
             dt_proj_weight=dt_proj.weight,
             dt_bias=dt_proj.bias,
             A=-torch.exp(log_A if log_A.dtype == torch.float64 else log_A.float()),
-            D=getattr(self, f"D{suffix}"),
-            conv_reverse=conv_reverse,
-            scan_reverse=scan_reverse,
+            D=D,
+            conv_reverse=way.conv_reverse != reverse,
+            scan_reverse=way.scan_reverse != reverse,
         )
 
     def directions(self, reverse: bool = False) -> list[Direction]:
         """The weights and sense of each direction; `reverse` turns all of them round."""
-        ways = [self._direction("", "A_log", reverse, reverse)]
-        if self.mode == "ssm":
-            ways.append(self._direction("", "A_b_log", reverse, not reverse))
-        elif self.mode == "ssm_conv":
-            ways.append(self._direction("_b", "A_b_log", not reverse, not reverse))
-        return ways
+        return [self._direction(way, reverse) for way in self.ways]
 
-    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """(batch, length, dim) to the same; `reverse` gives what the flipped sequence would, flipped back."""
-        ways = self.directions(reverse)
-        y = mixer(self.in_proj(x), ways, 1 / len(ways) if self.merge == "mean" else 1.0)
+    def forward(self, x: Tensor, reverse: bool = False, layout: Layout | None = None) -> Tensor:
+        """(batch, length, dim) to the same; `reverse` gives what the flipped sequence would, flipped back.
+
+        `layout` says where the tokens stand on the grid; only paths other than "row" and conv="2d" need it.
+        """
+        gates = self.gate(x) if self.gate is not None else None
+        backward = self.ways[0].scan_reverse != reverse
+        if self.pooled_token:
+            mean = x.mean(1, keepdim=True)
+            x = torch.cat([x, mean] if backward else [mean, x], dim=1)
+            layout = layout and layout.with_token(x.shape[1] - 1 if backward else 0)
+        xz = self.in_proj(x)
+        if self.conv2d is not None:
+            xz = self._convolve_grid(xz, _needed(layout, 'conv="2d"'))
+        if gates is not None:
+            y = self._gated(xz, gates, reverse, layout)
+        else:
+            y = self._merged(xz, reverse, layout, 1.0 if self.merge == "sum" else 1 / len(self.ways))
         out = self.out_proj(y)
+        if self.pooled_token:
+            out = out[:, :-1] if backward else out[:, 1:]
         return out if self.gamma is None else out * self.gamma
+
+    def _convolve_grid(self, xz_BLE: Tensor, layout: Layout) -> Tensor:
+        """The 2-D convolution of the patches' input half; the gate and the other tokens stay."""
+        assert self.conv2d is not None
+        x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
+        patches, others = split_tokens(x_BLD, layout.extras)
+        patches = self.conv2d(patches.transpose(1, 2).unflatten(2, layout.grid)).flatten(2).transpose(1, 2)
+        return torch.cat([insert_tokens(patches, others, layout.extras), z_BLD], dim=-1)
+
+    def _along(
+        self, path: Path, xz_BLE: Tensor, directions: list[Direction], scale: float, layout: Layout | None
+    ) -> Tensor:
+        """The sum of directions that share a path, in row order."""
+        if path.along_rows:
+            return mixer(xz_BLE, directions, scale)
+        way = route(path, _needed(layout, f'paths: "{path.name}"'), xz_BLE.device)
+        assert way is not None
+        return mixer(xz_BLE.index_select(1, way.order), directions, scale).index_select(1, way.rank)
+
+    def _merged(self, xz_BLE: Tensor, reverse: bool, layout: Layout | None, scale: float) -> Tensor:
+        """The scaled sum over all directions: one call, and at most one gather each way, for each path."""
+        total: Tensor | None = None
+        for path in self.paths:
+            directions = [self._direction(way, reverse) for way in self.ways if way.path is path]
+            y = self._along(path, xz_BLE, directions, scale, layout)
+            total = y if total is None else total + y
+        assert total is not None
+        return total
+
+    def _gated(self, xz_BLE: Tensor, gates_BLG: Tensor, reverse: bool, layout: Layout | None) -> Tensor:
+        """The mean of all directions, each times twice its gate; in evaluation without those under the threshold."""
+        assert self.gate is not None
+        scale = 1 / len(self.ways)
+        weights_BLG = (2 * gates_BLG).to(xz_BLE.dtype)
+        total: Tensor | None = None
+        for i, way in enumerate(self.ways):
+            directions, weight = [self._direction(way, reverse)], weights_BLG[..., i : i + 1]
+            images = None
+            if self.gate.threshold > 0 and not self.training:
+                images = (gates_BLG[:, 0, i] >= self.gate.threshold).nonzero()[:, 0]
+                if len(images) == 0:
+                    continue
+            if images is None or len(images) == len(xz_BLE):
+                y = self._along(way.path, xz_BLE, directions, scale, layout) * weight
+                total = y if total is None else total + y
+            else:
+                y = self._along(way.path, xz_BLE[images], directions, scale, layout) * weight[images]
+                base = y.new_zeros(len(xz_BLE), *y.shape[1:]) if total is None else total
+                total = base.index_add(0, images, y)
+        return xz_BLE.new_zeros(*xz_BLE.shape[:2], xz_BLE.shape[2] // 2) if total is None else total
+
+
+def _needed(layout: Layout | None, what: str) -> Layout:
+    if layout is None:
+        raise ValueError(f"{what} needs the grid, but the mixer was called without a layout")
+    return layout
 
 
 def _init_dt(

@@ -45,4 +45,13 @@ class LayerNorm(nn.LayerNorm):
         return normed.to(compute_dtype(x)), total
 
 
+class NoNorm(nn.Module):
+    """Stands for a norm that was pruned: the sum with the residual stream, not normalised."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(batch, length, dim) and the stream so far to the sum, twice."""
+        total = x if residual is None else x + residual
+        return total, total
+
+
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}

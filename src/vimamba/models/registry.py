@@ -12,9 +12,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from vimamba.errors import UserError, nearest
+from vimamba.layers.pos_embed import resize_pos_embed
 from vimamba.layers.tokens import CLASS_TOKENS
 from vimamba.models.checkpoints import load_weights, published_weights, read_checkpoint, state_dict_of
-from vimamba.models.vision_mamba import VisionMamba, resize_pos_embed
+from vimamba.models.vision_mamba import VisionMamba
 
 __all__ = [
     "vim_base_patch16_224",
@@ -169,13 +170,15 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Floating-point operations of a forward pass over one image (channels, height, width).
+    """Floating-point operations of a forward pass over one image (channels, height, width), of any model.
 
-    Products and sums count as two; a state update of the scan as nine, as the Mamba authors count.
+    Products and sums count as two; a state update of the scan as nine, as the Mamba authors count. Nothing is computed.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(model.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), shapes_only, FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *input_size, device=device))
     return counter.get_total_flops()

@@ -6,25 +6,39 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, resample_abs_pos_embed, resample_patch_embed, to_2tuple, trunc_normal_
+from timm.layers import DropPath, resample_patch_embed, to_2tuple, trunc_normal_
 from timm.layers.weight_init import lecun_normal_
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vimamba.errors import nearest
 from vimamba.layers.block import Block
-from vimamba.layers.mixer import MERGES, MODES, BidirectionalMixer
+from vimamba.layers.gate import LEVELS
+from vimamba.layers.mixer import CONVS, MERGES, PATH_WEIGHTS, BidirectionalMixer
 from vimamba.layers.norm import NORMS
 from vimamba.layers.patch_embed import PatchEmbed
+from vimamba.layers.plan import check_choice, layer_modes, plan_layers, schedule
+from vimamba.layers.pos_embed import resize_pos_embed, sincos_pos_embed
 from vimamba.layers.rope import Rope
-from vimamba.layers.tokens import CLASS_TOKENS, class_positions, insert_tokens, split_tokens
+from vimamba.layers.stem import ConvStem
+from vimamba.layers.tokens import (
+    CLASS_TOKENS,
+    Layout,
+    Places,
+    class_positions,
+    insert_tokens,
+    split_tokens,
+    token_places,
+)
+from vimamba.models.contract import TimmBackbone
 
-POOLS = ("token", "mean", "max", "last", "")
+__all__ = ["VisionMamba", "resize_pos_embed"]
+
+POOLS = ("token", "mean", "max", "last", "registers", "")
+POS_EMBEDS = ("learned", "sincos", "none")
 ROPES = ("none", "patches", "hustvl")
 
 
-class VisionMamba(nn.Module):
+class VisionMamba(TimmBackbone):
     """Vision Mamba: patches, class token and position embedding through blocks of bidirectional state space mixers.
 
     Takes images of any height and width from one patch up; the position embedding is interpolated.
@@ -42,14 +56,26 @@ class VisionMamba(nn.Module):
         expand: inner channels of the mixer per token channel.
         dt_rank: rank of the step-size projection; "auto" is ceil(embed_dim / 16).
         bidirectional: "none", "layer" (layers in pairs, the second over the flipped sequence, both residual streams
-            added, so that the stream doubles with each pair), "ssm" (v1), "ssm_conv" (v2, the published models), or a
-            sequence of `depth` of them.
+            added, so that the stream doubles with each pair), "ssm" (v1), "ssm_conv" (v2, the published models), a
+            sequence of `depth` of them, or a rule for which layers are "ssm_conv" among others that are "none":
+            "every 2nd", "first 4", "last 8" ("ssm last 8" for "ssm").
         layer_pairs: pair the layers as "layer" does, whatever `bidirectional` is.
-        merge: "mean" or "sum" of the directions.
+        merge: "mean" or "sum" of the directions, or "gate": weighed by a learned gate, see `set_gate_threshold`.
+        paths: the orders in which the patches are read: "row", "column", "snake", "window4" ..., each in the senses
+            that `bidirectional` says or in its own ("column:backward"); or `depth` such sequences.
+        path_weights: "own" weights for each path, or "shared" ones.
+        gate: "image" or "token": what the gates are computed for.
+        gate_sparsity: factor of the gates' mean in `gate_loss`.
+        alternate: every second layer of one direction runs backwards.
+        pooled_token: layers of one direction read the mean of the tokens first.
+        conv: "1d", the causal convolution of each direction, or "2d", one of 3×3 on the grid for all directions.
+        stem: "patch", one convolution, or "conv", one of 3×3 and stride 2 for each halving.
+        num_registers: learned tokens spread evenly among the patches.
         class_token: "middle", "head", "double" (one at either end) or "none".
         global_pool: what the classifier reads: "token", "mean" (over patches), "max" (the largest logit over tokens),
-            "last" (token) or "" (every token). By default the class token, or the mean where there is none.
-        pos_embed: a learned embedding of each position.
+            "last" (token), "registers" (their mean) or "" (every token). By default the class token, or the mean where
+            there is none.
+        pos_embed: "learned" (or True), "sincos", which is fixed and covers the patches, or "none" (or False).
         rope: "none", "patches" (rotate each patch token by its place) or "hustvl" (as the official code does: the
             first token is the one left out, wherever the class token stands).
         rope_residual: rotate the residual stream too.
@@ -84,7 +110,16 @@ class VisionMamba(nn.Module):
         merge: str = "mean",
         class_token: str = "middle",
         global_pool: str | None = None,
-        pos_embed: bool = True,
+        paths: Sequence[str] | Sequence[Sequence[str]] = ("row",),
+        path_weights: str = "own",
+        gate: str = "image",
+        gate_sparsity: float = 0.0,
+        alternate: bool = False,
+        pooled_token: bool = False,
+        conv: str = "1d",
+        stem: str = "patch",
+        num_registers: int = 0,
+        pos_embed: bool | str = True,
         rope: str = "none",
         rope_residual: bool = False,
         rope_grid: int = 14,
@@ -97,36 +132,49 @@ class VisionMamba(nn.Module):
         **mixer_args: Any,
     ) -> None:
         super().__init__()
+        if isinstance(pos_embed, bool):
+            pos_embed = "learned" if pos_embed else "none"
         for name, value, allowed in (
             ("merge", merge, MERGES),
+            ("path_weights", path_weights, PATH_WEIGHTS),
+            ("gate", gate, LEVELS),
+            ("conv", conv, CONVS),
+            ("stem", stem, ("patch", "conv")),
+            ("pos_embed", pos_embed, POS_EMBEDS),
             ("class_token", class_token, tuple(CLASS_TOKENS)),
             ("rope", rope, ROPES),
             ("norm", norm, tuple(NORMS)),
         ):
-            _check_choice(name, value, allowed)
-        modes, self.schedule = _schedule(bidirectional, depth, layer_pairs)
+            check_choice(name, value, allowed)
+        modes = layer_modes(bidirectional, depth)
+        self.schedule = schedule(modes, layer_pairs)
         self.img_size = to_2tuple(img_size)
         self.num_classes = num_classes
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.class_token = class_token
+        self.num_registers = num_registers
+        self.gate_sparsity = gate_sparsity
         self.grad_checkpointing = False
         self.global_pool = self._check_pool(global_pool)
 
-        self.patch_embed = PatchEmbed(
-            in_chans,
-            embed_dim,
-            to_2tuple(patch_size),
-            to_2tuple(stride if stride is not None else patch_size),
-        )
+        self.patch_embed = _patch_embed(stem, in_chans, embed_dim, to_2tuple(patch_size), stride)
         self.grid = self.patch_embed.grid_size(*self.img_size)
+        if not 0 <= num_registers <= self.grid[0] * self.grid[1]:
+            raise ValueError(f"num_registers must be from 0 to the number of patches, got {num_registers}")
+        plans = plan_layers(modes, paths, path_weights, merge, alternate, pooled_token, self.grid)
         tokens = CLASS_TOKENS[class_token]
         if class_token == "double":
             self.cls_token_head = nn.Parameter(torch.zeros(1, 1, embed_dim))
             self.cls_token_tail = nn.Parameter(torch.zeros(1, 1, embed_dim))
         elif class_token != "none":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.reg_tokens = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
         patches = self.grid[0] * self.grid[1]
-        self.pos_embed = nn.Parameter(torch.zeros(1, patches + tokens, embed_dim)) if pos_embed else None
+        learned = pos_embed == "learned"
+        self.pos_embed = nn.Parameter(torch.zeros(1, patches + tokens, embed_dim)) if learned else None
+        self.sincos = pos_embed == "sincos"
+        if self.sincos and embed_dim % 4:
+            raise ValueError(f'pos_embed="sincos" needs embed_dim divisible by 4, got {embed_dim}')
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.rope = Rope(embed_dim, rope_grid) if rope != "none" else None
         self.rope_first = rope == "hustvl"
@@ -141,15 +189,20 @@ class VisionMamba(nn.Module):
                     d_conv,
                     expand,
                     dt_rank,
-                    mode,
-                    merge,
+                    plan.mode,
+                    plan.merge,
+                    plan.paths,
+                    path_weights,
+                    gate,
+                    conv,
+                    plan.pooled_token,
                     layer_scale=layer_scale,
                     **mixer_args,
                 ),
                 NORMS[norm](embed_dim, norm_eps),
                 rates[i],
             )
-            for i, mode in enumerate(modes)
+            for i, plan in enumerate(plans)
         )
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self.norm_f = NORMS[norm](embed_dim, norm_eps)
@@ -167,7 +220,7 @@ class VisionMamba(nn.Module):
         lecun_normal_(self.patch_embed.proj.weight)
         assert self.patch_embed.proj.bias is not None
         nn.init.zeros_(self.patch_embed.proj.bias)
-        for token in (*self._class_tokens(), self.pos_embed):
+        for token in (*self._class_tokens(), self.reg_tokens, self.pos_embed):
             if token is not None:
                 trunc_normal_(token, std=0.02)
         for module in self.layers.modules():
@@ -192,44 +245,12 @@ class VisionMamba(nn.Module):
         if pool is None:
             return "mean" if self.class_token == "none" else "token"
         pool = "mean" if pool == "avg" else pool
-        _check_choice("global_pool", pool, POOLS)
+        check_choice("global_pool", pool, POOLS)
+        if pool == "registers" and not self.num_registers:
+            raise ValueError('global_pool="registers" needs register tokens, but num_registers=0')
         if pool == "token" and self.class_token == "none":
             raise ValueError('global_pool="token" needs a class token, but class_token="none"')
         return pool
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay must leave alone."""
-        names = {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
-        for prefix, module in self.named_modules():
-            if isinstance(module, BidirectionalMixer):
-                names |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
-        return names
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into stem and blocks, for layer-wise learning rates."""
-        return {
-            "stem": r"^cls_token|^pos_embed|^patch_embed",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
-        }
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input in training and compute the rest again in the backward pass."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The classifier."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one, and the pooling where it is given."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = self._check_pool(global_pool)
-        device, dtype = self.norm_f.weight.device, self.norm_f.weight.dtype
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.head = head.to(device=device, dtype=dtype)
-        with torch.no_grad():
-            self._init_head()
 
     @torch.no_grad()
     def set_input_size(
@@ -240,6 +261,8 @@ class VisionMamba(nn.Module):
         """Make the position embedding (and the patches) for another size, interpolating the learned weights."""
         embed = self.patch_embed
         if patch_size is not None and to_2tuple(patch_size) != embed.patch_size:
+            if isinstance(embed, ConvStem):
+                raise ValueError('patch_size cannot be changed with stem="conv"')
             size = to_2tuple(patch_size)
             stride = size if embed.stride == embed.patch_size else embed.stride
             fresh = PatchEmbed(embed.proj.in_channels, self.embed_dim, size, stride).to(embed.proj.weight)
@@ -262,28 +285,38 @@ class VisionMamba(nn.Module):
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images (batch, in_chans, height, width) to tokens with class tokens and positions, and the grid."""
         tokens, grid = self.patch_embed(x)
+        if self.sincos:
+            tokens = tokens + sincos_pos_embed(self.embed_dim, grid, self.grid, tokens.device).to(tokens.dtype)
         own = self._class_tokens()
         if own:
             classes = torch.cat(list(own), dim=1).expand(tokens.shape[0], -1, -1).to(tokens.dtype)
             tokens = insert_tokens(tokens, classes, class_positions(self.class_token, tokens.shape[1]))
         if self.pos_embed is not None:
             tokens = tokens + self._pos_embed(grid)
+        if self.reg_tokens is not None:
+            registers = self.reg_tokens.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+            tokens = insert_tokens(tokens, registers, self._places(grid[0] * grid[1]).registers)
         return self.pos_drop(tokens), grid
+
+    def _places(self, patches: int) -> Places:
+        return token_places(self.class_token, patches, self.num_registers)
 
     def _angles(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
         if self.rope is None:
             return None
-        positions = class_positions(self.class_token, grid[0] * grid[1])
+        positions = self._places(grid[0] * grid[1]).extras
         if self.rope_first and len(positions) == 1:
             positions = (0,)
         return self.rope.angles(grid, positions)
 
-    def _step(self, indices: tuple[int, ...], hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, indices: tuple[int, ...], hidden: Tensor, residual: Tensor | None, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
         """One block, or a pair of them that read the sequence in opposite senses."""
         if len(indices) == 1:
-            return self.layers[indices[0]](hidden, residual)
-        hidden_f, residual_f = self.layers[indices[0]](hidden, residual)
-        hidden_b, residual_b = self.layers[indices[1]](hidden, residual, reverse=True)
+            return self.layers[indices[0]](hidden, residual, layout=layout)
+        hidden_f, residual_f = self.layers[indices[0]](hidden, residual, layout=layout)
+        hidden_b, residual_b = self.layers[indices[1]](hidden, residual, reverse=True, layout=layout)
         return hidden_f + hidden_b, residual_f + residual_b
 
     def _blocks(
@@ -293,6 +326,7 @@ class VisionMamba(nn.Module):
         residual: Tensor | None = None
         taken: list[Tensor] = []
         angles = self._angles(grid)
+        layout = Layout(grid, self._places(grid[0] * grid[1]).extras)
         for indices in self.schedule:
             if last is not None and indices[0] > last:
                 break
@@ -301,9 +335,9 @@ class VisionMamba(nn.Module):
                 if residual is not None and self.rope_residual:
                     residual = Rope.rotate(residual, angles)
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                hidden, residual = checkpoint(self._step, indices, hidden, residual)
+                hidden, residual = checkpoint(self._step, indices, hidden, residual, layout)
             else:
-                hidden, residual = self._step(indices, hidden, residual)
+                hidden, residual = self._step(indices, hidden, residual, layout)
             taken += [residual + hidden for i in indices if i in take]
         return hidden, residual, taken
 
@@ -315,11 +349,14 @@ class VisionMamba(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens (batch, length, embed_dim) to what the classifier reads, (batch, embed_dim) for most poolings."""
-        positions = class_positions(self.class_token, x.shape[1] - CLASS_TOKENS[self.class_token])
+        places = self._places(x.shape[1] - CLASS_TOKENS[self.class_token] - self.num_registers)
         if self.global_pool == "token":
-            return x[:, list(positions)].mean(1) if len(positions) > 1 else x[:, positions[0]]
+            classes = places.classes
+            return x[:, list(classes)].mean(1) if len(classes) > 1 else x[:, classes[0]]
         if self.global_pool == "mean":
-            return split_tokens(x, positions)[0].mean(1)
+            return split_tokens(x, places.extras)[0].mean(1)
+        if self.global_pool == "registers":
+            return x[:, list(places.registers)].mean(1)
         return x[:, -1] if self.global_pool == "last" else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -333,97 +370,12 @@ class VisionMamba(nn.Module):
         """Images (batch, in_chans, height, width) to logits (batch, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Run the model and collect the residual stream after some of its blocks.
 
-        Args:
-            x: images, (batch, in_chans, height, width).
-            indices: the last n blocks, or which ones; all by default.
-            return_prefix_tokens: also return the class tokens with each map.
-            norm: apply the final norm to each.
-            stop_early: do not run blocks after the last one asked for.
-            output_fmt: "NCHW" maps or "NLC" tokens.
-            intermediates_only: return the list alone.
-
-        Returns:
-            The list, each (batch, embed_dim, rows, columns), or the normalised tokens and the list.
-        """
-        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
-        take, last = feature_take_indices(len(self.layers), indices)
-        tokens, grid = self.embed(x)
-        hidden, residual, taken = self._blocks(tokens, grid, take, last if stop_early else None)
-        outputs: list[Any] = []
-        for stream in taken:
-            stream = self.norm_f(stream)[0] if norm else stream
-            patches, classes = split_tokens(stream, class_positions(self.class_token, grid[0] * grid[1]))
-            if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-            outputs.append((patches, classes) if return_prefix_tokens else patches)
-        if intermediates_only:
-            return outputs
-        return self.norm_f(self.drop_path(hidden), residual)[0], outputs
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the blocks after the last one of `indices`, and the norm and the classifier where asked."""
-        take, last = feature_take_indices(len(self.layers), indices)
-        kept = [step for step in self.schedule if step[0] <= last]
-        self.schedule = kept
-        self.layers = self.layers[: kept[-1][-1] + 1]
-        if prune_norm:
-            self.norm_f = _PassThrough()  # type: ignore[assignment]
-        if prune_head:
-            self.head = nn.Identity()
-        return take
-
-
-class _PassThrough(nn.Module):
-    """Stands for a norm that was pruned: the sum with the residual stream, not normalised."""
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = x if residual is None else x + residual
-        return total, total
-
-
-def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        choices = ", ".join(repr(a) for a in allowed)
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}{nearest(value, allowed)}")
-
-
-def _schedule(
-    bidirectional: str | Sequence[str], depth: int, layer_pairs: bool
-) -> tuple[list[str], list[tuple[int, ...]]]:
-    """The mixer mode of each layer, and the layers in the order they run, paired ones together."""
-    modes = [bidirectional] * depth if isinstance(bidirectional, str) else list(bidirectional)
-    if len(modes) != depth:
-        raise ValueError(f"bidirectional has {len(modes)} entries for depth={depth}; give one mode, or one a layer")
-    steps: list[tuple[int, ...]] = []
-    i = 0
-    while i < depth:
-        _check_choice("bidirectional", modes[i], (*MODES, "layer"))
-        paired = layer_pairs or modes[i] == "layer"
-        if paired and (i + 1 == depth or modes[i + 1] != modes[i]):
-            raise ValueError(f'bidirectional: layer {i} is "layer" but has no second layer to pair with')
-        steps.append((i, i + 1) if paired else (i,))
-        i += len(steps[-1])
-    return ["none" if mode == "layer" else mode for mode in modes], steps
-
-
-def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], class_token: str) -> Tensor:
-    """Interpolate a position embedding (1, length, dim) from one grid to another; class tokens keep their own."""
-    if old == new:
-        return pos_embed
-    patches, classes = split_tokens(pos_embed, class_positions(class_token, old[0] * old[1]))
-    resized = resample_abs_pos_embed(patches, list(new), list(old), num_prefix_tokens=0)
-    return insert_tokens(resized, classes, class_positions(class_token, new[0] * new[1]))
+def _patch_embed(
+    stem: str, in_chans: int, embed_dim: int, patch_size: tuple[int, int], stride: int | tuple[int, int] | None
+) -> PatchEmbed | ConvStem:
+    if stem == "patch":
+        return PatchEmbed(in_chans, embed_dim, patch_size, to_2tuple(stride if stride is not None else patch_size))
+    if stride is not None and to_2tuple(stride) != patch_size:
+        raise ValueError(f'stem="conv" needs stride to be the patch_size, got {stride}')
+    return ConvStem(in_chans, embed_dim, patch_size)

@@ -41,22 +41,23 @@ def check(name: str | None) -> None:
         raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {name!r}{nearest(name, NAMES)}")
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module that runs: the backend `name`, or for "" the fastest one usable for this device and type.
+def resolve(name: str, device: torch.device, *dtypes: torch.dtype) -> ModuleType:
+    """The module that runs: the backend `name`, or for "" the fastest one usable for this device and these types.
 
     Raises ValueError if a backend asked for by name cannot run here.
     """
     if name:
         module = load(name)
         reason = module.unavailable(device)
-        if reason is None and not module.supports(dtype):
-            reason = f"it has no {str(dtype).removeprefix('torch.')} kernels"
+        missing = [str(dtype).removeprefix("torch.") for dtype in dtypes if not module.supports(dtype)]
+        if reason is None and missing:
+            reason = f"it has no {missing[0]} kernels"
         if reason is not None:
             raise ValueError(f"backend={name!r} cannot run on {device}: {reason}")
         return module
     preferred = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
     module = load(preferred)
-    usable = module.unavailable(device) is None and module.supports(dtype)
+    usable = module.unavailable(device) is None and all(map(module.supports, dtypes))
     return module if usable else load("torch")
 
 

@@ -1,0 +1,6 @@
+"""Models side by side: time, memory and operations, measured in one run."""
+
+from vimamba.benchmark.entries import Entry
+from vimamba.benchmark.run import Result, measure
+
+__all__ = ["Entry", "Result", "measure"]

@@ -1,0 +1,58 @@
+"""Time of several functions, taken in turns so that a disturbance of the machine meets them all."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+LEAST_ROUNDS = 3
+
+
+def alternate(
+    steps: Sequence[Callable[[], None]],
+    repeats: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Run the functions one after the other, round after round, and return the seconds of each run of each.
+
+    Every other round goes backwards, so that none always follows the same one. The caller has run each once before.
+
+    Args:
+        steps: the functions.
+        repeats: rounds at most.
+        seconds: no round begins after this time, but there are at least three (fewer if `repeats` is).
+        clock: seconds; for tests.
+    """
+    times: list[list[float]] = [[] for _ in steps]
+    order = list(range(len(steps)))
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = clock()
+        for done in range(repeats):
+            if done >= LEAST_ROUNDS and clock() - start > seconds:
+                break
+            for i in order if done % 2 == 0 else order[::-1]:
+                begin = clock()
+                steps[i]()
+                times[i].append(clock() - begin)
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, middle, high
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """How many times as long as `base`: the median over the rounds of the quotient within a round."""
+    return statistics.median(a / b for a, b in zip(times, base, strict=True))

@@ -1,0 +1,40 @@
+"""Position embeddings: interpolating learned ones, and fixed two-dimensional sine and cosine ones."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from vimamba.layers.tokens import class_positions, insert_tokens, split_tokens
+
+
+def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], class_token: str) -> Tensor:
+    """Interpolate a position embedding (1, length, dim) from one grid to another; class tokens keep their own."""
+    if old == new:
+        return pos_embed
+    patches, classes = split_tokens(pos_embed, class_positions(class_token, old[0] * old[1]))
+    resized = resample_abs_pos_embed(patches, list(new), list(old), num_prefix_tokens=0)
+    return insert_tokens(resized, classes, class_positions(class_token, new[0] * new[1]))
+
+
+def sincos_pos_embed(
+    dim: int, grid: tuple[int, int], trained: tuple[int, int], device: torch.device, theta: float = 10000.0
+) -> Tensor:
+    """Sines and cosines of each patch's row and column, (1, rows * columns, dim), as MAE and MoCo v3.
+
+    Args:
+        dim: channels, divisible by 4: sine and cosine of the row, sine and cosine of the column.
+        grid: rows and columns.
+        trained: the grid that positions are scaled to, so that finer grids stay in the trained range.
+        device: where.
+        theta: base of the frequencies.
+    """
+    frequencies = theta ** -(torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
+    rows, columns = (
+        (torch.arange(n, device=device) * (reach / n))[:, None] * frequencies
+        for n, reach in zip(grid, trained, strict=True)
+    )
+    per_row = torch.cat([rows.sin(), rows.cos()], -1)[:, None].expand(-1, grid[1], -1)
+    per_column = torch.cat([columns.sin(), columns.cos()], -1)[None].expand(grid[0], -1, -1)
+    return torch.cat([per_row, per_column], -1).flatten(0, 1)[None]

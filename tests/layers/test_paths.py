@@ -1,0 +1,167 @@
+"""Scan paths: what order they are, and that a mixer on them mixes what it should."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.layers.paths import Path, route
+from vimamba.layers.tokens import Layout, insert_tokens, split_tokens, token_places
+
+CPU = torch.device("cpu")
+GRIDS = [(4, 4), (3, 5), (6, 4), (1, 7), (7, 1)]
+NAMES = ["column", "snake", "window2", "window2x3", "column:backward"]
+
+
+def cells(name: str, grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """(row, column) of each step along the path."""
+    order = Path.parse(name).keys(grid).flatten().argsort().tolist()
+    return [divmod(index, grid[1]) for index in order]
+
+
+def transposed(layout: Layout) -> Layout:
+    return Layout(layout.grid[::-1], layout.extras)
+
+
+def transpose(x_BLE: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The sequence of the transposed image."""
+    patches, extras = split_tokens(x_BLE, layout.extras)
+    patches = patches.unflatten(1, layout.grid).transpose(1, 2).flatten(1, 2)
+    return insert_tokens(patches, extras, layout.extras)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_visits_every_patch_once(name, grid):
+    assert sorted(cells(name, grid)) == [(r, c) for r in range(grid[0]) for c in range(grid[1])]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_neighbours_on_the_snake_are_neighbours_in_the_grid(grid):
+    steps = cells("snake", grid)
+    assert all(abs(r - s) + abs(c - d) == 1 for (r, c), (s, d) in itertools.pairwise(steps))
+
+
+def test_columns_run_down_and_windows_are_finished_before_the_next():
+    assert cells("column", (2, 3)) == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
+    windows = [(r // 2, c // 2) for r, c in cells("window2", (5, 3))]
+    assert windows == sorted(windows)
+    assert cells("window2", (2, 4)) == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
+    assert cells("window4", (3, 3)) == cells("row", (3, 3))  # one window that the grid does not fill
+
+
+@pytest.mark.parametrize("class_token", ["none", "head", "middle", "double"])
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_tokens_keep_their_places(name, registers, class_token):
+    extras = token_places(class_token, 15, registers).extras
+    found = route(Path.parse(name), Layout((3, 5), extras), CPU)
+    assert found.order.tolist()[: len(found.order)] == sorted(
+        range(len(found.order)), key=found.rank.tolist().__getitem__
+    )
+    assert torch.equal(found.order[found.rank], torch.arange(len(found.order)))
+    assert found.order[list(extras)].tolist() == list(extras)
+
+
+def test_registers_are_spread_evenly_and_leave_the_class_token_in_the_middle():
+    places = token_places("middle", 16, 4)
+    assert places.registers == (2, 7, 12, 17)
+    assert places.classes == (10,)
+    assert token_places("head", 4, 1) == ((0,), (2,))
+
+
+@pytest.mark.parametrize("mode", ["none", "ssm", "ssm_conv"])
+@pytest.mark.parametrize(("grid", "extras"), [((4, 4), ()), ((3, 5), (7,)), ((5, 3), (0, 8, 16))])
+def test_columns_are_the_rows_of_the_transposed_image(grid, extras, mode):
+    torch.manual_seed(0)
+    columns = BidirectionalMixer(8, d_state=4, mode=mode, paths=["column"]).double()
+    rows = BidirectionalMixer(8, d_state=4, mode=mode).double()
+    rows.load_state_dict(columns.state_dict())
+    layout = Layout(grid, extras)
+    x = torch.randn(2, grid[0] * grid[1] + len(extras), 8, dtype=torch.float64)
+    expected = transpose(rows(transpose(x, layout)), transposed(layout))
+    torch.testing.assert_close(columns(x, layout=layout), expected)
+
+
+@pytest.mark.parametrize("weights", ["own", "shared"])
+def test_several_paths_are_the_mean_of_each(weights):
+    torch.manual_seed(0)
+    names, layout = ["row", "column", "snake:backward", "window2"], Layout((4, 3), (6,))
+    mixer = BidirectionalMixer(8, d_state=4, paths=names, path_weights=weights).double()
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    total = torch.zeros_like(x)
+    for name in names:
+        alone = BidirectionalMixer(8, d_state=4, paths=[name]).double()
+        own = "" if weights == "shared" or name == "row" else f"_{Path.parse(name).name}"
+        state = mixer.state_dict()
+        alone.load_state_dict({key: state[_of_path(key, own)] for key in alone.state_dict()})
+        total += alone(x, layout=layout) * len(alone.ways)
+    torch.testing.assert_close(mixer(x, layout=layout), total / len(mixer.ways))
+    assert len(mixer.ways) == 7
+
+
+def _of_path(key: str, own: str) -> str:
+    """The name of a weight of the first path for the path whose names end in `own`."""
+    module, dot, rest = key.partition(".")
+    if module in ("in_proj", "out_proj"):
+        return key
+    if module.startswith("A"):
+        return module.replace("A", f"A{own}", 1) + dot + rest
+    return (module[:-2] + own + "_b" if module.endswith("_b") else module + own) + dot + rest
+
+
+@pytest.mark.parametrize("name", ["row", "snake"])
+def test_one_sense_of_a_path(name):
+    torch.manual_seed(0)
+    layout = Layout((3, 4), (5,))
+    backward = BidirectionalMixer(8, d_state=4, paths=[f"{name}:backward"]).double()
+    both = BidirectionalMixer(8, d_state=4, paths=[name], mode="none").double()
+    both.load_state_dict(backward.state_dict())
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    torch.testing.assert_close(backward(x, layout=layout), both(x, reverse=True, layout=layout))
+
+
+def test_the_two_dimensional_convolution_sees_neighbours_on_the_grid_only():
+    torch.manual_seed(0)
+    layout = Layout((5, 5), (12,))  # the class token stands in the middle
+    mixer = BidirectionalMixer(8, d_state=4, conv="2d")
+    xz = torch.randn(1, 26, 32, requires_grad=True)
+    out = mixer._convolve_grid(xz, layout)
+    (grad,) = torch.autograd.grad(out[0, 0, :16].sum(), xz)  # the top left patch
+    assert set(grad[0, :, :16].abs().sum(-1).nonzero()[:, 0].tolist()) == {0, 1, 5, 6}
+    (grad,) = torch.autograd.grad(mixer._convolve_grid(xz, layout)[0, 12].sum(), xz)
+    assert grad[0].abs().sum(-1).nonzero()[:, 0].tolist() == [12]
+    assert not any("conv1d" in key for key in mixer.state_dict())
+
+
+def test_the_pooled_token_gives_the_first_token_a_view_of_the_last():
+    torch.manual_seed(0)
+    x = torch.randn(1, 9, 8, requires_grad=True)
+    for paths in (["row:forward"], ["row:backward"]):
+        for pooled in (False, True):
+            mixer = BidirectionalMixer(8, d_state=4, paths=paths, pooled_token=pooled)
+            first, last = (0, -1) if paths == ["row:forward"] else (-1, 0)
+            out = mixer(x)
+            assert out.shape == x.shape
+            (grad,) = torch.autograd.grad(out[0, first].sum(), x)
+            assert bool(grad[0, last].abs().sum() > 0) == pooled
+
+
+@pytest.mark.parametrize("text", ["diagonal", "window", "row4", "window0", "row:up", ""])
+def test_unknown_paths_are_refused(text):
+    with pytest.raises(ValueError, match="paths"):
+        BidirectionalMixer(8, paths=[text])
+
+
+@pytest.mark.parametrize("paths", ["row", [], ["row", "row"], ["row:forward", "row:backward"]])
+def test_paths_that_cannot_be_are_refused(paths):
+    with pytest.raises(ValueError, match="paths"):
+        BidirectionalMixer(8, paths=paths)
+
+
+def test_a_path_without_a_grid_is_refused():
+    with pytest.raises(ValueError, match='paths: "column" needs the grid'):
+        BidirectionalMixer(8, paths=["column"])(torch.zeros(1, 4, 8))

@@ -1,0 +1,208 @@
+// The kernels of one instruction set without Python or PyTorch, against plain loops in double: for emulators,
+// valgrind and sanitizers. CONTRIBUTING.md has the commands; exits 1 and says what differs if anything does.
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace vimamba;
+using std::vector;
+
+#if defined(VIMAMBA_AVX512)
+static const Kernels& k = kernels_avx512();
+#elif defined(VIMAMBA_AVX2)
+static const Kernels& k = kernels_avx2();
+#else
+static const Kernels& k = kernels_portable();
+#endif
+
+static std::mt19937 generator(1);
+static bool failed = false;
+
+static vector<float> normal(int64_t count, float scale = 1, float shift = 0) {
+  std::normal_distribution<float> draw;
+  vector<float> values(count);
+  for (float& value : values) value = draw(generator) * scale + shift;
+  return values;
+}
+
+static void expect(const char* what, double found, double wanted, double scale) {
+  const double error = std::abs(found - wanted) / scale;
+  if (error < 1e-5) return;
+  std::printf("%s: %.9g instead of %.9g\n", what, found, wanted);
+  failed = true;
+}
+
+static double softplus(double x) { return x > 20 ? x : std::log1p(std::exp(x)); }
+static double silu(double x) { return x / (1 + std::exp(-x)); }
+
+// One batch element: u, delta, z, out (L, D); A (D, N); B, C (L, N); D, bias (D).
+struct Problem {
+  int64_t D, L, N;
+  bool reverse;
+  vector<float> u, delta, z, A, B, C, skip, bias;
+
+  Problem(int64_t D, int64_t L, int64_t N, bool reverse)
+      : D(D),
+        L(L),
+        N(N),
+        reverse(reverse),
+        u(normal(L * D)),
+        delta(normal(L * D)),
+        z(normal(L * D)),
+        A(normal(D * N, 1, -4)),
+        B(normal(L * N)),
+        C(normal(L * N)),
+        skip(normal(D)),
+        bias(normal(D, 1, -2)) {}
+
+  vector<vector<float>*> inputs() { return {&u, &delta, &A, &B, &C, &skip, &z, &bias}; }
+
+  // The scan in double, on inputs shifted by `step` along `direction`.
+  vector<double> plain(double step = 0, const vector<vector<float>>& direction = {}) {
+    vector<vector<double>> v;
+    for (size_t i = 0; i < inputs().size(); ++i) {
+      v.emplace_back(inputs()[i]->begin(), inputs()[i]->end());
+      if (step != 0)
+        for (size_t j = 0; j < v[i].size(); ++j) v[i][j] += step * direction[i][j];
+    }
+    vector<double> out(L * D), h(D * N);
+    for (int64_t s = 0; s < L; ++s) {
+      const int64_t t = reverse ? L - 1 - s : s;
+      for (int64_t d = 0; d < D; ++d) {
+        const double delta = softplus(v[1][t * D + d] + v[7][d]), u = v[0][t * D + d];
+        double y = v[5][d] * u;
+        for (int64_t n = 0; n < N; ++n) {
+          double& state = h[d * N + n];
+          state = std::exp(delta * v[2][d * N + n]) * state + delta * u * v[3][t * N + n];
+          y += state * v[4][t * N + n];
+        }
+        out[t * D + d] = y * silu(v[6][t * D + d]);
+      }
+    }
+    return out;
+  }
+};
+
+static void check_scan(int64_t D, int64_t L, int64_t N, bool reverse) {
+  Problem p(D, L, N, reverse);
+  vector<float> out(L * D), last(D * N), states((L + kChunk - 1) / kChunk * D * N);
+  auto rows = [&](vector<float>& data) { return Rows{data.data(), L * D, D}; };
+  auto projection = [&](vector<float>& data) { return Projection{data.data(), L * N, 0, 1, N, false}; };
+  const Scan scan = {.batch = 1,
+                     .dim = D,
+                     .length = L,
+                     .state = N,
+                     .groups = 1,
+                     .bf16 = false,
+                     .softplus = true,
+                     .reverse = reverse,
+                     .u = rows(p.u),
+                     .delta = rows(p.delta),
+                     .z = rows(p.z),
+                     .B = projection(p.B),
+                     .C = projection(p.C),
+                     .A = p.A.data(),
+                     .D = p.skip.data(),
+                     .bias = p.bias.data(),
+                     .out = rows(out),
+                     .last = last.data(),
+                     .states = states.data()};
+  const int64_t blocks = blocks_of(D, 1, k.lanes);
+  vector<float> scratch(k.scan_scratch(scan, blocks));
+  k.scan_forward(scan, 0, 0, blocks, scratch.data());
+  const vector<double> plain = p.plain();
+  for (int64_t i = 0; i < L * D; ++i) expect("scan forward", out[i], plain[i], 1 + std::abs(plain[i]));
+
+  // Gradients: along a random direction, against a difference of two plain scans.
+  vector<float> dout = normal(L * D);
+  vector<vector<float>> grads, direction;
+  for (auto* input : p.inputs())
+    grads.emplace_back(input->size()), direction.push_back(normal(input->size()));
+  const ScanGradients grad = {.dout = rows(dout),
+                              .du = rows(grads[0]),
+                              .ddelta = rows(grads[1]),
+                              .dz = rows(grads[6]),
+                              .dlast = nullptr,
+                              .dA = grads[2].data(),
+                              .dD = grads[5].data(),
+                              .dbias = grads[7].data(),
+                              .dB = grads[3].data(),
+                              .dC = grads[4].data()};
+  scratch.resize(k.scan_backward_scratch(scan, blocks));
+  k.scan_backward(scan, grad, 0, 0, 0, blocks, scratch.data());
+  const double step = 1e-5;
+  const vector<double> above = p.plain(step, direction), below = p.plain(-step, direction);
+  double wanted = 0, found = 0, scale = 1;
+  for (int64_t i = 0; i < L * D; ++i) wanted += dout[i] * (above[i] - below[i]) / (2 * step);
+  for (size_t i = 0; i < grads.size(); ++i)
+    for (size_t j = 0; j < grads[i].size(); ++j) {
+      found += double(grads[i][j]) * direction[i][j];
+      scale += std::abs(double(grads[i][j]) * direction[i][j]);
+    }
+  expect("scan backward", found, wanted, scale);
+}
+
+static void check_mixer(int64_t D, int64_t L, int64_t N, int64_t R, bool reverse) {
+  Problem p(D, L, N, reverse);
+  vector<float> x = normal(L * D), taps = normal(D * 4), conv_bias = normal(D), out(L * D);
+  vector<float> x_proj = normal((R + 2 * N) * D, 0.2), dt_proj = normal(D * R, 0.3);
+  const Mixer mixer = {.batch = 1,
+                       .dim = D,
+                       .length = L,
+                       .state = N,
+                       .dt_rank = R,
+                       .width = 4,
+                       .bf16 = false,
+                       .scale = 0.5f,
+                       .x = {x.data(), L * D, D},
+                       .z = {p.z.data(), L * D, D},
+                       .out = {out.data(), L * D, D}};
+  const Direction way = {taps.data(), conv_bias.data(), x_proj.data(), dt_proj.data(), p.bias.data(),
+                         p.A.data(),  p.skip.data(),    reverse,       reverse,        nullptr};
+  const int64_t blocks = blocks_of(D, 1, k.lanes);
+  vector<float> packed(k.mixer_packed(mixer)), scratch(k.mixer_scratch(mixer)), state(blocks * N * k.lanes);
+  k.mixer_pack(mixer, way, packed.data());
+  const int64_t meet = L / 3;
+  k.mixer_scan(mixer, way, packed.data(), 0, 0, meet, 0, blocks, nullptr, state.data(), true, true,
+               scratch.data());
+  k.mixer_scan(mixer, way, packed.data(), 0, meet, L, 0, blocks, nullptr, state.data(), true, true,
+               scratch.data());
+
+  for (int64_t t = 0; t < L; ++t)
+    for (int64_t d = 0; d < D; ++d) {
+      double y = conv_bias[d];
+      for (int64_t j = 0; j < 4; ++j) {
+        const int64_t from = reverse ? t + j : t - j;
+        if (from >= 0 && from < L) y += double(taps[d * 4 + 3 - j]) * x[from * D + d];
+      }
+      p.u[t * D + d] = silu(y);
+    }
+  for (int64_t t = 0; t < L; ++t) {
+    vector<double> projected(R + 2 * N);
+    for (int64_t r = 0; r < R + 2 * N; ++r)
+      for (int64_t d = 0; d < D; ++d) projected[r] += double(x_proj[r * D + d]) * p.u[t * D + d];
+    for (int64_t n = 0; n < N; ++n) p.B[t * N + n] = projected[R + n], p.C[t * N + n] = projected[R + N + n];
+    for (int64_t d = 0; d < D; ++d) {
+      double delta = 0;
+      for (int64_t r = 0; r < R; ++r) delta += double(dt_proj[d * R + r]) * projected[r];
+      p.delta[t * D + d] = delta;
+    }
+  }
+  const vector<double> plain = p.plain();
+  for (int64_t i = 0; i < L * D; ++i) expect("mixer", out[i], 0.5 * plain[i], 1 + std::abs(plain[i]));
+}
+
+int main() {
+  for (const bool reverse : {false, true}) {
+    for (const int64_t N : {1, 5, 16, 19}) check_scan(37, 131, N, reverse);
+    check_scan(1, 1, 16, reverse);
+    check_mixer(37, 75, 16, 3, reverse);
+    check_mixer(32, 1, 5, 2, reverse);
+  }
+  std::printf("%s: %s\n", k.name, failed ? "wrong" : "ok");
+  return failed;
+}
