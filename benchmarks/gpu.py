@@ -61,6 +61,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 def scan_inputs(batch: int, dim: int, length: int, dtype: torch.dtype) -> list[Tensor]:
     """u, delta, A, B, C, D, z and the bias of delta, in the fast layout."""
+
     def sequence(width: int) -> Tensor:
         return torch.randn(batch, length, width, device="cuda").to(dtype).transpose(1, 2)
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from vimamba.ops import reference
-from vimamba.ops import triton as kernels
-from vimamba.ops.mixer import Direction
-from vimamba.ops.triton import plan, scan
+from vimamba.ops import reference  # noqa: E402
+from vimamba.ops import triton as kernels  # noqa: E402
+from vimamba.ops.mixer import Direction  # noqa: E402
+from vimamba.ops.triton import plan, scan  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"

@@ -13,7 +13,7 @@ from vimamba.ops.backends import CHUNK
 SUB_CORES = 4
 """Schedulers of a multiprocessor: each issues one warp instruction a cycle."""
 FORWARD_CYCLES = (7.5, 35, 30)
-BACKWARD_CYCLES = (34.0, 110, 0)
+BACKWARD_CYCLES = (40.0, 15, 0)
 """Cycles of a scheduler for one step of a warp: for each update of a thread, for the step, and where rows of B and C
 cannot be loaded 16 bytes at a time."""
 LAUNCH_CYCLES = 8000
@@ -62,12 +62,13 @@ def forward_tiling(sequences: int, groups: int, group_dim: int, length: int, sta
 def backward_tiling(sequences: int, groups: int, group_dim: int, length: int, state: int, processors: int) -> Tiling:
     """The tiling for the gradient: 16 updates a thread and step, the states of a channel over 4 threads.
 
+    Fewer channels a thread would take as long a step: their own work is then done by 4 threads alike.
     The sums over channels then cost 3 shuffles a state and those over states 2 shuffles a channel.
     """
     block_n = power_of_two(state)
     lanes = 8 if block_n <= 64 else max(1, 512 // block_n)
     most = max(1, min(8, 512 // (block_n * lanes)))
-    tilings = [Tiling(c, lanes, 2, block_n, 0) for c in (most, most // 2) if c]
+    tilings = [Tiling(most, lanes, 2, block_n, 0)]
     return _cheapest(tilings, sequences, groups, group_dim, length, processors, BACKWARD_CYCLES, 1.4)
 
 

@@ -43,7 +43,7 @@ class Scan(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """(directions, batch, dim, length, state)"""
-        return *self.u_RBDL.shape, self.A_RDN.shape[-1]  # type: ignore[return-value]
+        return *self.u_RBDL.shape, self.A_RDN.shape[-1]
 
 
 def processors(device: torch.device) -> int:

@@ -1,3 +1,6 @@
+# Tuples in a kernel grow by concatenation: the only way that Triton compiles.
+# mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005, SIM108
 """The selective scan on the GPU, backward: recomputes the states of a chunk from its saved one, then walks it back.
 
 Layout: a program owns CHANNELS x LANES channels of one sequence and direction, one warp; the 16 states of a channel
@@ -20,6 +23,7 @@ from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, 
 from vimamba.ops.triton.scan_forward import load_rows
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "dout", "du", "ddelta", "dz") for axis in "rbl"]
+RUN_TIME = [*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"]
 
 
 @triton.jit
@@ -32,14 +36,15 @@ def add_row(pointer, tile, valid, n, BLOCK_N: tl.constexpr, ATOMIC: tl.constexpr
         tl.store(pointer + n, row, mask=both(n < BLOCK_N, valid))
 
 
-@triton.jit(do_not_specialize=[*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def scan_backward_kernel(
     u, delta, z, dout, A, bc, B_const, C_const, D, bias, states, carry, scratch,
     du, ddelta, dz, dA, dbc, dB_const, dC_const, dD, dbias,
     u_sr, u_sb, u_sl, delta_sr, delta_sb, delta_sl, z_sr, z_sb, z_sl,
     dout_sr, dout_sb, dout_sl, du_sr, du_sb, du_sl,
     ddelta_sr, ddelta_sb, ddelta_sl, dz_sr, dz_sb, dz_sl,
-    channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments, segment_length, n_states,
+    channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments,
+    segment_length, n_states,
     reverse_mask, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108
 """Parallelism along time: what a segment of the sequence does to the state that enters it.
 
 A scan is linear in its incoming state, so a segment is summarised by the state it ends with when it starts from
@@ -20,7 +21,9 @@ from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("x", "delta", "z") for axis in "rbl"]
 
 
-@triton.jit(do_not_specialize=[*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"])
+@triton.jit(
+    do_not_specialize=[*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"]
+)
 def segment_kernel(
     x, delta, z, A, bc, M_const, bias, summary, decay,
     x_sr, x_sb, x_sl, delta_sr, delta_sb, delta_sl, z_sr, z_sb, z_sl,
