@@ -138,6 +138,8 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     console = terminal.console()
     check_model_name(run_options.model)
     data = open_data(run_options.data, run_options.val_fraction, run_options.seed, run_options.class_names)
+    if optim.lr is None and (run_options.pretrained or run_options.checkpoint):
+        optim.lr = 2e-4  # trained weights are lost at the rate that new ones need
     if augment.augment == "auto":
         augment.augment = "crop" if data.photographs else "affine"
     prep = choose_preprocessing(run_options, data)
