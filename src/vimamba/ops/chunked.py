@@ -108,6 +108,11 @@ def _contract_state(left_TBGPN: Tensor, right: Tensor) -> Tensor:
     return torch.matmul(left_TBGPN, right.transpose(-1, -2)).squeeze(-1).flatten(2)
 
 
+def _output(h_TBGPN: Tensor, C: Tensor, D: Tensor | None, u_TBD: Tensor) -> Tensor:
+    y_TBD = _contract_state(h_TBGPN, C)
+    return y_TBD if D is None else y_TBD.addcmul_(D, u_TBD)
+
+
 def scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states):
     """See `vimamba.selective_scan`."""
     batch, dim, length = u.shape
@@ -122,9 +127,7 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, s
             if save_states:
                 states[rows, k] = h_BGPN.flatten(1, 2)
             _, h_TBGPN, h_BGPN = _states(x, chunk, h_BGPN, reverse)
-            y_TBD = _contract_state(h_TBGPN, _at(x.C, chunk))
-            if D is not None:
-                y_TBD.addcmul_(D, x.u_LBD[chunk])
+            y_TBD = _output(h_TBGPN, _at(x.C, chunk), D, x.u_LBD[chunk])
             if z is not None:
                 y_TBD *= F.silu(_wide(z[rows, :, chunk])).permute(2, 0, 1)
             out[rows, :, chunk] = y_TBD.permute(1, 2, 0)
@@ -148,49 +151,50 @@ def _adjoints(
     return g_TBGPN, carry_BGPN
 
 
+def _gate_gradient(dout_TBD: Tensor, y_TBD: Tensor, z_TBD: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y and z, where out = y silu(z)."""
+    gate = torch.sigmoid(z_TBD)
+    return dout_TBD * z_TBD * gate, dout_TBD * y_TBD * gate * (1 + z_TBD * (1 - gate))
+
+
 def scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse):
     """See `vimamba.selective_scan`."""
-    batch, dim, length = u.shape
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
-    dA, dD, dbias = torch.zeros_like(A), None if D is None else torch.zeros_like(D), A.new_zeros(dim)
+    dA, dD, dbias = torch.zeros_like(A), None if D is None else torch.zeros_like(D), A.new_zeros(A.shape[0])
     dB, dC = (torch.zeros_like(m, memory_format=torch.contiguous_format) for m in (B, C))
-    for rows in _slices(batch, dim, A.shape[1], u.device):
+    chunks = list(enumerate(_chunks(u.shape[2], reverse)))
+    for rows in _slices(u.shape[0], A.shape[0], A.shape[1], u.device):
         x = _inputs(u, delta, A, B, C, delta_bias, delta_softplus, rows)
         group = x.A_GPN.shape[:2]
         carry = None if dlast is None else dlast[rows].unflatten(1, group)
-        for k, chunk in reversed(list(enumerate(_chunks(length, reverse)))):
+        for k, chunk in reversed(chunks):
+            here = (rows, slice(None), chunk)
             start = states[rows, k].unflatten(1, group)
             decay_TBGPN, h_TBGPN, _ = _states(x, chunk, start, reverse)
-            C_chunk, B_chunk = _at(x.C, chunk), _at(x.B, chunk)
-            u_TBD, delta_TBD = x.u_LBD[chunk], x.delta_LBD[chunk]
-            dy_TBD = _wide(dout[rows, :, chunk]).permute(2, 0, 1)
+            C_chunk, u_TBD, delta_TBD = _at(x.C, chunk), x.u_LBD[chunk], x.delta_LBD[chunk]
+            dy_TBD = _wide(dout[here]).permute(2, 0, 1)
             if z is not None and dz is not None:
-                y_TBD = _contract_state(h_TBGPN, C_chunk)
-                if D is not None:
-                    y_TBD.addcmul_(D, u_TBD)
-                z_TBD = _wide(z[rows, :, chunk]).permute(2, 0, 1)
-                gate = torch.sigmoid(z_TBD)
-                dz[rows, :, chunk] = (dy_TBD * y_TBD * gate * (1 + z_TBD * (1 - gate))).permute(1, 2, 0)
-                dy_TBD = dy_TBD * z_TBD * gate
+                z_TBD = _wide(z[here]).permute(2, 0, 1)
+                dy_TBD, dz_TBD = _gate_gradient(dy_TBD, _output(h_TBGPN, C_chunk, D, u_TBD), z_TBD)
+                dz[here] = dz_TBD.permute(1, 2, 0)
             g_TBGPN, carry = _adjoints(dy_TBD, C_chunk, decay_TBGPN, carry, reverse)
             before = [h_TBGPN[1:], start[None]] if reverse else [start[None], h_TBGPN[:-1]]
-            # d exp(delta A) h_{t-1} / d (delta A)
-            q_TBGPN = torch.cat(before).mul_(decay_TBGPN).mul_(g_TBGPN)
-            dA += torch.einsum("tbgpn,tbgp->gpn", q_TBGPN, delta_TBD.unflatten(2, group)).flatten(0, 1)
-            gB_TBD = _contract_state(g_TBGPN, B_chunk)
-            dsteps_TBD = _contract_state(q_TBGPN, x.A_GPN).addcmul_(gB_TBD, u_TBD)
+            q_TBGPN = torch.cat(before).mul_(decay_TBGPN).mul_(g_TBGPN)  # the gradient of delta A
+            gB_TBD = _contract_state(g_TBGPN, _at(x.B, chunk))
+            draw_TBD = _contract_state(q_TBGPN, x.A_GPN).addcmul_(gB_TBD, u_TBD)
             if delta_softplus:
-                dsteps_TBD = dsteps_TBD * torch.where(x.raw_LBD[chunk] > 20, 1.0, torch.sigmoid(x.raw_LBD[chunk]))
+                raw_TBD = x.raw_LBD[chunk]
+                draw_TBD *= torch.where(raw_TBD > 20, 1.0, torch.sigmoid(raw_TBD))
             du_TBD = gB_TBD * delta_TBD
             if D is not None and dD is not None:
                 du_TBD.addcmul_(D, dy_TBD)
                 dD += (dy_TBD * u_TBD).sum((0, 1))
-            dbias += dsteps_TBD.sum((0, 1))
-            du[rows, :, chunk] = du_TBD.permute(1, 2, 0)
-            ddelta[rows, :, chunk] = dsteps_TBD.permute(1, 2, 0)
+            du[here], ddelta[here] = du_TBD.permute(1, 2, 0), draw_TBD.permute(1, 2, 0)
+            dbias += draw_TBD.sum((0, 1))
+            dA += torch.einsum("tbgpn,tbgp->gpn", q_TBGPN, delta_TBD.unflatten(2, group)).flatten(0, 1)
             _add_matrix_grad(dB, g_TBGPN, (delta_TBD * u_TBD).unflatten(2, group), rows, chunk)
             _add_matrix_grad(dC, h_TBGPN, dy_TBD.unflatten(2, group), rows, chunk)
-    return du, ddelta, dA, dB, dC, dD, dz, dbias if delta_bias is not None else None
+    return du, ddelta, dA, dB, dC, dD, dz, None if delta_bias is None else dbias
 
 
 def _add_matrix_grad(grad: Tensor, left_TBGPN: Tensor, right_TBGP: Tensor, rows: slice, chunk: slice) -> None:

@@ -1,3 +1,6 @@
+# Tuples in a kernel grow by concatenation: the only way that Triton compiles.
+# mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005, SIM108
 """Depthwise causal convolution and SiLU on the GPU, for one or more directions that read the same input.
 
 Layout: channels contiguous. Forward: a program owns a tile of ROWS tokens x BLOCK channels for all directions; x comes
@@ -94,7 +97,9 @@ def conv_backward_kernel(
     for k in tl.static_range(WIDTH):
         source = begin - WIDTH + k
         row = x_columns + tl.cast(source, tl.int64) * x_sl
-        window = window + (tl.load(row, mask=both(exists, (source >= 0) & (source < length)), other=0.0).to(tl.float32),)
+        window = window + (
+            tl.load(row, mask=both(exists, (source >= 0) & (source < length)), other=0.0).to(tl.float32),
+        )
     taps = ()
     gradients = ()
     sums = ()
