@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": "name what is in images",
     "bench": "measure time and memory of models side by side",
     "models": "list the models, with their size and cost",
+    "ablate": "compare the bidirectional designs under one budget",
     "info": "show versions, devices and which scan backends are usable",
 }
 

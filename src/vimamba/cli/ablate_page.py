@@ -1,0 +1,120 @@
+"""The picture of a study and the documentation page made from studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from vimamba.errors import UserError
+from vimamba.layers.paths import Path as ScanPath
+
+DRAWN = ("row", "column", "snake", "window2")
+
+
+def save_plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """Accuracy, with its spread, over the cost of a forward pass."""
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
+    for row in rows:
+        at = (1e3 * row["gflops"], 100 * row["top1"])
+        color = "#ea580c" if row["design"] == "ssm_conv" else "#2563eb"
+        axes.errorbar(*at, yerr=100 * row["spread"], fmt="o", color=color, capsize=2)
+        axes.annotate(row["design"], at, (5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="MFLOPs of a forward pass", ylabel="held-out accuracy, % (mean ± deviation over seeds)", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e2e8f0", linewidth=0.8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_paths(path: Path, grid: tuple[int, int] = (4, 6)) -> None:
+    """Each path over a small grid, from its first patch (a dot) to its last (an arrow)."""
+    figure, panels = plt.subplots(1, len(DRAWN), figsize=(3 * len(DRAWN), 2.3), layout="constrained")
+    for axes, name in zip(panels, DRAWN, strict=True):
+        order = ScanPath.parse(name).keys(grid).flatten().argsort().tolist()
+        rows, columns = zip(*(divmod(patch, grid[1]) for patch in order), strict=True)
+        axes.scatter(columns, rows, s=90, marker="s", color="#e2e8f0")
+        axes.plot(columns, rows, color="#2563eb", linewidth=1.5)
+        axes.plot(columns[0], rows[0], "o", color="#ea580c")
+        axes.annotate("", (columns[-1], rows[-1]), (columns[-2], rows[-2]), arrowprops=dict(arrowstyle="-|>", color="#2563eb"))
+        axes.set(title=name, aspect="equal")
+        axes.invert_yaxis()
+        axes.axis("off")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write_page(page: Path, studies: Path) -> None:
+    """docs/designs.md: the switches, the drawing of each path, and every study's table and findings."""
+    tables = sorted(studies.glob("ablate-*/table.md"))
+    if not tables:
+        raise UserError(f"--page {page}: {studies} holds no finished study")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    draw_paths(page.with_name("paths.svg"))
+    parts = [SWITCHES]
+    for file in tables:
+        name = file.parent.name.removeprefix("ablate-")
+        plot = page.with_name(f"designs-{name}.png")
+        plot.write_bytes((file.parent / "designs.png").read_bytes())
+        parts += [f"## Measured on {name}", file.read_text(encoding="utf-8").strip(), findings(file),
+                  f"![accuracy and cost]({plot.name})"]  # fmt: skip
+    page.write_text("\n\n".join([*parts, ADVICE]) + "\n", encoding="utf-8")
+
+
+def findings(file: Path) -> str:
+    """What the table says of the published order and of the designs that are new, in a sentence each."""
+    rows = [line.strip("| ").split(" | ") for line in file.read_text(encoding="utf-8").splitlines() if " | " in line][2:]
+    top1 = {row[0]: (float(row[1]), float(row[2])) for row in rows}
+    base, spread = top1["ssm_conv"]
+    lines = []
+    for name, (mean, own) in top1.items():
+        if name != "ssm_conv":
+            clear = abs(mean - base) > max(spread + own, 1e-9)
+            verdict = ("above" if mean > base else "below") if clear else "not told apart from"
+            lines.append((mean - base, f"{name} is {verdict} ssm_conv ({mean - base:+.2f} points)"))
+    return "Against the spread of the seeds: " + "; ".join(line for _, line in sorted(lines, reverse=True)) + "."
+
+
+SWITCHES = """# Bidirectional designs
+
+*Made by `vimamba ablate --page`; edit `vimamba/cli/ablate_page.py` instead.*
+
+A direction is a path over the grid of patches and a sense. These are arguments of `VisionMamba`, or
+`--model_args.NAME VALUE` of `vimamba train`.
+
+| argument | what it does |
+| --- | --- |
+| `bidirectional="ssm_conv"` | both senses, each with its own weights: the published models |
+| `bidirectional="ssm"` | both senses, one set of convolution and projections; only A differs |
+| `bidirectional="layer"` | layers in pairs, the second reads backwards; the streams are added |
+| `bidirectional="none"` | one sense |
+| `bidirectional="every 2nd"`, `"last 8"`, or a list | both senses in some layers, one in the others |
+| `alternate=True` | layers of one sense take turns in it |
+| `pooled_token=True` | layers of one sense read the mean of the tokens first: global context at half the cost |
+| `paths=["row", "column"]` | which orders are read, below; `"column:backward"` for one sense of one |
+| `path_weights="shared"` | all paths use one set of weights |
+| `merge="gate"`, `gate="image"` or `"token"` | directions weighed by a learned gate, the mean at the start |
+| `gate_sparsity=0.02` | factor in `model.gate_loss()`; add that to your loss |
+| `model.set_gate_threshold(0.3)` | in evaluation, do not compute directions whose image gate is under this |
+| `conv="2d"` | a 3×3 convolution on the grid in place of the causal one |
+| `stem="conv"` | 3×3 convolutions of stride 2 in place of the patch embedding |
+| `pos_embed="sincos"`, `rope="patches"` | fixed positions added once; rotation in front of every block |
+| `num_registers=4` | learned tokens spread among the patches |
+
+![paths](paths.svg)
+
+Row order is free. Every other path costs one gather in front of the mixer and one behind."""
+
+ADVICE = """## Which to use
+
+- Published weights load into `ssm_conv` (or what a checkpoint was trained with), nothing else. `merge="gate"` may be
+  put on top of them: it starts out as the same model.
+- The tables are of small models on small images under a small budget: they rank what learns fast there. They are no
+  evidence about ImageNet, where the published order is ssm_conv 73.9, none 73.2, ssm 72.8, layer 70.9 (arXiv 2401.09417),
+  nor about dense tasks, where the same paper has ssm_conv ahead of none by 3.6 mIoU on ADE20K; these were not trained here.
+- Small compute: compare "alternate" and "every 2nd" with "ssm_conv" at the same training compute in the tables.
+- Learning rate: every design here was trained with the same one; none was tuned."""

@@ -1,0 +1,193 @@
+"""The bidirectional designs side by side: what each is, and one run of one of them under the common budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import nn
+
+from vimamba.data.loaders import Batch, ImageDataModule
+from vimamba.data.samples import ArraySamples
+from vimamba.data.sources import ImageData, open_data
+from vimamba.data.transforms import AugmentOptions, Preprocessing
+from vimamba.errors import UserError
+from vimamba.models.registry import count_flops, count_parameters
+from vimamba.tasks.classification import ClassificationTask
+from vimamba.tasks.optim import OptimOptions
+from vimamba.tasks.weights import ModelCard, build_model
+
+BASE = "ssm_conv"
+DESIGNS: dict[str, dict[str, Any]] = {
+    "none": dict(bidirectional="none"),
+    "layer": dict(bidirectional="layer"),
+    "ssm": dict(bidirectional="ssm"),
+    BASE: dict(),
+    "every 2nd": dict(bidirectional="every 2nd"),
+    "alternate": dict(bidirectional="none", alternate=True, pooled_token=True),
+    "row + column": dict(paths=["row", "column"]),
+    "row + column, shared": dict(paths=["row", "column"], path_weights="shared"),
+    "snake": dict(paths=["snake"]),
+    "row + window2": dict(paths=["row", "window2"]),
+    "gate": dict(merge="gate", gate_sparsity=0.02),
+    "conv 2d": dict(conv="2d"),
+    "conv stem": dict(stem="conv"),
+    "sincos": dict(pos_embed="sincos"),
+    "rope": dict(rope="patches"),
+    "registers": dict(num_registers=4),
+}
+"""Arguments of VisionMamba beyond those common to all."""
+
+
+@dataclasses.dataclass
+class Run:
+    """One trained model, as a row of the study.
+
+    Times are the quickest seen, milliseconds: of a forward pass over a batch in evaluation, and of a training step.
+    For gates, the `skip_` values are measured at the threshold that a third of the directions are under.
+    """
+
+    design: str
+    seed: int
+    steps: int
+    top1: float
+    parameters: int
+    gflops: float
+    forward_ms: float
+    step_ms: float
+    train_s: float
+    skip_share: float | None = None
+    skip_top1: float | None = None
+    skip_forward_ms: float | None = None
+
+
+@dataclasses.dataclass
+class Budget:
+    """What is common to all runs."""
+
+    data: ImageData
+    model: str
+    model_args: dict[str, Any]
+    optim: OptimOptions
+    equal: str
+
+    def card(self, design: str) -> ModelCard:
+        data = self.data
+        if data.img_size is None or data.mean is None or data.std is None:
+            raise UserError(f"--data {data.name}: the study takes small images of one size: mnist or digits")
+        prep = Preprocessing(data.img_size, data.in_chans, data.mean, data.std, crop_pct=1.0)
+        return ModelCard(self.model, {**self.model_args, **DESIGNS[design]}, data.class_names, prep)
+
+    def build(self, design: str) -> nn.Module:
+        card = self.card(design)
+        prep = card.preprocessing
+        return build_model(card.model, len(card.class_names), prep.in_chans, prep.img_size, card.model_args)
+
+    def flops(self, model: nn.Module) -> int:
+        prep = self.card(BASE).preprocessing
+        return count_flops(model.eval(), (prep.in_chans, *prep.img_size))
+
+    def steps(self, flops: int) -> int:
+        """Training steps: the epochs' for the base design, as many as cost the same for another."""
+        steps = self.optim.epochs * (len(self.data.train) // self.optim.batch_size)
+        return steps if self.equal == "steps" else max(1, round(steps * self.flops(self.build(BASE)) / flops))
+
+
+def open_study_data(name: str) -> ImageData:
+    """What `--data` names; "digits" is scikit-learn's, 1797 digits of 8×8 pixels, every fourth held out."""
+    if name != "digits":
+        return open_data(name)
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise UserError("--data digits: needs the package scikit-learn; run pip install scikit-learn") from None
+    images, labels = load_digits(return_X_y=True)
+    images = (images.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
+    held_out = np.arange(len(images)) % 4 == 3
+    train, val = (ArraySamples(images[which], labels[which], name) for which in (~held_out, held_out))
+    mean, std = float(images.mean() / 255), float(images.std() / 255)
+    names = [str(digit) for digit in range(10)]
+    return ImageData(name, names, train, val, "1797 digits, 8 x 8", (8, 8), 1, (mean,), (std,), small=True)
+
+
+class AblationTask(ClassificationTask):
+    """Classification with the gates' sparsity in the loss; it remembers how long each step took."""
+
+    def on_train_start(self) -> None:
+        self.step_times: list[float] = []
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.step_times.append(time.perf_counter() - self.started)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        return None if loss is None else loss + self.model.gate_loss()
+
+
+def run_design(design: str, seed: int, budget: Budget) -> Run:
+    """Train one design from one seed and measure it."""
+    torch.manual_seed(seed)
+    model = budget.build(design)
+    flops = budget.flops(model)
+    augment = AugmentOptions(augment="affine")
+    task = AblationTask(model.train(), budget.card(design), budget.optim, augment, seed)
+    module = ImageDataModule(budget.data, task.card.preprocessing, augment, budget.optim.batch_size, 0, seed)
+    steps = budget.steps(flops)
+    trainer = pl.Trainer(
+        max_steps=steps, max_epochs=-1, gradient_clip_val=budget.optim.clip_grad, logger=False, deterministic=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        use_distributed_sampler=False, accelerator="auto", devices=1,
+    )  # fmt: skip
+    began = time.perf_counter()
+    trainer.fit(task, module)
+    seconds = time.perf_counter() - began
+    batches = [(b.images, b.targets) for b in module.eval_loader(budget.data.val)]
+    model = task.model.eval().cpu()
+    run = Run(
+        design, seed, steps, accuracy(model, batches), count_parameters(model), flops / 1e9,
+        forward_ms(model, batches[0][0]), 1e3 * min(task.step_times), seconds,
+    )  # fmt: skip
+    return measure_skipping(run, model, batches) if DESIGNS[design].get("merge") == "gate" else run
+
+
+def measure_skipping(run: Run, model: Any, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Run:
+    """Skip the third of all directions of all layers and images whose gates are smallest."""
+    gates = []
+    for images, _ in batches:
+        accuracy(model, [(images, torch.zeros(len(images)))])
+        gates += [gate.latest.flatten() for gate in model._gates()]
+    threshold = float(torch.cat(gates).quantile(1 / 3))
+    model.set_gate_threshold(threshold)
+    return dataclasses.replace(
+        run,
+        skip_share=float((torch.cat(gates) < threshold).float().mean()),
+        skip_top1=accuracy(model, batches),
+        skip_forward_ms=forward_ms(model, batches[0][0]),
+    )
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Share of the images named right."""
+    right = sum(int((model(images).argmax(1) == targets).sum()) for images, targets in batches)
+    return right / sum(len(targets) for _, targets in batches)
+
+
+@torch.no_grad()
+def forward_ms(model: nn.Module, images: torch.Tensor, repeats: int = 8) -> float:
+    """The quickest of several forward passes over a batch."""
+    best = math.inf
+    for _ in range(repeats):
+        began = time.perf_counter()
+        model(images)
+        best = min(best, time.perf_counter() - began)
+    return 1e3 * best
