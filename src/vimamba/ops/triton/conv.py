@@ -1,6 +1,3 @@
-# Tuples in a kernel grow by concatenation: the only way that Triton compiles.
-# mypy: disable-error-code="assignment"
-# ruff: noqa: RUF005, SIM108
 """Depthwise causal convolution and SiLU on the GPU, for one or more directions that read the same input.
 
 Layout: channels contiguous. Forward: a program owns a tile of ROWS tokens x BLOCK channels for all directions; x comes

@@ -1,4 +1,3 @@
-# ruff: noqa: SIM108
 """Device functions that the kernels share: softplus, sigmoid, the address of a tile and the order of steps.
 
 exp(x) is exp2(x log2(e)): one MUFU.EX2 instruction, relative error 2 ulp.

@@ -1,6 +1,3 @@
-# Tuples in a kernel grow by concatenation: the only way that Triton compiles.
-# mypy: disable-error-code="assignment"
-# ruff: noqa: RUF005, SIM108
 """The selective scan on the GPU, backward: recomputes the states of a chunk from its saved one, then walks it back.
 
 Layout: a program owns CHANNELS x LANES channels of one sequence and direction, one warp; the 16 states of a channel

@@ -1,6 +1,3 @@
-# Tuples in a kernel grow by concatenation: the only way that Triton compiles.
-# mypy: disable-error-code="assignment"
-# ruff: noqa: RUF005, SIM102, SIM108
 """The selective scan on the GPU, forward.
 
 Layout: a program owns CHANNELS x LANES channels of one sequence and direction, and walks along time. With LANES = 32

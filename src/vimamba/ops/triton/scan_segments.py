@@ -1,4 +1,3 @@
-# ruff: noqa: SIM108
 """Parallelism along time: what a segment of the sequence does to the state that enters it.
 
 A scan is linear in its incoming state, so a segment is summarised by the state it ends with when it starts from
