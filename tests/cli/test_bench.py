@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from vimamba.cli import main
 
@@ -19,6 +20,15 @@ QUICK = [
     "--memory",
     "false",
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other make tiny models slow on a machine that is in use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_it_prints_the_machine_and_a_table_and_writes_files(tmp_path, capsys):

@@ -111,13 +111,13 @@ def test_fine_tuning_takes_the_body_and_leaves_the_head(vimamba, trained, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "vim_nanno"], "--model vim_nanno: there is no such model; did you mean vim_nano?"),
+        (["--model", "vim_nanno"], "--model vim_nanno: there is no such model; did you mean vim_nano"),
         (["--data", "mnits"], "--data mnits: there is no such folder or built-in sample; did you mean mnist?"),
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
         (["--epochs", "ten"], "--epochs: expected a whole number, got ten"),
         (["--batch-size", "-4"], "--batch_size is -4; it must be at least 1"),
         (["--epohs", "3"], "--epohs: there is no such option; did you mean --epochs"),
-        (["--lr", "nan"], "--lr is nan"),
+        (["--lr", "-1"], "--lr is -1.0; it cannot be negative"),
         (["--schedule", "cosinus"], "--schedule: expected cosine or constant, got cosinus"),
         (["--in_chans", "4"], "--in_chans is 4"),
         (["--img_size", "0"], "--img_size is 0"),

@@ -1,5 +1,5 @@
-// The kernels of one instruction set without Python or PyTorch, against plain loops in double: for emulators, valgrind and sanitizers.
-// CONTRIBUTING.md has the commands; exits 1 and says what differs if anything does.
+// The kernels of one instruction set without Python or PyTorch, against plain loops in double: for emulators,
+// valgrind and sanitizers. CONTRIBUTING.md has the commands; exits 1 and says what differs if anything does.
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -46,8 +46,18 @@ struct Problem {
   vector<float> u, delta, z, A, B, C, skip, bias;
 
   Problem(int64_t D, int64_t L, int64_t N, bool reverse)
-      : D(D), L(L), N(N), reverse(reverse), u(normal(L * D)), delta(normal(L * D)), z(normal(L * D)), A(normal(D * N, 1, -4)),
-        B(normal(L * N)), C(normal(L * N)), skip(normal(D)), bias(normal(D, 1, -2)) {}
+      : D(D),
+        L(L),
+        N(N),
+        reverse(reverse),
+        u(normal(L * D)),
+        delta(normal(L * D)),
+        z(normal(L * D)),
+        A(normal(D * N, 1, -4)),
+        B(normal(L * N)),
+        C(normal(L * N)),
+        skip(normal(D)),
+        bias(normal(D, 1, -2)) {}
 
   vector<vector<float>*> inputs() { return {&u, &delta, &A, &B, &C, &skip, &z, &bias}; }
 
@@ -82,10 +92,25 @@ static void check_scan(int64_t D, int64_t L, int64_t N, bool reverse) {
   vector<float> out(L * D), last(D * N), states((L + kChunk - 1) / kChunk * D * N);
   auto rows = [&](vector<float>& data) { return Rows{data.data(), L * D, D}; };
   auto projection = [&](vector<float>& data) { return Projection{data.data(), L * N, 0, 1, N, false}; };
-  const Scan scan = {.batch = 1, .dim = D, .length = L, .state = N, .groups = 1, .bf16 = false, .softplus = true,
-                     .reverse = reverse, .u = rows(p.u), .delta = rows(p.delta), .z = rows(p.z), .B = projection(p.B),
-                     .C = projection(p.C), .A = p.A.data(), .D = p.skip.data(), .bias = p.bias.data(), .out = rows(out),
-                     .last = last.data(), .states = states.data()};
+  const Scan scan = {.batch = 1,
+                     .dim = D,
+                     .length = L,
+                     .state = N,
+                     .groups = 1,
+                     .bf16 = false,
+                     .softplus = true,
+                     .reverse = reverse,
+                     .u = rows(p.u),
+                     .delta = rows(p.delta),
+                     .z = rows(p.z),
+                     .B = projection(p.B),
+                     .C = projection(p.C),
+                     .A = p.A.data(),
+                     .D = p.skip.data(),
+                     .bias = p.bias.data(),
+                     .out = rows(out),
+                     .last = last.data(),
+                     .states = states.data()};
   const int64_t blocks = blocks_of(D, 1, k.lanes);
   vector<float> scratch(k.scan_scratch(scan, blocks));
   k.scan_forward(scan, 0, 0, blocks, scratch.data());
@@ -95,10 +120,18 @@ static void check_scan(int64_t D, int64_t L, int64_t N, bool reverse) {
   // Gradients: along a random direction, against a difference of two plain scans.
   vector<float> dout = normal(L * D);
   vector<vector<float>> grads, direction;
-  for (auto* input : p.inputs()) grads.emplace_back(input->size()), direction.push_back(normal(input->size()));
-  const ScanGradients grad = {.dout = rows(dout), .du = rows(grads[0]), .ddelta = rows(grads[1]), .dz = rows(grads[6]),
-                              .dlast = nullptr, .dA = grads[2].data(), .dD = grads[5].data(), .dbias = grads[7].data(),
-                              .dB = grads[3].data(), .dC = grads[4].data()};
+  for (auto* input : p.inputs())
+    grads.emplace_back(input->size()), direction.push_back(normal(input->size()));
+  const ScanGradients grad = {.dout = rows(dout),
+                              .du = rows(grads[0]),
+                              .ddelta = rows(grads[1]),
+                              .dz = rows(grads[6]),
+                              .dlast = nullptr,
+                              .dA = grads[2].data(),
+                              .dD = grads[5].data(),
+                              .dbias = grads[7].data(),
+                              .dB = grads[3].data(),
+                              .dC = grads[4].data()};
   scratch.resize(k.scan_backward_scratch(scan, blocks));
   k.scan_backward(scan, grad, 0, 0, 0, blocks, scratch.data());
   const double step = 1e-5;
@@ -117,16 +150,27 @@ static void check_mixer(int64_t D, int64_t L, int64_t N, int64_t R, bool reverse
   Problem p(D, L, N, reverse);
   vector<float> x = normal(L * D), taps = normal(D * 4), conv_bias = normal(D), out(L * D);
   vector<float> x_proj = normal((R + 2 * N) * D, 0.2), dt_proj = normal(D * R, 0.3);
-  const Mixer mixer = {.batch = 1, .dim = D, .length = L, .state = N, .dt_rank = R, .width = 4, .bf16 = false, .scale = 0.5f,
-                       .x = {x.data(), L * D, D}, .z = {p.z.data(), L * D, D}, .out = {out.data(), L * D, D}};
-  const Direction way = {taps.data(), conv_bias.data(), x_proj.data(), dt_proj.data(), p.bias.data(), p.A.data(),
-                         p.skip.data(), reverse, reverse, nullptr};
+  const Mixer mixer = {.batch = 1,
+                       .dim = D,
+                       .length = L,
+                       .state = N,
+                       .dt_rank = R,
+                       .width = 4,
+                       .bf16 = false,
+                       .scale = 0.5f,
+                       .x = {x.data(), L * D, D},
+                       .z = {p.z.data(), L * D, D},
+                       .out = {out.data(), L * D, D}};
+  const Direction way = {taps.data(), conv_bias.data(), x_proj.data(), dt_proj.data(), p.bias.data(),
+                         p.A.data(),  p.skip.data(),    reverse,       reverse,        nullptr};
   const int64_t blocks = blocks_of(D, 1, k.lanes);
   vector<float> packed(k.mixer_packed(mixer)), scratch(k.mixer_scratch(mixer)), state(blocks * N * k.lanes);
   k.mixer_pack(mixer, way, packed.data());
   const int64_t meet = L / 3;
-  k.mixer_scan(mixer, way, packed.data(), 0, 0, meet, 0, blocks, nullptr, state.data(), true, true, scratch.data());
-  k.mixer_scan(mixer, way, packed.data(), 0, meet, L, 0, blocks, nullptr, state.data(), true, true, scratch.data());
+  k.mixer_scan(mixer, way, packed.data(), 0, 0, meet, 0, blocks, nullptr, state.data(), true, true,
+               scratch.data());
+  k.mixer_scan(mixer, way, packed.data(), 0, meet, L, 0, blocks, nullptr, state.data(), true, true,
+               scratch.data());
 
   for (int64_t t = 0; t < L; ++t)
     for (int64_t d = 0; d < D; ++d) {

@@ -70,7 +70,7 @@ def build(entry: Entry) -> nn.Module:
     model = _create(entry)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = entry.attention == "fused"
+            module.fused_attn = entry.attention == "fused"  # type: ignore[assignment]
     return model.to(entry.device).train(entry.passes == "train")
 
 

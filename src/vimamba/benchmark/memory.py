@@ -97,13 +97,13 @@ def peak_here(entry: Entry) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def peak(entry: Entry, threads: int) -> int | None:
-    """The same, in a process of its own.
+def peak(entry: Entry) -> int | None:
+    """The same, in a process of its own, with as many threads as this one has.
 
     Raises:
         StepError: that process ran out of memory or broke off.
     """
-    request = json.dumps({"entry": dataclasses.asdict(entry), "threads": threads})
+    request = json.dumps({"entry": dataclasses.asdict(entry), "threads": torch.get_num_threads()})
     done = subprocess.run([sys.executable, "-m", __name__, request], capture_output=True, text=True, check=False)
     if done.returncode == 0:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -128,8 +128,6 @@ def reason(error: BaseException) -> str:
 def main(request: str) -> None:
     """The fresh process."""
     asked = json.loads(request)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, this process goes first
     torch.set_num_threads(asked["threads"])
     answer: dict[str, Any] = {"bytes": None, "error": None}
     try:
@@ -140,4 +138,6 @@ def main(request: str) -> None:
 
 
 if __name__ == "__main__":
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, this process goes first
     main(sys.argv[1])

@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
 from vimamba.benchmark import memory
 from vimamba.benchmark.entries import Cost, Entry, build, cost, step_of
 from vimamba.benchmark.timing import alternate, quartiles, ratio
@@ -101,7 +99,7 @@ def measure(
 
 def _measure_memory(result: Result) -> None:
     try:
-        result.peak_bytes = memory.peak(result.entry, torch.get_num_threads())
+        result.peak_bytes = memory.peak(result.entry)
     except memory.StepError as failure:
         result.error = str(failure)
 

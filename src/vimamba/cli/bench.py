@@ -48,13 +48,14 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
         torch.set_num_threads(options.threads)
     told = machine.describe(options.device)
     console = terminal.console()
+    console.width = max(console.width, 100)  # rather wrapped than cut
     console.print(machine.heading(told) + "\n", markup=False)
     with terminal.console(stderr=True).status("counting operations") as status:
         results = measure(
             entries(options), options.repeats, options.seconds, options.memory, lambda line: status.update(line)
         )
     for table in report.tables(results):
-        console.print(table, width=max(console.width, 120))
+        console.print(table)
         console.print()
     console.print(
         "[dim]ms: median time of a step; spread: half the interquartile range; relative: time beside the first model "

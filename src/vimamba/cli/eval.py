@@ -89,11 +89,16 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     return 0
 
 
+def folder_of(run: Path) -> Path:
+    """The folder of a run, given itself, its weights or one of its checkpoints."""
+    folders = (run,) if run.is_dir() else (run.parent, run.parent.parent)
+    return next((folder for folder in folders if (folder / CONFIG).is_file()), folders[0])
+
+
 def run_config(run: Path) -> dict[str, Any]:
     """The options of the training run, where its folder still has them."""
-    path = (run if run.is_dir() else run.parent) / CONFIG
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.safe_load((folder_of(run) / CONFIG).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -151,7 +156,7 @@ def evaluate(
 def write_confusion(what: EvalOptions, run: Path, card: ModelCard, data: ImageData, results: Results) -> Path | None:
     if results.confusion is None:
         return None
-    folder = Path(what.output) if what.output else (run if run.is_dir() else run.parent)
+    folder = Path(what.output) if what.output else folder_of(run)
     path = folder / "confusion.png"
     try:
         folder.mkdir(parents=True, exist_ok=True)

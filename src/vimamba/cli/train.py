@@ -138,6 +138,8 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     console = terminal.console()
     check_model_name(run_options.model)
     data = open_data(run_options.data, run_options.val_fraction, run_options.seed, run_options.class_names)
+    if optim.lr is None and (run_options.pretrained or run_options.checkpoint):
+        optim.lr = 2e-4  # trained weights are lost at the rate that new ones need
     if augment.augment == "auto":
         augment.augment = "crop" if data.photographs else "affine"
     prep = choose_preprocessing(run_options, data)
@@ -145,7 +147,8 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     folder = Path(run_options.output or default_output(run_options))
     checkpoint = run_folder.check_resumable(folder, card) if options.resume else None
     task, note = build_task(run_options, card, optim, augment)
-    if rank_zero_only.rank == 0 and checkpoint is None:
+    first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if first_process and checkpoint is None:
         run_folder.prepare_folder(folder, options.overwrite)
         run_folder.check_space(folder, task.model)
         write_config(options, folder)

@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 class Draw(NamedTuple):
     """One image at one moment of a run; the seed decides its augmentation, so a resumed run repeats it."""
 
-    index: int
+    sample: int
     seed: int
 
 

@@ -39,7 +39,8 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """From what `dataclasses.asdict` gave, read back from JSON (lists for tuples)."""
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**values)
 
 
 @dataclasses.dataclass
@@ -121,7 +122,7 @@ def train_transform(prep: Preprocessing, options: AugmentOptions) -> Transform:
             is_training=True,
             scale=options.crop_scale,
             hflip=options.hflip,
-            color_jitter=options.color_jitter or None,
+            color_jitter=options.color_jitter,
             auto_augment=options.auto_augment,
             interpolation=prep.interpolation,
             mean=prep.mean,

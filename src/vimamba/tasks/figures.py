@@ -60,7 +60,7 @@ def save_confusion(path: Path, confusion_CC: torch.Tensor, class_names: list[str
             for column in range(count):
                 if number := int(confusion_CC[row, column]):
                     color = "white" if share_CC[row, column] > 0.5 else "black"
-                    axes.text(column, row, number, ha="center", va="center", fontsize=8, color=color)
+                    axes.text(column, row, str(number), ha="center", va="center", fontsize=8, color=color)
     axes.set(xlabel="predicted", ylabel="class of the image", title=title)
     axes.tick_params(length=0)
     figure.savefig(path)

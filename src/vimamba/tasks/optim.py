@@ -20,7 +20,8 @@ class OptimOptions:
     Args:
         epochs: passes over the training images
         batch_size: images in a step on each device
-        lr: highest learning rate, for the whole batch over all devices
+        lr: highest learning rate, for the whole batch over all devices; if not given, 2e-3 from new weights
+            and 2e-4 from trained ones
         weight_decay: AdamW's, for matrices; never for biases, norms and what the model exempts
         schedule: learning rate after the warm-up
         warmup_epochs: epochs of linear warm-up; null takes a twentieth of the epochs, at most 5
@@ -32,8 +33,8 @@ class OptimOptions:
     """
 
     epochs: int = 30
-    batch_size: int = 64
-    lr: float = 1e-3
+    batch_size: int = 32
+    lr: float | None = None
     weight_decay: float = 0.05
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_epochs: float | None = None
@@ -49,10 +50,15 @@ class OptimOptions:
         for name in ("lr", "weight_decay", "min_lr", "warmup_epochs", "clip_grad"):
             value = getattr(self, name)
             require(value is None or 0.0 <= value < math.inf, f"--{name} is {value}; it cannot be negative")
-        require(self.lr > 0.0, "--lr is 0; nothing would be learned")
+        require(self.lr != 0.0, "--lr is 0; nothing would be learned")
         for name in ("layer_decay", "ema"):
             value = getattr(self, name)
             require(value is None or 0.0 < value < 1.0, f"--{name} is {value}; give a number between 0 and 1")
+
+    @property
+    def highest_lr(self) -> float:
+        """The learning rate asked for, or that of new weights."""
+        return 2e-3 if self.lr is None else self.lr
 
     @property
     def warmup(self) -> float:
@@ -66,17 +72,20 @@ def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict[str, 
     Exempt from weight decay: biases and other one-dimensional parameters, what `model.no_weight_decay()` names,
     and parameters with the attribute `_no_weight_decay` (the mark that mamba_ssm uses).
     """
-    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    own: Any = getattr(model, "no_weight_decay", set)
+    exempt = set(own())
     exempt |= {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
     if options.layer_decay is None:
-        return param_groups_weight_decay(model, options.weight_decay, exempt)
-    groups = param_groups_layer_decay(model, options.weight_decay, exempt, layer_decay=options.layer_decay)
-    return [{**group, "lr": options.lr * group["lr_scale"]} for group in groups]
+        return param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=exempt)
+    groups = param_groups_layer_decay(
+        model, options.weight_decay, no_weight_decay_list=exempt, layer_decay=options.layer_decay
+    )
+    return [{**group, "lr": options.highest_lr * group["lr_scale"]} for group in groups]
 
 
 def build_optimizer(model: nn.Module, options: OptimOptions, fused: bool) -> torch.optim.AdamW:
     """AdamW on the model's parameter groups."""
-    return torch.optim.AdamW(parameter_groups(model, options), lr=options.lr, fused=fused)
+    return torch.optim.AdamW(parameter_groups(model, options), lr=options.highest_lr, fused=fused)
 
 
 def lr_factor(step: int, total_steps: int, options: OptimOptions) -> float:
@@ -86,6 +95,6 @@ def lr_factor(step: int, total_steps: int, options: OptimOptions) -> float:
         return (step + 1) / warmup
     if options.schedule == "constant":
         return 1.0
-    lowest = min(1.0, options.min_lr / options.lr)
+    lowest = min(1.0, options.min_lr / options.highest_lr)
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     return lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))

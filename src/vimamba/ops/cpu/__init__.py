@@ -1,7 +1,7 @@
 """The CPU backend: C++ kernels (AVX-512, AVX2 or portable, chosen at run time) behind the operators vimamba_cpu.*.
 
-The kernels take channels contiguous and every other stride as it is; this file allocates the outputs, copies what lies otherwise, and
-sums partial gradients. VIMAMBA_CPU=avx512|avx2|portable forces an instruction set.
+The kernels take channels contiguous and every other stride as it is; this file allocates the outputs, copies
+what lies otherwise, and sums partial gradients. VIMAMBA_CPU=avx512|avx2|portable forces an instruction set.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def scan_forward(
     reverse: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, D, L), last_state (B, D, N), and the states before each chunk of 64 steps (B, K, D, N), or an empty tensor."""
+    """out (B, D, L), last_state (B, D, N), and if wanted the states before each chunk (B, K, D, N)."""
     batch, dim, length = u_BDL.shape
     state = A_DN.shape[1]
     out_BDL = _like(u_BDL)
@@ -207,9 +207,7 @@ def _sum_projection_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     return total if x.dim() == 2 else total.transpose(2, 3).to(x.dtype)
 
 
-def conv_forward(
-    x_BDL: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool, reverse: bool
-) -> Tensor:
+def conv_forward(x_BDL: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     """Depthwise causal convolution, and SiLU."""
     y_BDL = _like(x_BDL)
     torch.ops.vimamba_cpu.conv_forward(
@@ -275,7 +273,7 @@ def norm_backward(
 def mixer_forward(
     xz_BLE: Tensor, directions: Sequence[Direction], scale: float, save_states: bool
 ) -> tuple[Tensor, Tensor]:
-    """The whole mixer between its two linear layers: out (B, L, D), and the states (directions, B, K, D, N) if wanted."""
+    """The mixer between its linear layers: out (B, L, D), and if wanted the states (directions, B, K, D, N)."""
     if xz_BLE.stride(2) != 1:
         xz_BLE = xz_BLE.contiguous()
     batch, length, width = xz_BLE.shape

@@ -1,6 +1,7 @@
 // Compiled once for each instruction set, with VIMAMBA_AVX512, VIMAMBA_AVX2 or neither defined; see vec.h.
-#include "conv.h"
 #include "kernels.h"
+
+#include "conv.h"
 #include "mixer.h"
 #include "norm.h"
 #include "scan.h"
@@ -23,6 +24,7 @@ const Kernels& VIMAMBA_TABLE() {
   static const Kernels table = {
       .name = VIMAMBA_NAME,
       .lanes = W,
+      .inner_loop = inner_loop,
       .scan_scratch = scan_scratch,
       .scan_forward = scan_forward,
       .scan_backward_scratch = scan_backward_scratch,

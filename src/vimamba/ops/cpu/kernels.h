@@ -1,8 +1,10 @@
-// What ops.cpp (which knows tensors and threads) asks of the kernels (which know neither): plain structures and a table of
-// functions, one table an instruction set. Every function works on the part of the task it is given, on the calling thread.
+// What ops.cpp (which knows tensors and threads) asks of the kernels (which know neither): plain structures
+// and a table of functions, one table an instruction set. Every function works on the part of the task it is
+// given, on the calling thread.
 //
-// Letters: B batch, D channels, L time, N state, G groups, W conv width, R dt_rank, K chunks. Channels are contiguous in every
-// activation; strides are in elements. "Step" counts in the order of the recurrence, "position" along the sequence.
+// Letters: B batch, D channels, L time, N state, G groups, W conv width, R dt_rank, K chunks. Channels are
+// contiguous in every activation; strides are in elements. "Step" counts in the order of the recurrence,
+// "position" along the sequence.
 #pragma once
 
 #include <stdint.h>
@@ -10,6 +12,8 @@
 namespace vimamba {
 
 constexpr int64_t kChunk = 64;  // steps between two saved states; vimamba.ops.backends.CHUNK
+
+constexpr int kMaxWidth = 16;  // of a convolution
 
 struct Rows {  // a (B, L, D) activation, channels contiguous
   void* data;
@@ -34,9 +38,9 @@ struct Scan {
 
 struct ScanGradients {
   Rows dout, du, ddelta, dz;
-  const float* dlast;              // (B, D, N) or null
-  float *dA, *dD, *dbias;          // (B, D, N), (B, D), (B, D): one for each batch element; dD and dbias may be null
-  float *dB, *dC;                  // (S, B, G, L, N) for split s of the channels, or (B, D, N) where constant
+  const float* dlast;      // (B, D, N) or null
+  float *dA, *dD, *dbias;  // (B, D, N), (B, D), (B, D): one for each batch element; dD and dbias may be null
+  float *dB, *dC;          // (S, B, G, L, N) for split s of the channels, or (B, D, N) where constant
 };
 
 struct Conv {
@@ -91,19 +95,20 @@ inline int64_t blocks_of(int64_t dim, int64_t groups, int lanes) {
 struct Kernels {
   const char* name;
   int lanes;
+  int64_t (*inner_loop)(int64_t tiles);
 
   // Channel blocks [begin, end) of one batch element over all time.
   int64_t (*scan_scratch)(const Scan&, int64_t blocks);
   void (*scan_forward)(const Scan&, int64_t b, int64_t begin, int64_t end, float* scratch);
   int64_t (*scan_backward_scratch)(const Scan&, int64_t blocks);
-  void (*scan_backward)(const Scan&, const ScanGradients&, int64_t b, int64_t split, int64_t begin, int64_t end,
-                        float* scratch);
+  void (*scan_backward)(const Scan&, const ScanGradients&, int64_t b, int64_t split, int64_t begin,
+                        int64_t end, float* scratch);
 
   // Positions [begin, end) of one batch element, all channels.
   void (*conv_forward)(const Conv&, int64_t b, int64_t begin, int64_t end);
   int64_t (*conv_backward_scratch)(const Conv&);
-  void (*conv_backward)(const Conv&, const ConvGradients&, int64_t b, int64_t begin, int64_t end, int64_t split,
-                        float* scratch);
+  void (*conv_backward)(const Conv&, const ConvGradients&, int64_t b, int64_t begin, int64_t end,
+                        int64_t split, float* scratch);
 
   // Rows [begin, end).
   void (*norm_forward)(const Norm&, int64_t begin, int64_t end);
@@ -115,9 +120,9 @@ struct Kernels {
   int64_t (*mixer_scratch)(const Mixer&);
   void (*mixer_project)(const Mixer&, const Direction&, float* packed, int64_t b, int64_t step_begin,
                         int64_t step_end, float* projected, float* scratch);
-  void (*mixer_scan)(const Mixer&, const Direction&, float* packed, int64_t b, int64_t step_begin, int64_t step_end,
-                     int64_t begin, int64_t end, const float* projected, float* state, bool first, bool last,
-                     float* scratch);
+  void (*mixer_scan)(const Mixer&, const Direction&, float* packed, int64_t b, int64_t step_begin,
+                     int64_t step_end, int64_t begin, int64_t end, const float* projected, float* state,
+                     bool first, bool last, float* scratch);
 };
 
 const Kernels& kernels_portable();

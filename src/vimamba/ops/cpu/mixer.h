@@ -1,10 +1,12 @@
-// The inference path of a mixer, fused: convolution + SiLU -> x_proj -> dt_proj + softplus -> scan -> sum of the directions -> gate.
+// The inference path of a mixer, fused: convolution + SiLU -> x_proj -> dt_proj + softplus -> scan -> sum of
+// the directions -> gate.
 //
-// Layout: x, z, out (B, L, D) rows, channels contiguous. One tile of kTile steps goes through every stage while it is in the first two
-// levels of cache, so x is read once a direction, z once, out is written once a direction, and nothing else touches memory.
-// Parallel axes: batch, direction x halves of time (mixer_scan alone: the tile's projection needs all channels), or, for more threads
-// than that gives, time (mixer_project) and then channel blocks (mixer_scan with the projections given). Operations for each
-// (step, channel): about 10 N + 2 R + 2 (R + 2 N) + 60.
+// Layout: x, z, out (B, L, D) rows, channels contiguous. One tile of kTile steps goes through every stage
+// while it is in the first two levels of cache, so x is read once a direction, z once, out is written once a
+// direction, and nothing else touches memory. Parallel axes: batch, direction x halves of time (mixer_scan
+// alone: the tile's projection needs all channels), or, for more threads than that gives, time
+// (mixer_project) and then channel blocks (mixer_scan with the projections given). Operations for each (step,
+// channel): about 10 N + 2 R + 2 (R + 2 N) + 60.
 #pragma once
 
 #include "conv.h"
@@ -12,9 +14,7 @@
 
 namespace {
 
-inline int64_t projected_columns(const Mixer& m) {
-  return (m.dt_rank + 2 * m.state + W - 1) / W * W;
-}
+inline int64_t projected_columns(const Mixer& m) { return (m.dt_rank + 2 * m.state + W - 1) / W * W; }
 
 // A direction's weights, laid out for the kernels: for each block its vectors, then x_proj as (D, columns).
 struct PackedDirection {
@@ -36,9 +36,7 @@ struct PackedDirection {
   }
 };
 
-int64_t mixer_packed(const Mixer& m) {
-  return PackedDirection::floats(m);
-}
+int64_t mixer_packed(const Mixer& m) { return PackedDirection::floats(m); }
 
 void mixer_pack(const Mixer& m, const Direction& direction, float* memory) {
   const PackedDirection packed(m, memory);
@@ -47,7 +45,8 @@ void mixer_pack(const Mixer& m, const Direction& direction, float* memory) {
     const int64_t d = block.channel;
     pack_taps(direction.conv_weight + d * m.width, m.width, block.lanes, packed.taps + i * m.width * W);
     store(packed.conv_bias + i * W, load(direction.conv_bias + d, block.lanes));
-    pack_rows(direction.dt_proj + d * m.dt_rank, m.dt_rank, block.lanes, 1, packed.dt_proj + i * m.dt_rank * W);
+    pack_rows(direction.dt_proj + d * m.dt_rank, m.dt_rank, block.lanes, 1,
+              packed.dt_proj + i * m.dt_rank * W);
     store(packed.dt_bias + i * W, load(direction.dt_bias + d, block.lanes));
     pack_decay(direction.A + d * m.state, m.state, block.lanes, packed.decay + i * m.state * W);
     store(packed.skip + i * W, load(direction.D + d, block.lanes));
@@ -55,26 +54,22 @@ void mixer_pack(const Mixer& m, const Direction& direction, float* memory) {
   const int64_t columns = projected_columns(m), rows = m.dt_rank + 2 * m.state;
   float* x_proj = packed.x_proj;
   for (int64_t k = 0; k < m.dim; ++k)
-    for (int64_t j = 0; j < columns; ++j) x_proj[k * columns + j] = j < rows ? direction.x_proj[j * m.dim + k] : 0.0f;
+    for (int64_t j = 0; j < columns; ++j)
+      x_proj[k * columns + j] = j < rows ? direction.x_proj[j * m.dim + k] : 0.0f;
 }
 
 struct MixerScratch {
   float *c, *projected, *delta, *drive, *y;  // (T, D padded), (T, columns), (T, W) x 3
 
-  static int64_t padded(const Mixer& m) {
-    return blocks_of(m.dim, 1, W) * W;
-  }
-  static int64_t floats(const Mixer& m) {
-    return kTile * (padded(m) + projected_columns(m) + 3 * W);
-  }
+  static int64_t padded(const Mixer& m) { return blocks_of(m.dim, 1, W) * W; }
+  static int64_t floats(const Mixer& m) { return kTile * (padded(m) + projected_columns(m) + 3 * W); }
   MixerScratch(const Mixer& m, float* at) {
-    delta = at, drive = delta + kTile * W, y = drive + kTile * W, c = y + kTile * W, projected = c + kTile * padded(m);
+    delta = at, drive = delta + kTile * W, y = drive + kTile * W, c = y + kTile * W,
+    projected = c + kTile * padded(m);
   }
 };
 
-int64_t mixer_scratch(const Mixer& m) {
-  return MixerScratch::floats(m);
-}
+int64_t mixer_scratch(const Mixer& m) { return MixerScratch::floats(m); }
 
 inline int64_t position_of(const Mixer& m, const Direction& direction, int64_t step) {
   return direction.scan_reverse ? m.length - 1 - step : step;
@@ -82,9 +77,10 @@ inline int64_t position_of(const Mixer& m, const Direction& direction, int64_t s
 
 // c = SiLU(conv(x)) for the tile's steps and the blocks [begin, end).
 template <class T>
-void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b, int64_t step,
-                   int steps, int64_t begin, int64_t end, float* c) {
-  const int64_t stride = direction.conv_reverse ? m.x.time_stride : -m.x.time_stride, row_floats = MixerScratch::padded(m);
+void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
+                   int64_t step, int steps, int64_t begin, int64_t end, float* c) {
+  const int64_t stride = direction.conv_reverse ? m.x.time_stride : -m.x.time_stride,
+                row_floats = MixerScratch::padded(m);
   for (int64_t i = begin; i < end; ++i) {
     const Block block = block_at(i, m.dim, 1);
     const Taps taps{packed.taps + i * m.width * W, load(packed.conv_bias + i * W), (int)m.width};
@@ -99,7 +95,8 @@ void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirec
 
 // out (rows, vectors * W) = c (rows, K) x weight (K, vectors * W): a block of sums that stays in registers.
 template <int rows, int vectors>
-inline void multiply_block(const float* c, int64_t c_stride, int64_t K, const float* weight, int64_t columns, float* out) {
+inline void multiply_block(const float* c, int64_t c_stride, int64_t K, const float* weight, int64_t columns,
+                           float* out) {
   vf sums[rows][vectors] = {};
   for (int64_t k = 0; k < K; ++k) {
     vf w[vectors];
@@ -117,8 +114,8 @@ inline void multiply_block(const float* c, int64_t c_stride, int64_t K, const fl
 }
 
 template <int vectors>
-inline void multiply_columns(const float* c, int64_t c_stride, int steps, int64_t K, const float* weight, int64_t columns,
-                             float* out) {
+inline void multiply_columns(const float* c, int64_t c_stride, int steps, int64_t K, const float* weight,
+                             int64_t columns, float* out) {
 #if defined(VIMAMBA_AVX512)
   constexpr int rows = 8;
 #else
@@ -127,10 +124,12 @@ inline void multiply_columns(const float* c, int64_t c_stride, int steps, int64_
   int t = 0;
   for (; t + rows <= steps; t += rows)
     multiply_block<rows, vectors>(c + t * c_stride, c_stride, K, weight, columns, out + t * columns);
-  for (; t < steps; ++t) multiply_block<1, vectors>(c + t * c_stride, c_stride, K, weight, columns, out + t * columns);
+  for (; t < steps; ++t)
+    multiply_block<1, vectors>(c + t * c_stride, c_stride, K, weight, columns, out + t * columns);
 }
 
-inline void project_tile(const Mixer& m, const PackedDirection& packed, const float* c, int steps, float* out) {
+inline void project_tile(const Mixer& m, const PackedDirection& packed, const float* c, int steps,
+                         float* out) {
 #if defined(VIMAMBA_AVX512)
   constexpr int most = 3;
 #else
@@ -140,12 +139,13 @@ inline void project_tile(const Mixer& m, const PackedDirection& packed, const fl
   int64_t j = 0;
   for (; j + most * W <= columns; j += most * W)
     multiply_columns<most>(c, c_stride, steps, m.dim, packed.x_proj + j, columns, out + j);
-  for (; j < columns; j += W) multiply_columns<1>(c, c_stride, steps, m.dim, packed.x_proj + j, columns, out + j);
+  for (; j < columns; j += W)
+    multiply_columns<1>(c, c_stride, steps, m.dim, packed.x_proj + j, columns, out + j);
 }
 
 // delta' = softplus(dt @ dt_proj + bias) and delta' c for one block, four steps at a time.
-inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected, int64_t columns,
-                         int steps, const MixerScratch& s) {
+inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
+                         int64_t columns, int steps, const MixerScratch& s) {
   const vf bias = load(packed.dt_bias + i * W);
   const float* weight = packed.dt_proj + i * m.dt_rank * W;
   const int64_t c_stride = MixerScratch::padded(m);
@@ -169,8 +169,8 @@ inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t 
 
 // out gains y + D c; the last direction to pass also applies scale * SiLU(z).
 template <class T>
-inline void add_tile(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b, int64_t i,
-                     int64_t step, int steps, bool first, bool last, const MixerScratch& s) {
+inline void add_tile(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
+                     int64_t i, int64_t step, int steps, bool first, bool last, const MixerScratch& s) {
   const Block block = block_at(i, m.dim, 1);
   const vf skip = load(packed.skip + i * W);
   const int64_t c_stride = MixerScratch::padded(m);
@@ -202,8 +202,8 @@ void mixer_project_typed(const Mixer& m, const Direction& direction, const Packe
 
 template <class T>
 void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
-                      int64_t step_begin, int64_t step_end, int64_t begin, int64_t end, const float* given, float* state,
-                      bool first, bool last, const MixerScratch& s) {
+                      int64_t step_begin, int64_t step_end, int64_t begin, int64_t end, const float* given,
+                      float* state, bool first, bool last, const MixerScratch& s) {
   const int64_t N = m.state, columns = projected_columns(m);
   int steps;
   for (int64_t step = step_begin; step < step_end; step += steps) {
@@ -215,11 +215,13 @@ void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDi
       const Block block = block_at(i, m.dim, 1);
       if (direction.states && step % kChunk == 0) {
         const int64_t chunk = b * chunks_of(m.length) + step / kChunk;
-        unpack_rows(state + i * N * W, N, block.lanes, direction.states + (chunk * m.dim + block.channel) * N);
+        unpack_rows(state + i * N * W, N, block.lanes,
+                    direction.states + (chunk * m.dim + block.channel) * N);
       }
       expand_delta(m, packed, i, projected, columns, steps, s);
-      advance_all<false, false>({steps, s.delta, s.drive}, N, packed.decay + i * N * W, {projected + m.dt_rank, columns},
-                                {projected + m.dt_rank + N, columns}, state + i * N * W, s.y);
+      advance_all<false, false>({steps, s.delta, s.drive}, N, packed.decay + i * N * W,
+                                {projected + m.dt_rank, columns}, {projected + m.dt_rank + N, columns},
+                                state + i * N * W, s.y);
       add_tile<T>(m, direction, packed, b, i, step, steps, first, last, s);
     }
   }
@@ -236,14 +238,16 @@ void mixer_project(const Mixer& m, const Direction& direction, float* packed, in
 }
 
 void mixer_scan(const Mixer& m, const Direction& direction, float* packed, int64_t b, int64_t step_begin,
-                int64_t step_end, int64_t begin, int64_t end, const float* projected, float* state, bool first, bool last,
-                float* scratch) {
+                int64_t step_end, int64_t begin, int64_t end, const float* projected, float* state,
+                bool first, bool last, float* scratch) {
   const PackedDirection weights(m, packed);
   const MixerScratch s(m, scratch);
   if (m.bf16)
-    mixer_scan_typed<bf16>(m, direction, weights, b, step_begin, step_end, begin, end, projected, state, first, last, s);
+    mixer_scan_typed<bf16>(m, direction, weights, b, step_begin, step_end, begin, end, projected, state,
+                           first, last, s);
   else
-    mixer_scan_typed<float>(m, direction, weights, b, step_begin, step_end, begin, end, projected, state, first, last, s);
+    mixer_scan_typed<float>(m, direction, weights, b, step_begin, step_end, begin, end, projected, state,
+                            first, last, s);
 }
 
 }  // namespace

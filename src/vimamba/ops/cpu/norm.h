@@ -1,11 +1,13 @@
-// RMSNorm with the residual sum: sum = x + residual, normed = sum * rstd * weight, rstd = (mean(sum^2) + eps)^-1/2.
+// RMSNorm with the residual sum: sum = x + residual, normed = sum * rstd * weight, rstd = (mean(sum^2) +
+// eps)^-1/2.
 //
-// Layout: (rows, E) contiguous; parallel axis: rows (the caller's). Forward reads x and residual and writes sum and normed once (a row stays
-// in the first-level cache between the two loops); backward likewise. Under 10 operations for each element.
+// Layout: (rows, E) contiguous; parallel axis: rows (the caller's). Forward reads x and residual and writes
+// sum and normed once (a row stays in the first-level cache between the two loops); backward likewise. Under
+// 10 operations for each element.
 #pragma once
 
-#include "vec.h"
 #include "kernels.h"
+#include "vec.h"
 
 namespace {
 
@@ -51,7 +53,8 @@ void norm_forward(const Norm& norm, int64_t begin, int64_t end) {
   norm_forward_residual<float, float>(norm, begin, end);
 }
 
-// dsum = rstd (dnormed w - s mean(dnormed w s)) + dresidual with s = sum * rstd; dweight (E,) gains dnormed s.
+// dsum = rstd (dnormed w - s mean(dnormed w s)) + dresidual with s = sum * rstd; dweight (E,) gains dnormed
+// s.
 template <class Y>
 void norm_backward_rows(const NormGradients& grad, int64_t begin, int64_t end, float* dweight) {
   const int64_t E = grad.dim;

@@ -1,6 +1,6 @@
-// The operators vimamba_cpu.*: from tensors to kernels.h, and how the work divides over PyTorch's threads. On the libtorch stable
-// ABI: one binary serves every Python and every PyTorch from 2.11. Python allocates all outputs; vimamba/ops/cpu/__init__.py is the
-// only caller and has checked shapes, types and strides.
+// The operators vimamba_cpu.*: from tensors to kernels.h, and how the work divides over PyTorch's threads. On
+// the libtorch stable ABI: one binary serves every Python and every PyTorch from 2.11. Python allocates all
+// outputs; vimamba/ops/cpu/__init__.py is the only caller and has checked shapes, types and strides.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,12 +8,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
-#include <numeric>
 #include <optional>
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace {
 
@@ -45,18 +44,14 @@ const Kernels* table(int64_t set) {
   return &kernels_portable();
 }
 
-int64_t best_set() {
-  return runs_here(kAvx512) ? kAvx512 : runs_here(kAvx2) ? kAvx2 : kPortable;
-}
+int64_t best_set() { return runs_here(kAvx512) ? kAvx512 : runs_here(kAvx2) ? kAvx2 : kPortable; }
 
 int64_t& active_set() {
   static int64_t set = best_set();
   return set;
 }
 
-const Kernels& kernels() {
-  return *table(active_set());
-}
+const Kernels& kernels() { return *table(active_set()); }
 
 // Selects `wanted` if it runs on this machine (any negative number: keep), and returns the set in use.
 int64_t instruction_set(int64_t wanted) {
@@ -64,54 +59,14 @@ int64_t instruction_set(int64_t wanted) {
   return active_set();
 }
 
-// Memory that grows and stays with its thread: pages once touched are not faulted in again at every call. Slot 0 belongs to the
-// task a thread works on, slot 1 to the caller, who may work on a task meanwhile.
-template <int slot>
-float* scratch(int64_t floats) {
-  struct Memory {
-    float* data = nullptr;
-    int64_t floats = 0;
-    ~Memory() { ::operator delete(data, std::align_val_t(64)); }
-  };
-  static thread_local Memory memory;
-  if (memory.floats < floats) {
-    ::operator delete(memory.data, std::align_val_t(64));
-    memory.data = nullptr;
-    memory.data = static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64)));
-    memory.floats = floats;
-  }
-  return memory.data;
-}
-
-int64_t threads() {
-  return std::max<int64_t>(1, torch::stable::get_num_threads());
-}
-
-template <class F>
-void for_each_task(int64_t tasks, const F& run) {
-  torch::stable::parallel_for(0, tasks, 1, [&run](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) run(task);
-  });
-}
-
-// Into how many parts to cut each of `count` equal pieces of work so that the threads finish together; at most `most`.
-int64_t parts_of_each(int64_t count, int64_t most) {
-  const int64_t wanted = threads() / std::gcd(count, threads());
-  return count >= 8 * threads() ? 1 : std::max<int64_t>(1, std::min(wanted, most));
-}
-
 template <class T = float>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-float* data(const Maybe& tensor) {
-  return tensor ? data(*tensor) : nullptr;
-}
+float* data(const Maybe& tensor) { return tensor ? data(*tensor) : nullptr; }
 
-bool is_bf16(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::BFloat16;
-}
+bool is_bf16(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
 
 // (B, D, L), channels contiguous.
 Rows rows(const Maybe& tensor_BDL) {
@@ -128,8 +83,8 @@ int64_t groups(const Tensor& B, const Tensor& C) {
   return B.dim() == 4 ? B.size(1) : C.dim() == 4 ? C.size(1) : 1;
 }
 
-Scan scan_of(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const Maybe& D,
-             const Maybe& z, const Maybe& bias, bool softplus, bool reverse) {
+Scan scan_of(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+             const Maybe& D, const Maybe& z, const Maybe& bias, bool softplus, bool reverse) {
   Scan scan = {};
   scan.batch = u.size(0), scan.dim = u.size(1), scan.length = u.size(2), scan.state = A.size(1);
   scan.groups = groups(B, C);
@@ -140,8 +95,9 @@ Scan scan_of(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor
   return scan;
 }
 
-void scan_forward(const Tensor u, const Tensor delta, const Tensor A, const Tensor B, const Tensor C, const Maybe D,
-                  const Maybe z, const Maybe bias, bool softplus, bool reverse, Tensor out, Tensor last, Maybe states) {
+void scan_forward(const Tensor u, const Tensor delta, const Tensor A, const Tensor B, const Tensor C,
+                  const Maybe D, const Maybe z, const Maybe bias, bool softplus, bool reverse, Tensor out,
+                  Tensor last, Maybe states) {
   const Kernels& k = kernels();
   Scan scan = scan_of(u, delta, A, B, C, D, z, bias, softplus, reverse);
   scan.out = rows(out), scan.last = data(last), scan.states = data(states);
@@ -153,43 +109,45 @@ void scan_forward(const Tensor u, const Tensor delta, const Tensor A, const Tens
   });
 }
 
+// For benchmarks/: every thread runs the innermost loop `tiles` times; returns the state updates done by all.
+int64_t inner_loop(int64_t tiles) {
+  const int64_t parts = threads();
+  int64_t updates = 0;
+  for_each_task(parts, [&](int64_t part) {
+    const int64_t done = kernels().inner_loop(tiles);
+    if (part == 0) updates = parts * done;
+  });
+  return updates;
+}
+
 // How many parts of dB and dC scan_backward fills.
 int64_t scan_backward_parts(int64_t batch, int64_t dim, int64_t groups) {
   return parts_of_each(batch, blocks_of(dim, groups, kernels().lanes));
 }
 
-void scan_backward(const Tensor dout, const Maybe dlast, const Tensor u, const Tensor delta, const Tensor A, const Tensor B,
-                   const Tensor C, const Maybe D, const Maybe z, const Maybe bias, const Tensor states, bool softplus,
-                   bool reverse, int64_t parts, Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Maybe dD, Maybe dz,
-                   Maybe dbias) {
+void scan_backward(const Tensor dout, const Maybe dlast, const Tensor u, const Tensor delta, const Tensor A,
+                   const Tensor B, const Tensor C, const Maybe D, const Maybe z, const Maybe bias,
+                   const Tensor states, bool softplus, bool reverse, int64_t parts, Tensor du, Tensor ddelta,
+                   Tensor dA, Tensor dB, Tensor dC, Maybe dD, Maybe dz, Maybe dbias) {
   const Kernels& k = kernels();
   Scan scan = scan_of(u, delta, A, B, C, D, z, bias, softplus, reverse);
   scan.states = data(states);
-  const ScanGradients grad = {rows(dout), rows(du), rows(ddelta), rows(dz), data(dlast), data(dA),
-                              data(dD),   data(dbias), data(dB),  data(dC)};
+  const ScanGradients grad = {rows(dout), rows(du), rows(ddelta), rows(dz), data(dlast),
+                              data(dA),   data(dD), data(dbias),  data(dB), data(dC)};
   const int64_t blocks = blocks_of(scan.dim, scan.groups, k.lanes);
   for_each_task(scan.batch * parts, [&](int64_t task) {
     const int64_t part = task % parts, begin = part * blocks / parts, end = (part + 1) * blocks / parts;
-    k.scan_backward(scan, grad, task / parts, part, begin, end, scratch<0>(k.scan_backward_scratch(scan, end - begin)));
+    k.scan_backward(scan, grad, task / parts, part, begin, end,
+                    scratch<0>(k.scan_backward_scratch(scan, end - begin)));
   });
 }
 
-Conv conv_of(const Tensor& x, const Tensor& y, const Tensor& weight, const Maybe& bias, bool silu, bool reverse) {
-  return {x.size(0), x.size(1), x.size(2), weight.size(1), is_bf16(x),  silu,
+Conv conv_of(const Tensor& x, const Tensor& y, const Tensor& weight, const Maybe& bias, bool silu,
+             bool reverse) {
+  STD_TORCH_CHECK(weight.size(1) <= kMaxWidth, "the CPU kernels take convolutions of width 1 to ", kMaxWidth,
+                  ", got ", weight.size(1));
+  return {x.size(0), x.size(1), x.size(2), weight.size(1), is_bf16(x), silu,
           reverse,   rows(x),   rows(y),   data(weight),   data(bias)};
-}
-
-// Cuts batch x length into `parts` even stretches and calls run(b, begin, end) for those of `part`.
-template <class F>
-void for_each_stretch(int64_t batch, int64_t length, int64_t part, int64_t parts, const F& run) {
-  const int64_t total = batch * length;
-  const int64_t begin = total / parts * part + std::min(part, total % parts);
-  const int64_t end = begin + total / parts + (part < total % parts ? 1 : 0);
-  for (int64_t at = begin; at < end;) {
-    const int64_t b = at / length, stop = std::min(end, (b + 1) * length);
-    run(b, at - b * length, stop - b * length);
-    at = stop;
-  }
 }
 
 void conv_forward(const Tensor x, const Tensor weight, const Maybe bias, bool silu, bool reverse, Tensor y) {
@@ -203,8 +161,8 @@ void conv_forward(const Tensor x, const Tensor weight, const Maybe bias, bool si
 }
 
 // dweight is (S, D, W) and dbias (S, D), zero, for S parts of the work.
-void conv_backward(const Tensor dy, const Tensor x, const Tensor weight, const Maybe bias, bool silu, bool reverse, Tensor dx,
-                   Tensor dweight, Maybe dbias) {
+void conv_backward(const Tensor dy, const Tensor x, const Tensor weight, const Maybe bias, bool silu,
+                   bool reverse, Tensor dx, Tensor dweight, Maybe dbias) {
   const Kernels& k = kernels();
   const Conv conv = conv_of(x, dy, weight, bias, silu, reverse);
   const ConvGradients grad = {rows(dx), data(dweight), data(dbias)};
@@ -217,24 +175,35 @@ void conv_backward(const Tensor dy, const Tensor x, const Tensor weight, const M
   });
 }
 
-void norm_forward(const Tensor x, const Maybe residual, const Tensor weight, double eps, Tensor normed, Tensor sum, Tensor rstd) {
+void norm_forward(const Tensor x, const Maybe residual, const Tensor weight, double eps, Tensor normed,
+                  Tensor sum, Tensor rstd) {
   const Kernels& k = kernels();
-  const Norm norm = {x.size(0),    x.size(1),   is_bf16(x),
-                     residual && is_bf16(*residual), is_bf16(normed), x.data_ptr(),
-                     residual ? residual->data_ptr() : nullptr, data(weight), static_cast<float>(eps),
-                     normed.data_ptr(), data(sum), data(rstd)};
+  const Norm norm = {x.size(0),
+                     x.size(1),
+                     is_bf16(x),
+                     residual && is_bf16(*residual),
+                     is_bf16(normed),
+                     x.data_ptr(),
+                     residual ? residual->data_ptr() : nullptr,
+                     data(weight),
+                     static_cast<float>(eps),
+                     normed.data_ptr(),
+                     data(sum),
+                     data(rstd)};
   const int64_t parts = threads();
   for_each_task(parts, [&](int64_t part) {
-    for_each_stretch(1, norm.rows, part, parts, [&](int64_t, int64_t begin, int64_t end) { k.norm_forward(norm, begin, end); });
+    for_each_stretch(1, norm.rows, part, parts,
+                     [&](int64_t, int64_t begin, int64_t end) { k.norm_forward(norm, begin, end); });
   });
 }
 
 // dweight is (S, E), zero, for S parts of the rows.
-void norm_backward(const Tensor dnormed, const Maybe dresidual, const Tensor sum, const Tensor weight, const Tensor rstd,
-                   Tensor dsum, Tensor dweight) {
+void norm_backward(const Tensor dnormed, const Maybe dresidual, const Tensor sum, const Tensor weight,
+                   const Tensor rstd, Tensor dsum, Tensor dweight) {
   const Kernels& k = kernels();
-  const NormGradients grad = {sum.size(0), sum.size(1),  is_bf16(dnormed), dnormed.data_ptr(), data(dresidual),
-                              data(sum),   data(weight), data(rstd),       data(dsum)};
+  const NormGradients grad = {sum.size(0),        sum.size(1),     is_bf16(dnormed),
+                              dnormed.data_ptr(), data(dresidual), data(sum),
+                              data(weight),       data(rstd),      data(dsum)};
   const int64_t parts = dweight.size(0);
   for_each_task(parts, [&](int64_t part) {
     for_each_stretch(1, grad.rows, part, parts, [&](int64_t, int64_t begin, int64_t end) {
@@ -255,10 +224,10 @@ struct MixerCall {
   float* state_of(int64_t b, int64_t direction) const {
     return state + (b * static_cast<int64_t>(directions.size()) + direction) * state_floats;
   }
-  void scan(int64_t b, int64_t d, int64_t step_begin, int64_t step_end, int64_t begin, int64_t end, const float* projected,
-            bool first, bool last) const {
-    k.mixer_scan(mixer, directions[d], packed_of(d), b, step_begin, step_end, begin, end, projected, state_of(b, d), first,
-                 last, scratch<0>(k.mixer_scratch(mixer)));
+  void scan(int64_t b, int64_t d, int64_t step_begin, int64_t step_end, int64_t begin, int64_t end,
+            const float* projected, bool first, bool last) const {
+    k.mixer_scan(mixer, directions[d], packed_of(d), b, step_begin, step_end, begin, end, projected,
+                 state_of(b, d), first, last, scratch<0>(k.mixer_scratch(mixer)));
   }
 };
 
@@ -266,11 +235,13 @@ struct MixerCall {
 void mix_by_batch(const MixerCall& call) {
   const int64_t count = call.directions.size();
   for_each_task(call.mixer.batch, [&](int64_t b) {
-    for (int64_t d = 0; d < count; ++d) call.scan(b, d, 0, call.mixer.length, 0, call.blocks, nullptr, d == 0, d + 1 == count);
+    for (int64_t d = 0; d < count; ++d)
+      call.scan(b, d, 0, call.mixer.length, 0, call.blocks, nullptr, d == 0, d + 1 == count);
   });
 }
 
-// Two opposite directions at once, each over its own first half of the sequence; then each over the half the other has been through.
+// Two opposite directions at once, each over its own first half of the sequence; then each over the half the
+// other has been through.
 void mix_by_halves(const MixerCall& call) {
   const int64_t length = call.mixer.length;
   int64_t forward = std::max<int64_t>(1, length / 2 / kChunk * kChunk);
@@ -279,7 +250,8 @@ void mix_by_halves(const MixerCall& call) {
     for_each_task(call.mixer.batch * 2, [&](int64_t task) {
       const int64_t d = task % 2;
       const int64_t meet = call.directions[d].scan_reverse ? length - forward : forward;
-      call.scan(task / 2, d, second ? meet : 0, second ? length : meet, 0, call.blocks, nullptr, !second, second);
+      call.scan(task / 2, d, second ? meet : 0, second ? length : meet, 0, call.blocks, nullptr, !second,
+                second);
     });
 }
 
@@ -304,23 +276,30 @@ void mix_by_channels(const MixerCall& call, int64_t columns, float* projected) {
   });
 }
 
-// weights: seven tensors a direction, in the order of vimamba.ops.mixer.Direction; flags: 1 for conv_reverse plus 2 for
-// scan_reverse; states: (directions, B, K, D, N) or none.
-void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int64_t> flags, double scale, Tensor out,
-                   Maybe states) {
+// weights: seven tensors a direction, in the order of vimamba.ops.mixer.Direction; flags: 1 for conv_reverse
+// plus 2 for scan_reverse; states: (directions, B, K, D, N) or none.
+void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int64_t> flags, double scale,
+                   Tensor out, Maybe states) {
   const int64_t count = flags.size(), dim = out.size(2);
   MixerCall call = {.k = kernels()};
   const int64_t element = is_bf16(xz) ? 2 : 4;
   const Rows x = {xz.data_ptr(), xz.stride(0), xz.stride(1)};
   const Rows z = {static_cast<char*>(xz.data_ptr()) + dim * element, xz.stride(0), xz.stride(1)};
-  call.mixer = {.batch = out.size(0), .dim = dim, .length = out.size(1), .state = weights[5].size(1),
-                .dt_rank = weights[3].size(1), .width = weights[0].size(1), .bf16 = is_bf16(xz),
-                .scale = static_cast<float>(scale), .x = x, .z = z,
+  call.mixer = {.batch = out.size(0),
+                .dim = dim,
+                .length = out.size(1),
+                .state = weights[5].size(1),
+                .dt_rank = weights[3].size(1),
+                .width = weights[0].size(1),
+                .bf16 = is_bf16(xz),
+                .scale = static_cast<float>(scale),
+                .x = x,
+                .z = z,
                 .out = {out.data_ptr(), out.stride(0), out.stride(1)}};
   for (int64_t d = 0; d < count; ++d) {
     const Tensor* w = &weights[7 * d];
-    call.directions.push_back({data(w[0]), data(w[1]), data(w[2]), data(w[3]), data(w[4]), data(w[5]), data(w[6]),
-                               (flags[d] & 1) != 0, (flags[d] & 2) != 0,
+    call.directions.push_back({data(w[0]), data(w[1]), data(w[2]), data(w[3]), data(w[4]), data(w[5]),
+                               data(w[6]), (flags[d] & 1) != 0, (flags[d] & 2) != 0,
                                states ? data(*states) + d * states->stride(0) : nullptr});
   }
   const Mixer& m = call.mixer;
@@ -347,24 +326,39 @@ void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int
 
 STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
   m.def("instruction_set(int wanted) -> int");
+  m.def("inner_loop(int tiles) -> int");
   m.def("scan_backward_parts(int batch, int dim, int groups) -> int");
-  m.def("scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, bool softplus, "
-        "bool reverse, Tensor(a!) out, Tensor(b!) last, Tensor(c!)? states) -> ()");
-  m.def("scan_backward(Tensor dout, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-        "Tensor? bias, Tensor states, bool softplus, bool reverse, int parts, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, "
-        "Tensor(d!) dB, Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? dbias) -> ()");
+  m.def(
+      "scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? "
+      "bias, bool softplus, "
+      "bool reverse, Tensor(a!) out, Tensor(b!) last, Tensor(c!)? states) -> ()");
+  m.def(
+      "scan_backward(Tensor dout, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? z, "
+      "Tensor? bias, Tensor states, bool softplus, bool reverse, int parts, Tensor(a!) du, Tensor(b!) "
+      "ddelta, Tensor(c!) dA, "
+      "Tensor(d!) dB, Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? dbias) -> ()");
   m.def("conv_forward(Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, Tensor(a!) y) -> ()");
-  m.def("conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, Tensor(a!) dx, "
-        "Tensor(b!) dweight, Tensor(c!)? dbias) -> ()");
-  m.def("norm_forward(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor(a!) normed, Tensor(b!) sum, Tensor(c!) rstd) "
-        "-> ()");
-  m.def("norm_backward(Tensor dnormed, Tensor? dresidual, Tensor sum, Tensor weight, Tensor rstd, Tensor(a!) dsum, "
-        "Tensor(b!) dweight) -> ()");
-  m.def("mixer_forward(Tensor xz, Tensor[] weights, int[] flags, float scale, Tensor(a!) out, Tensor(b!)? states) -> ()");
+  m.def(
+      "conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, Tensor(a!) "
+      "dx, "
+      "Tensor(b!) dweight, Tensor(c!)? dbias) -> ()");
+  m.def(
+      "norm_forward(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor(a!) normed, Tensor(b!) sum, "
+      "Tensor(c!) rstd) "
+      "-> ()");
+  m.def(
+      "norm_backward(Tensor dnormed, Tensor? dresidual, Tensor sum, Tensor weight, Tensor rstd, Tensor(a!) "
+      "dsum, "
+      "Tensor(b!) dweight) -> ()");
+  m.def(
+      "mixer_forward(Tensor xz, Tensor[] weights, int[] flags, float scale, Tensor(a!) out, Tensor(b!)? "
+      "states) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("inner_loop", TORCH_BOX(&inner_loop));
   m.impl("scan_backward_parts", TORCH_BOX(&scan_backward_parts));
 }
 

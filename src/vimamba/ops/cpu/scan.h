@@ -1,17 +1,17 @@
-// The selective scan, forward: delta' = softplus(delta + bias), h = exp(delta' A) h + delta' B u, out = (C.h + D u) silu(z).
+// The selective scan, forward: delta' = softplus(delta + bias), h = exp(delta' A) h + delta' B u, out = (C.h
+// + D u) silu(z).
 //
-// Layout: u, delta, z, out (B, L, D) with channels contiguous, read and written once, 4 activations of 2 or 4 bytes each; B and C any
-// strides, read once a group. Parallel axis: batch x channel blocks (the caller's). Time is walked in tiles of kTile steps over
-// all the task's channels, so that every cache line of a row is used while it is near, with the states parked between tiles.
+// Layout: u, delta, z, out (B, L, D) with channels contiguous, read and written once, 4 activations of 2 or 4
+// bytes each; B and C any strides, read once a group. Parallel axis: batch x channel blocks (the caller's).
+// Time is walked in tiles of kTile steps over all the task's channels, so that every cache line of a row is
+// used while it is near, with the states parked between tiles.
 #pragma once
 
 #include "scan_block.h"
 
 namespace {
 
-inline int64_t chunks_of(int64_t length) {
-  return (length + kChunk - 1) / kChunk;
-}
+inline int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
 
 template <class T>
 inline T* row(const Rows& rows, int64_t b, int64_t position) {
@@ -20,8 +20,8 @@ inline T* row(const Rows& rows, int64_t b, int64_t position) {
 
 // B or C of one group and of `steps` steps from `step` on, as float32 (T, N) in the order of the recurrence.
 template <class T>
-inline void pack_projection(const Projection& from, const Scan& scan, int64_t b, int64_t group, int64_t step, int steps,
-                            float* tile) {
+inline void pack_projection(const Projection& from, const Scan& scan, int64_t b, int64_t group, int64_t step,
+                            int steps, float* tile) {
   const T* base = (const T*)from.data + b * from.batch_stride + group * from.group_stride;
   for (int t = 0; t < steps; ++t) {
     const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
@@ -49,7 +49,8 @@ struct ScanScratch {
 
 // One block's rows of the tile: delta', delta' u and u.
 template <class T>
-inline void load_tile(const Scan& scan, int64_t b, int64_t step, int steps, const Block& block, const ScanScratch& tile) {
+inline void load_tile(const Scan& scan, int64_t b, int64_t step, int steps, const Block& block,
+                      const ScanScratch& tile) {
   const vf bias = scan.bias ? load(scan.bias + block.channel, block.lanes) : vf{};
   for (int t = 0; t < steps; ++t) {
     const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
@@ -63,7 +64,8 @@ inline void load_tile(const Scan& scan, int64_t b, int64_t step, int steps, cons
 }
 
 template <class T>
-inline void store_tile(const Scan& scan, int64_t b, int64_t step, int steps, const Block& block, const ScanScratch& tile) {
+inline void store_tile(const Scan& scan, int64_t b, int64_t step, int steps, const Block& block,
+                       const ScanScratch& tile) {
   const vf skip = scan.D ? load(scan.D + block.channel, block.lanes) : vf{};
   for (int t = 0; t < steps; ++t) {
     const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
@@ -82,8 +84,10 @@ void scan_forward_task(const Scan& scan, int64_t b, int64_t begin, int64_t end, 
     const Block block = block_at(begin + i, scan.dim, scan.groups);
     pack_decay(scan.A + block.channel * N, N, block.lanes, tile.decay + i * size);
     memset(tile.state + i * size, 0, size * sizeof(float));
-    if (constant_B) pack_rows((const float*)scan.B.data + block.channel * N, N, block.lanes, 1, tile.constant_B + i * size);
-    if (constant_C) pack_rows((const float*)scan.C.data + block.channel * N, N, block.lanes, 1, tile.constant_C + i * size);
+    if (constant_B)
+      pack_rows((const float*)scan.B.data + block.channel * N, N, block.lanes, 1, tile.constant_B + i * size);
+    if (constant_C)
+      pack_rows((const float*)scan.C.data + block.channel * N, N, block.lanes, 1, tile.constant_C + i * size);
   }
   for (int64_t step = 0; step < scan.length; step += kTile) {
     const int steps = (int)(scan.length - step < kTile ? scan.length - step : kTile);
@@ -103,7 +107,8 @@ void scan_forward_task(const Scan& scan, int64_t b, int64_t begin, int64_t end, 
       load_tile<T>(scan, b, step, steps, block, tile);
       advance_all<constant_B, constant_C>({steps, tile.delta, tile.drive}, N, tile.decay + i * size,
                                           {constant_B ? tile.constant_B + i * size : tile.B, N},
-                                          {constant_C ? tile.constant_C + i * size : tile.C, N}, state, tile.y);
+                                          {constant_C ? tile.constant_C + i * size : tile.C, N}, state,
+                                          tile.y);
       store_tile<T>(scan, b, step, steps, block, tile);
     }
   }
@@ -122,9 +127,7 @@ void scan_forward_typed(const Scan& scan, int64_t b, int64_t begin, int64_t end,
   return scan_forward_task<T, true, true>(scan, b, begin, end, scratch);
 }
 
-int64_t scan_scratch(const Scan& scan, int64_t blocks) {
-  return ScanScratch::floats(scan, blocks);
-}
+int64_t scan_scratch(const Scan& scan, int64_t blocks) { return ScanScratch::floats(scan, blocks); }
 
 void scan_forward(const Scan& scan, int64_t b, int64_t begin, int64_t end, float* scratch) {
   if (scan.bf16)

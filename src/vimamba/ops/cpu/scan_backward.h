@@ -1,9 +1,10 @@
 // The selective scan, backward, from the states that the forward saved every kChunk steps.
 //
-// Layout and parallel axis as in scan.h. Chunks are walked from the last to the first; within one, for each block of W channels and
-// kBackward states: the chunk's states and decays are recomputed into the second-level cache, then read back in the opposite order. Reads
-// u, delta, z, dout and writes du, ddelta, dz once. For each state update: the forward's work, one stored state and decay, and 8
-// operations of gradient. dB and dC are sums over channels: kept as vectors (T, N, W) over all blocks of a group and reduced once.
+// Layout and parallel axis as in scan.h. Chunks are walked from the last to the first; within one, for each
+// block of W channels and kBackward states: the chunk's states and decays are recomputed into the
+// second-level cache, then read back in the opposite order. Reads u, delta, z, dout and writes du, ddelta, dz
+// once. For each state update: the forward's work, one stored state and decay, and 8 operations of gradient.
+// dB and dC are sums over channels: kept as vectors (T, N, W) over all blocks of a group and reduced once.
 // Sums over time are taken chunk by chunk, which keeps their rounding errors small.
 #pragma once
 
@@ -18,16 +19,18 @@ constexpr int kBackward = 4;
 #endif
 
 struct BackwardScratch {
-  float *decay, *carry, *dA, *state, *constant_B, *constant_C, *dB_constant, *dC_constant;  // (blocks, N, W) each
-  float *dD, *dbias;                                                                        // (blocks, W)
-  float *B, *C;                                                                             // (T, N)
-  float *dB, *dC;                                                                           // (T, N, W)
-  float *kept_decay, *kept_state;                                                           // (T, kBackward, W)
-  float *raw, *delta, *drive, *u, *dy, *y, *ddelta, *ddrive;                                // (T, W)
+  float *decay, *carry, *dA, *state, *constant_B, *constant_C, *dB_constant,
+      *dC_constant;                                           // (blocks, N, W) each
+  float *dD, *dbias;                                          // (blocks, W)
+  float *B, *C;                                               // (T, N)
+  float *dB, *dC;                                             // (T, N, W)
+  float *kept_decay, *kept_state;                             // (T, kBackward, W)
+  float *raw, *delta, *drive, *u, *dy, *y, *ddelta, *ddrive;  // (T, W)
 
   static int64_t floats(const Scan& scan, int64_t blocks) {
     const int64_t T = kChunk, N = scan.state;
-    return 8 * blocks * N * W + 2 * blocks * W + 2 * T * N * W + 2 * T * kBackward * W + 8 * T * W + 2 * T * N;
+    return 8 * blocks * N * W + 2 * blocks * W + 2 * T * N * W + 2 * T * kBackward * W + 8 * T * W +
+           2 * T * N;
   }
 
   BackwardScratch(const Scan& scan, int64_t blocks, float* at) {
@@ -50,8 +53,9 @@ inline float* gradient_at(float* gradient, int64_t N, int t, int64_t n) {
 
 // States [first, first + count) of one block and chunk.
 template <int count, bool constant_B, bool constant_C>
-inline void retreat(const BackwardScratch& s, int steps, int64_t first, int64_t N, const float* decay, const float* state,
-                    float* carry, float* dA, Coefficients<constant_B> B, Coefficients<constant_C> C, float* dB, float* dC) {
+inline void retreat(const BackwardScratch& s, int steps, int64_t first, int64_t N, const float* decay,
+                    const float* state, float* carry, float* dA, Coefficients<constant_B> B,
+                    Coefficients<constant_C> C, float* dB, float* dC) {
   vf h[count];
 #pragma GCC unroll 8
   for (int n = 0; n < count; ++n) h[n] = load(state + (first + n) * W);
@@ -99,8 +103,9 @@ inline void retreat(const BackwardScratch& s, int steps, int64_t first, int64_t 
 }
 
 template <bool constant_B, bool constant_C>
-inline void retreat_all(const BackwardScratch& s, int steps, int64_t N, const float* decay, const float* state, float* carry,
-                        float* dA, Coefficients<constant_B> B, Coefficients<constant_C> C, float* dB, float* dC) {
+inline void retreat_all(const BackwardScratch& s, int steps, int64_t N, const float* decay,
+                        const float* state, float* carry, float* dA, Coefficients<constant_B> B,
+                        Coefficients<constant_C> C, float* dB, float* dC) {
   int64_t n = 0;
   for (; n + kBackward <= N; n += kBackward)
     retreat<kBackward>(s, steps, n, N, decay, state, carry, dA, B, C, dB, dC);
@@ -108,8 +113,8 @@ inline void retreat_all(const BackwardScratch& s, int steps, int64_t N, const fl
 }
 
 template <class T>
-inline void load_backward_tile(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t step, int steps,
-                               const Block& block, const BackwardScratch& s) {
+inline void load_backward_tile(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t step,
+                               int steps, const Block& block, const BackwardScratch& s) {
   const vf bias = scan.bias ? load(scan.bias + block.channel, block.lanes) : vf{};
   for (int t = 0; t < steps; ++t) {
     const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
@@ -127,8 +132,9 @@ inline void load_backward_tile(const Scan& scan, const ScanGradients& grad, int6
 }
 
 template <class T>
-inline void store_backward_tile(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t step, int steps,
-                                const Block& block, const BackwardScratch& s, float* dD, float* dbias) {
+inline void store_backward_tile(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t step,
+                                int steps, const Block& block, const BackwardScratch& s, float* dD,
+                                float* dbias) {
   const vf skip = scan.D ? load(scan.D + block.channel, block.lanes) : vf{};
   vf dD_sum = {}, dbias_sum = {};
   for (int t = 0; t < steps; ++t) {
@@ -153,7 +159,8 @@ inline void store_backward_tile(const Scan& scan, const ScanGradients& grad, int
 }
 
 // The vectors (T, N, W) of one group and chunk, summed over the lanes, into (L, N).
-inline void reduce_projection(const Scan& scan, const float* vectors, int64_t step, int steps, float* gradient_LN) {
+inline void reduce_projection(const Scan& scan, const float* vectors, int64_t step, int steps,
+                              float* gradient_LN) {
   for (int t = 0; t < steps; ++t) {
     const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
     for (int64_t n = 0; n < scan.state; ++n)
@@ -174,8 +181,10 @@ void begin_backward(const Scan& scan, const ScanGradients& grad, int64_t b, int6
     pack_decay(scan.A + block.channel * N, N, block.lanes, s.decay + i * size);
     if (grad.dlast)
       pack_rows(grad.dlast + (b * scan.dim + block.channel) * N, N, block.lanes, 1, s.carry + i * size);
-    if (constant_B) pack_rows((const float*)scan.B.data + block.channel * N, N, block.lanes, 1, s.constant_B + i * size);
-    if (constant_C) pack_rows((const float*)scan.C.data + block.channel * N, N, block.lanes, 1, s.constant_C + i * size);
+    if (constant_B)
+      pack_rows((const float*)scan.B.data + block.channel * N, N, block.lanes, 1, s.constant_B + i * size);
+    if (constant_C)
+      pack_rows((const float*)scan.C.data + block.channel * N, N, block.lanes, 1, s.constant_C + i * size);
   }
 }
 
@@ -195,8 +204,8 @@ void finish_backward(const Scan& scan, const ScanGradients& grad, int64_t b, int
 }
 
 template <class T, bool constant_B, bool constant_C>
-void scan_backward_task(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t split, int64_t begin, int64_t end,
-                        float* memory) {
+void scan_backward_task(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t split, int64_t begin,
+                        int64_t end, float* memory) {
   const int64_t N = scan.state, size = N * W, chunks = chunks_of(scan.length);
   const int64_t per_group = blocks_of(scan.dim, scan.groups, W) / scan.groups;
   const BackwardScratch s(scan, end - begin, memory);
@@ -212,13 +221,13 @@ void scan_backward_task(const Scan& scan, const ScanGradients& grad, int64_t b, 
         memset(s.dB, 0, steps * size * sizeof(float));
         memset(s.dC, 0, steps * size * sizeof(float));
       }
-      pack_rows(scan.states + ((b * chunks + chunk) * scan.dim + block.channel) * N, N, block.lanes, 1, s.state);
+      pack_rows(scan.states + ((b * chunks + chunk) * scan.dim + block.channel) * N, N, block.lanes, 1,
+                s.state);
       load_backward_tile<T>(scan, grad, b, step, steps, block, s);
-      retreat_all<constant_B, constant_C>(s, steps, N, s.decay + i * size, s.state, s.carry + i * size, s.dA + i * size,
-                                          {constant_B ? s.constant_B + i * size : s.B, N},
-                                          {constant_C ? s.constant_C + i * size : s.C, N},
-                                          constant_B ? s.dB_constant + i * size : s.dB,
-                                          constant_C ? s.dC_constant + i * size : s.dC);
+      retreat_all<constant_B, constant_C>(
+          s, steps, N, s.decay + i * size, s.state, s.carry + i * size, s.dA + i * size,
+          {constant_B ? s.constant_B + i * size : s.B, N}, {constant_C ? s.constant_C + i * size : s.C, N},
+          constant_B ? s.dB_constant + i * size : s.dB, constant_C ? s.dC_constant + i * size : s.dC);
       store_backward_tile<T>(scan, grad, b, step, steps, block, s, s.dD + i * W, s.dbias + i * W);
       if (i + 1 == end - begin || (begin + i + 1) % per_group == 0) {
         const int64_t at = ((split * scan.batch + b) * scan.groups + block.group) * scan.length * N;
@@ -231,8 +240,8 @@ void scan_backward_task(const Scan& scan, const ScanGradients& grad, int64_t b, 
 }
 
 template <class T>
-void scan_backward_typed(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t split, int64_t begin, int64_t end,
-                         float* scratch) {
+void scan_backward_typed(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t split, int64_t begin,
+                         int64_t end, float* scratch) {
   const int kind = (scan.B.constant ? 1 : 0) + (scan.C.constant ? 2 : 0);
   if (kind == 0) return scan_backward_task<T, false, false>(scan, grad, b, split, begin, end, scratch);
   if (kind == 1) return scan_backward_task<T, true, false>(scan, grad, b, split, begin, end, scratch);
@@ -244,8 +253,8 @@ int64_t scan_backward_scratch(const Scan& scan, int64_t blocks) {
   return BackwardScratch::floats(scan, blocks);
 }
 
-void scan_backward(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t split, int64_t begin, int64_t end,
-                   float* scratch) {
+void scan_backward(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t split, int64_t begin,
+                   int64_t end, float* scratch) {
   if (scan.bf16)
     scan_backward_typed<bf16>(scan, grad, b, split, begin, end, scratch);
   else

@@ -1,8 +1,10 @@
-// The recurrence over one tile of time for one block of W channels: the innermost loops of the scan and of the mixer.
+// The recurrence over one tile of time for one block of W channels: the innermost loops of the scan and of
+// the mixer.
 //
-// Layout: states (N, W), the tile's inputs (T, W) and its B and C (T, N), all float32 in the first-level cache. Channels are the lanes,
-// time is the loop, up to kStates states stay in registers. For each state update: one exp2 (about 9 operations), a multiplication
-// and two multiply-adds; no memory beyond B_t and C_t, which are read as broadcast operands.
+// Layout: states (N, W), the tile's inputs (T, W) and its B and C (T, N), all float32 in the first-level
+// cache. Channels are the lanes, time is the loop, up to kStates states stay in registers. For each state
+// update: one exp2 (about 9 operations), a multiplication and two multiply-adds; no memory beyond B_t and
+// C_t, which are read as broadcast operands.
 #pragma once
 
 #include "kernels.h"
@@ -52,7 +54,8 @@ inline void unpack_rows(const float* packed, int64_t N, int lanes, float* rows) 
 // A * log2(e), kept finite so that exp2(delta * A) needs no check of its own.
 inline void pack_decay(const float* A, int64_t N, int lanes, float* packed) {
   pack_rows(A, N, lanes, kLog2e, packed);
-  for (int64_t n = 0; n < N; ++n) store(packed + n * W, at_most(at_least(load(packed + n * W), -kFinite), kFinite));
+  for (int64_t n = 0; n < N; ++n)
+    store(packed + n * W, at_most(at_least(load(packed + n * W), -kFinite), kFinite));
 }
 
 // How a step reads B_t[n] and C_t[n]: one number for all channels, or a vector that does not depend on time.
@@ -75,8 +78,8 @@ struct TileInputs {
 
 // States [first, first + count): y (T, W) gains sum_n C_t[n] h_t[n].
 template <int count, bool constant_B, bool constant_C>
-inline void advance(const TileInputs& in, int64_t first, int64_t N, const float* decay, Coefficients<constant_B> B,
-                    Coefficients<constant_C> C, float* state, float* y) {
+inline void advance(const TileInputs& in, int64_t first, int64_t N, const float* decay,
+                    Coefficients<constant_B> B, Coefficients<constant_C> C, float* state, float* y) {
   vf h[count];
 #pragma GCC unroll 16
   for (int n = 0; n < count; ++n) h[n] = load(state + (first + n) * W);
@@ -103,6 +106,22 @@ inline void advance_all(const TileInputs& in, int64_t N, const float* decay, Coe
   if constexpr (kStates > 4)
     for (; n + 4 <= N; n += 4) advance<4>(in, n, N, decay, B, C, state, y);
   for (; n < N; ++n) advance<1>(in, n, N, decay, B, C, state, y);
+}
+
+// The innermost loop alone, `tiles` times over one tile in the first-level cache: the floor that benchmarks/
+// compares with. Returns the state updates done.
+int64_t inner_loop(int64_t tiles) {
+  alignas(64) float inputs[2][kTile * W], coefficients[kTile * kStates], decay[kStates * W], y[kTile * W];
+  alignas(64) float state[kStates * W] = {};
+  for (int i = 0; i < kTile * W; ++i) inputs[0][i] = 0.01f * (float)(i % 7), inputs[1][i] = 0.1f;
+  for (int i = 0; i < kTile * kStates; ++i) coefficients[i] = 0.3f;
+  for (int i = 0; i < kStates * W; ++i) decay[i] = -1.0f - (float)(i / W);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const Coefficients<false> same{coefficients, kStates};
+    advance<kStates>({kTile, inputs[0], inputs[1]}, 0, kStates, decay, same, same, state, y);
+    __asm__ volatile("" : : "r"(y), "r"(state) : "memory");
+  }
+  return tiles * kTile * kStates * W;
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
-// One vector of channels, for every instruction set, by the compiler's vector extension (GCC and Clang, any CPU).
+// One vector of channels, for every instruction set, by the compiler's vector extension (GCC and Clang, any
+// CPU).
 //
-// This file is included by kernels.cpp only, which the build compiles once an instruction set; W, the number of float32
-// lanes, and the few primitives that the extension cannot express are all that differs. Everything lives in an anonymous
-// namespace and uses nothing of the standard library, so that the linker can never hand AVX-512 code to the AVX2 copy.
+// This file is included by kernels.cpp only, which the build compiles once an instruction set; W, the number
+// of float32 lanes, and the few primitives that the extension cannot express are all that differs. Everything
+// lives in an anonymous namespace and uses nothing of the standard library, so that the linker can never hand
+// AVX-512 code to the AVX2 copy.
 #pragma once
 
 #include <stdint.h>
@@ -32,30 +34,18 @@ struct bf16 {
   uint16_t bits;
 };
 
-inline vf splat(float value) {
-  return value - vf{};
-}
+inline vf splat(float value) { return value - vf{}; }
 
-inline vf as_float(vi bits) {
-  return (vf)bits;
-}
+inline vf as_float(vi bits) { return (vf)bits; }
 
-inline vi as_int(vf value) {
-  return (vi)value;
-}
+inline vi as_int(vf value) { return (vi)value; }
 
 // NaN in `value` passes through both, as in torch.clamp.
-inline vf at_least(vf value, float low) {
-  return value < low ? splat(low) : value;
-}
+inline vf at_least(vf value, float low) { return value < low ? splat(low) : value; }
 
-inline vf at_most(vf value, float high) {
-  return value > high ? splat(high) : value;
-}
+inline vf at_most(vf value, float high) { return value > high ? splat(high) : value; }
 
-inline vf absolute(vf value) {
-  return as_float(as_int(value) & 0x7fffffff);
-}
+inline vf absolute(vf value) { return as_float(as_int(value) & 0x7fffffff); }
 
 inline float sum(vf value) {
   float lanes[W];
@@ -65,9 +55,7 @@ inline float sum(vf value) {
   return lanes[0];
 }
 
-inline vf widen(vh half) {
-  return as_float((vi)(__builtin_convertvector(half, vu) << 16));
-}
+inline vf widen(vh half) { return as_float((vi)(__builtin_convertvector(half, vu) << 16)); }
 
 // Round to nearest, ties to even; NaN stays NaN (quieted), as torch does it.
 inline vh narrow(vf value) {
@@ -89,9 +77,7 @@ inline vf load(const bf16* from) {
   return widen(half);
 }
 
-inline void store(float* to, vf value) {
-  memcpy(to, &value, sizeof value);
-}
+inline void store(float* to, vf value) { memcpy(to, &value, sizeof value); }
 
 inline void store(bf16* to, vf value) {
   const vh half = narrow(value);
@@ -115,9 +101,7 @@ inline void store(T* to, vf value, int lanes) {
   memcpy(to, padded, lanes * sizeof(T));
 }
 
-inline float scalar(const float* from) {
-  return *from;
-}
+inline float scalar(const float* from) { return *from; }
 
 inline float scalar(const bf16* from) {
   const uint32_t bits = (uint32_t)from->bits << 16;
@@ -129,9 +113,9 @@ inline float scalar(const bf16* from) {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-// 2^x for finite x or NaN: x = k + r with |r| <= 1/2, a polynomial for 2^r whose constant term is exactly 1, so that decays
-// close to 1 keep their relative accuracy (|error| <= 4.4e-7 |2^r - 1|), and an exact scaling by 2^k. Under- and
-// overflow to 0 and infinity.
+// 2^x for finite x or NaN: x = k + r with |r| <= 1/2, a polynomial for 2^r whose constant term is exactly 1,
+// so that decays close to 1 keep their relative accuracy (|error| <= 4.4e-7 |2^r - 1|), and an exact scaling
+// by 2^k. Under- and overflow to 0 and infinity.
 inline vf exp2_polynomial(vf r) {
   vf p = r * 1.333353808e-03f + 9.666245431e-03f;
   p = p * r + 5.550500378e-02f;
@@ -145,7 +129,8 @@ inline vf exp2(vf x) {
   const __m512 k = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return _mm512_scalef_ps(exp2_polynomial(x - (vf)k), k);
 #else
-  // Adding 1.5 * 2^23 + 127 leaves k + 127, the biased exponent, in the low bits; at -127 and 128 it encodes 0 and infinity.
+  // Adding 1.5 * 2^23 + 127 leaves k + 127, the biased exponent, in the low bits; at -127 and 128 it encodes
+  // 0 and infinity.
   constexpr float kShift = 12582912.0f + 127.0f;
   x = at_most(at_least(x, -127.0f), 128.0f);
   const vf shifted = x + kShift;
@@ -155,17 +140,11 @@ inline vf exp2(vf x) {
 }
 
 // exp for any x: infinities are pulled in to where the result is already 0 or infinity.
-inline vf exp(vf x) {
-  return exp2(at_most(at_least(x * kLog2e, -1e4f), 1e4f));
-}
+inline vf exp(vf x) { return exp2(at_most(at_least(x * kLog2e, -1e4f), 1e4f)); }
 
-inline vf sigmoid(vf x) {
-  return 1.0f / (1.0f + exp(-x));
-}
+inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
-inline vf silu(vf x) {
-  return x / (1.0f + exp(-x));
-}
+inline vf silu(vf x) { return x / (1.0f + exp(-x)); }
 
 // d silu(x) / dx
 inline vf silu_slope(vf x) {
@@ -186,9 +165,8 @@ inline vf log1p_unit(vf w) {
   return p * w;
 }
 
-// max(x, 0) + log(1 + exp(-|x|)): the same as torch's softplus with its threshold of 20, to the last bit of float32.
-inline vf softplus(vf x) {
-  return at_least(x, 0.0f) + log1p_unit(exp(-absolute(x)));
-}
+// max(x, 0) + log(1 + exp(-|x|)): the same as torch's softplus with its threshold of 20, to the last bit of
+// float32.
+inline vf softplus(vf x) { return at_least(x, 0.0f) + log1p_unit(exp(-absolute(x))); }
 
 }  // namespace

@@ -94,7 +94,9 @@ def conv_backward_kernel(
     for k in tl.static_range(WIDTH):
         source = begin - WIDTH + k
         row = x_columns + tl.cast(source, tl.int64) * x_sl
-        window = window + (tl.load(row, mask=both(exists, (source >= 0) & (source < length)), other=0.0).to(tl.float32),)
+        window = window + (
+            tl.load(row, mask=both(exists, (source >= 0) & (source < length)), other=0.0).to(tl.float32),
+        )
     taps = ()
     gradients = ()
     sums = ()

@@ -45,15 +45,19 @@ def sigmoid(x):
 
 
 @triton.jit
-def channel_tile(block, blocks_per_group, group_dim, CHANNELS: tl.constexpr, LANES: tl.constexpr):
-    """The channels of a block as a (CHANNELS, LANES) tile, which of them exist, and their group.
+def channel_tile(block, blocks_per_group, group_dim, CHANNELS: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr):
+    """The channels of a block as a (CHANNELS, LANES) tile, which of them exist (all, if EVEN), and their group.
 
     A block never spans two groups, so that one row of B and C serves all of it.
     """
     group = block // blocks_per_group
     local = (block % blocks_per_group) * (CHANNELS * LANES)
     local = local + tl.arange(0, CHANNELS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    return group * group_dim + local, local < group_dim, group
+    if EVEN:
+        exists = tl.full([CHANNELS, LANES], 1, tl.int1)
+    else:
+        exists = local < group_dim
+    return group * group_dim + local, exists, group
 
 
 @triton.jit

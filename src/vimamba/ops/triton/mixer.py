@@ -35,7 +35,9 @@ class _Weights(NamedTuple):
 
 def _stack(directions: list[Direction], dtype: torch.dtype) -> _Weights:
     conv_w, conv_b, x_proj, dt_proj, dt_bias, A, D = zip(*(tuple(way)[:7] for way in directions), strict=True)
-    masks = [sum(int(flag) << r for r, flag in enumerate(flags)) for flags in zip(*(w[7:] for w in directions))]
+    masks = [
+        sum(int(flag) << r for r, flag in enumerate(flags)) for flags in zip(*(w[7:] for w in directions), strict=True)
+    ]
     return _Weights(
         torch.stack(conv_w), None if conv_b[0] is None else torch.stack(conv_b), torch.stack(x_proj).to(dtype),
         torch.stack(dt_proj).to(dtype), torch.stack(dt_bias), torch.stack(A), torch.stack(D), *masks,

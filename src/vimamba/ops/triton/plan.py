@@ -12,8 +12,10 @@ from vimamba.ops.backends import CHUNK
 
 SUB_CORES = 4
 """Schedulers of a multiprocessor: each issues one warp instruction a cycle."""
-MUFU_CYCLES = 8
-"""Cycles of a scheduler's special-function unit for one warp: 32 lanes, 4 a cycle."""
+FORWARD_CYCLES = (7.5, 35, 30)
+BACKWARD_CYCLES = (40.0, 15, 0)
+"""Cycles of a scheduler for one step of a warp: for each update of a thread, for the step, and where rows of B and C
+cannot be loaded 16 bytes at a time."""
 LAUNCH_CYCLES = 8000
 """One more launch, about 5 microseconds, in cycles."""
 MIN_GAIN = 0.9
@@ -54,19 +56,20 @@ def forward_tiling(sequences: int, groups: int, group_dim: int, length: int, sta
     shapes = [(2, 32), (1, 32), (1, 16), (1, 8), (1, 4), (1, 2), (1, 1)]
     fitting = [s for s in shapes if s[0] * s[1] * block_n // 32 <= 32] or shapes[-1:]
     tilings = [Tiling(c, lanes, 4, block_n, 0) for c, lanes in fitting[:4]]
-    return _cheapest(tilings, sequences, groups, group_dim, length, processors, 8, 1.9)
+    return _cheapest(tilings, sequences, groups, group_dim, length, processors, FORWARD_CYCLES, 1.9)
 
 
 def backward_tiling(sequences: int, groups: int, group_dim: int, length: int, state: int, processors: int) -> Tiling:
     """The tiling for the gradient: 16 updates a thread and step, the states of a channel over 4 threads.
 
+    Fewer channels a thread would take as long a step: their own work is then done by 4 threads alike.
     The sums over channels then cost 3 shuffles a state and those over states 2 shuffles a channel.
     """
     block_n = power_of_two(state)
     lanes = 8 if block_n <= 64 else max(1, 512 // block_n)
     most = max(1, min(8, 512 // (block_n * lanes)))
-    tilings = [Tiling(c, lanes, 2, block_n, 0) for c in (most, most // 2) if c]
-    return _cheapest(tilings, sequences, groups, group_dim, length, processors, 28, 1.4)
+    tilings = [Tiling(most, lanes, 2, block_n, 0)]
+    return _cheapest(tilings, sequences, groups, group_dim, length, processors, BACKWARD_CYCLES, 1.4)
 
 
 def _cheapest(
@@ -76,14 +79,14 @@ def _cheapest(
     group_dim: int,
     length: int,
     processors: int,
-    cycles_per_update: int,
+    cycles: tuple[float, float, float],
     segment_work: float,
 ) -> Tiling:
     schedulers = SUB_CORES * processors
     best, best_cost = tilings[0]._replace(segment=max(CHUNK, length)), float("inf")
     chunks = max(1, -(-length // CHUNK))
     for tiling in tilings:
-        step = cycles_per_update * tiling.updates + 24 * tiling.channels
+        step = cycles[0] * tiling.updates + cycles[1] + cycles[2] * (tiling.lanes < 32)
         warps = max(1, sequences) * groups * -(-group_dim // (tiling.channels * tiling.lanes))
         count = 1
         while count <= chunks:

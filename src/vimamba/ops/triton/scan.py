@@ -43,7 +43,7 @@ class Scan(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """(directions, batch, dim, length, state)"""
-        return *self.u_RBDL.shape, self.A_RDN.shape[-1]  # type: ignore[return-value]
+        return *self.u_RBDL.shape, self.A_RDN.shape[-1]
 
 
 def processors(device: torch.device) -> int:
@@ -107,8 +107,7 @@ def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Te
             scan.reverse_mask, scan.scale,
             **_constants(scan, tiling), CHUNK=CHUNK, HAS_D=scan.D_RD is not None,
             CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None,
-            EVEN=group_dim % (tiling.channels * tiling.lanes) == 0, SAVE_STATES=save_states,
-            HAS_CARRY=carry is not None,
+            SAVE_STATES=save_states, HAS_CARRY=carry is not None,
         )  # fmt: skip
     return last, states
 
@@ -118,6 +117,7 @@ def _constants(scan: Scan, tiling: plan.Tiling) -> dict[str, object]:
         "N": scan.A_RDN.shape[-1], "BLOCK_N": tiling.block_n, "CHANNELS": tiling.channels, "LANES": tiling.lanes,
         "UNROLL": tiling.unroll, "SOFTPLUS": scan.softplus, "HAS_Z": scan.z_RBDL is not None,
         "HAS_BIAS": scan.bias_RD is not None, "num_warps": 1,
+        "EVEN": scan.u_RBDL.shape[2] // scan.groups % (tiling.channels * tiling.lanes) == 0,
     }  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def backward(
                 scan.reverse_mask, scan.scale,
                 **_constants(scan, tiling), CHUNK=CHUNK, HAS_D=dD is not None,
                 CONST_B=dB is not None, CONST_C=dC is not None,
-                EVEN=group_dim % (tiling.channels * tiling.lanes) == 0, HAS_CARRY=carry is not None,
+                HAS_CARRY=carry is not None,
                 ATOMIC=blocks > 1,
             )  # fmt: skip
 

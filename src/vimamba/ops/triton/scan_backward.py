@@ -20,6 +20,7 @@ from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, 
 from vimamba.ops.triton.scan_forward import load_rows
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "dout", "du", "ddelta", "dz") for axis in "rbl"]
+RUN_TIME = [*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"]
 
 
 @triton.jit
@@ -32,14 +33,15 @@ def add_row(pointer, tile, valid, n, BLOCK_N: tl.constexpr, ATOMIC: tl.constexpr
         tl.store(pointer + n, row, mask=both(n < BLOCK_N, valid))
 
 
-@triton.jit(do_not_specialize=[*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def scan_backward_kernel(
     u, delta, z, dout, A, bc, B_const, C_const, D, bias, states, carry, scratch,
     du, ddelta, dz, dA, dbc, dB_const, dC_const, dD, dbias,
     u_sr, u_sb, u_sl, delta_sr, delta_sb, delta_sl, z_sr, z_sb, z_sl,
     dout_sr, dout_sb, dout_sl, du_sr, du_sb, du_sl,
     ddelta_sr, ddelta_sb, ddelta_sl, dz_sr, dz_sb, dz_sl,
-    channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments, segment_length, n_states,
+    channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments,
+    segment_length, n_states,
     reverse_mask, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
@@ -50,7 +52,7 @@ def scan_backward_kernel(
     dim = groups * group_dim
     n_blocks = groups * blocks_per_group
     pid = tl.program_id(0)
-    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES)
+    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES, EVEN)
     segment = (pid // n_blocks) % n_segments
     sequence = (pid // (n_blocks * n_segments)).to(tl.int64)
     b, r = sequence % batch, sequence // batch
@@ -138,7 +140,6 @@ def scan_backward_kernel(
             decays = ()
             dts = ()
             dys = ()
-            dzs = ()
             for j in tl.static_range(UNROLL):
                 valid = i + j < stop
                 t = position(i + j, stop, length, backwards)
@@ -161,7 +162,9 @@ def scan_backward_kernel(
                     y = tl.sum(h * Ct, axis=1) + skip * x
                     gate = zs[j].to(tl.float32)
                     open_ = sigmoid(gate)
-                    dzs = dzs + (dy * y * open_ * (1.0 + gate * (1.0 - open_)),)
+                    dgate = dy * y * open_ * (1.0 + gate * (1.0 - open_))
+                    dz_here = row_of(dz_row, t, dz_sl) + offsets
+                    tl.store(dz_here, dgate.to(dz.dtype.element_ty), mask=both(exists, valid))
                     dy = dy * gate * open_
                 if CONST_C:
                     dC_tile += dy[:, None, :] * h
@@ -203,8 +206,6 @@ def scan_backward_kernel(
                 mask = both(exists, valid)
                 tl.store(row_of(du_row, t, du_sl) + offsets, dx.to(du.dtype.element_ty), mask=mask)
                 tl.store(row_of(ddelta_row, t, ddelta_sl) + offsets, ddt.to(ddelta.dtype.element_ty), mask=mask)
-                if HAS_Z:
-                    tl.store(row_of(dz_row, t, dz_sl) + offsets, dzs[j].to(dz.dtype.element_ty), mask=mask)
 
     state_offsets = channel[:, None, :] * N + n[None, :, None] * (state_stride + (end >> 31))
     tl.store(dA + slot * dim * N + state_offsets, dA_tile, mask=state_mask)

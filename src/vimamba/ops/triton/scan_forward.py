@@ -20,6 +20,7 @@ import triton.language as tl
 from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, row_of, sigmoid, step_size
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "out") for axis in "rbl"]
+RUN_TIME = [*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"]
 
 
 @triton.jit
@@ -35,12 +36,13 @@ def load_rows(row, stride, offsets, mask, index, end, length, backwards, ROWS: t
     return rows
 
 
-@triton.jit(do_not_specialize=[*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def scan_forward_kernel(
     u, delta, z, out, A, bc, B_const, C_const, D, bias, states, carry, last,
     u_sr, u_sb, u_sl, delta_sr, delta_sb, delta_sl,
     z_sr, z_sb, z_sl, out_sr, out_sb, out_sl,
-    channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments, segment_length, n_states,
+    channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments,
+    segment_length, n_states,
     reverse_mask, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
@@ -50,7 +52,7 @@ def scan_forward_kernel(
     dim = groups * group_dim
     n_blocks = groups * blocks_per_group
     pid = tl.program_id(0)
-    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES)
+    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES, EVEN)
     segment = (pid // n_blocks) % n_segments
     sequence = (pid // (n_blocks * n_segments)).to(tl.int64)
     b, r = sequence % batch, sequence // batch
@@ -88,9 +90,7 @@ def scan_forward_kernel(
     deltas = load_rows(delta_row, delta_sl, offsets, exists, begin, end, length, backwards, UNROLL, EVEN)
     for i in range(begin, end, UNROLL):
         next_us = load_rows(u_row, u_sl, offsets, exists, i + UNROLL, end, length, backwards, UNROLL, EVEN)
-        next_deltas = load_rows(
-            delta_row, delta_sl, offsets, exists, i + UNROLL, end, length, backwards, UNROLL, EVEN
-        )
+        next_deltas = load_rows(delta_row, delta_sl, offsets, exists, i + UNROLL, end, length, backwards, UNROLL, EVEN)
         if HAS_Z:
             zs = load_rows(z_row, z_sl, offsets, exists, i, end, length, backwards, UNROLL, EVEN)
         if SAVE_STATES:

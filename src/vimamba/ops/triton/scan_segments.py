@@ -20,7 +20,9 @@ from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("x", "delta", "z") for axis in "rbl"]
 
 
-@triton.jit(do_not_specialize=[*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"])
+@triton.jit(
+    do_not_specialize=[*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"]
+)
 def segment_kernel(
     x, delta, z, A, bc, M_const, bias, summary, decay,
     x_sr, x_sb, x_sl, delta_sr, delta_sb, delta_sl, z_sr, z_sb, z_sl,
@@ -28,13 +30,13 @@ def segment_kernel(
     reverse_mask, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, CONST: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    GRADIENT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Summaries of all segments but the last, or for the gradient (x is dout then) but the first."""
     dim = groups * group_dim
     n_blocks = groups * blocks_per_group
     pid = tl.program_id(0)
-    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES)
+    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES, EVEN)
     segment = (pid // n_blocks) % (n_segments - 1) + (1 if GRADIENT else 0)
     sequence = (pid // (n_blocks * (n_segments - 1))).to(tl.int64)
     b, r = sequence % batch, sequence // batch

@@ -1,0 +1,187 @@
+"""Whole models beside timm's DeiT, and what is to be reached: `python benchmarks/models.py` (see --help).
+
+Each comparison runs its models in turns in one process and takes the median over rounds of the quotient within a
+round, so that it holds on a machine that others use too. Memory is measured in a fresh process for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from floor import multiple
+from rich.console import Console
+from rich.table import Table
+
+from vimamba.benchmark import Entry, Result, machine, measure, memory, report
+from vimamba.benchmark.timing import quartiles
+
+VIM_TI, DEIT_TI = "vim_tiny_patch16_224", "deit_tiny_patch16_224"
+VIM_S, DEIT_S = "vim_small_patch16_224", "deit_small_patch16_224"
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A row: what is measured, the bound that must be met, the one hoped for, and the measurement."""
+
+    what: str
+    at_least: float
+    aim: float
+    unit: str
+    measure: Callable[[Effort], Measured]
+    lower_is_better: bool = False
+    slow: bool = False
+
+    def met(self, value: float, bound: float) -> bool:
+        return value <= bound if self.lower_is_better else value >= bound
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How long each comparison may take."""
+
+    repeats: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The value of a row, a remark, and the results behind it."""
+
+    value: float
+    remark: str
+    results: list[Result] = dataclasses.field(default_factory=list)
+
+
+def speed(ours: str, peer: str, size: int, **options: Any) -> Callable[[Effort], Measured]:
+    """How many times as fast as the peer with fused attention."""
+    pair = [Entry(name, size, **options) for name in (ours, peer)]
+    return lambda effort: _compared(effort, pair, lambda quotient: quotient)
+
+
+def second_direction(size: int) -> Callable[[Effort], Measured]:
+    """Per cent that the second direction adds to the time."""
+    one = Entry(VIM_TI, size, model_args={"bidirectional": "none"}, label="Vim-Ti one direction")
+    return lambda effort: _compared(effort, [one, Entry(VIM_TI, size)], lambda quotient: 100 * (quotient - 1))
+
+
+def _compared(effort: Effort, pair: Sequence[Entry], scale: Callable[[float], float]) -> Measured:
+    """The time of the second entry as a multiple of the first's, scaled."""
+    results = measure(pair, effort.repeats, effort.seconds, with_memory=False)
+    first, second = results
+    if first.median is None or second.median is None or second.relative is None:
+        return Measured(math.nan, f"{first.error or second.error}", results)
+    quotients = [scale(b / a) for a, b in zip(first.seconds, second.seconds, strict=True)]
+    low, _, high = quartiles(quotients)
+    remark = f"{1000 * first.median:.0f} and {1000 * second.median:.0f} ms, quartiles {low:.2f} and {high:.2f}"
+    return Measured(scale(second.relative), remark, results)
+
+
+def less_memory(passes: str, attention: str) -> Callable[[Effort], Measured]:
+    """Per cent by which the peak beyond the loaded model changes from DeiT-Ti to Vim-Ti."""
+
+    def run(effort: Effort) -> Measured:
+        try:
+            ours = _peak(Entry(VIM_TI, 1248, passes=passes))
+            theirs = _peak(Entry(DEIT_TI, 1248, passes=passes, attention=attention))
+        except memory.StepError as error:
+            return Measured(math.nan, str(error))
+        return Measured(100 * (ours / theirs - 1), f"{ours / 1e6:.0f} against {theirs / 1e6:.0f} MB")
+
+    return run
+
+
+@functools.cache
+def _peak(entry: Entry) -> float:
+    return memory.peak(entry) or math.nan
+
+
+def above_floor(effort: Effort) -> Measured:
+    """Time as a multiple of the least possible."""
+    times, floor = multiple(Entry(VIM_TI, 1248), effort.repeats, effort.seconds)
+    return Measured(times, f"floor {floor}")
+
+
+GOALS = [
+    Goal("Vim-Ti against DeiT-Ti fused, 1248 px, float32", 2.8, 4, "x", speed(VIM_TI, DEIT_TI, 1248)),
+    Goal("Vim-Ti against DeiT-Ti fused, 1248 px, bfloat16", 2, 3, "x", speed(VIM_TI, DEIT_TI, 1248, dtype="bfloat16")),
+    Goal("Vim-Ti against DeiT-Ti fused, 512 px", 1, 1.3, "x", speed(VIM_TI, DEIT_TI, 512)),
+    Goal("Vim-Ti against DeiT-Ti fused, 224 px, batch 1", 0.8, 1, "x", speed(VIM_TI, DEIT_TI, 224)),
+    Goal("Vim-Ti against DeiT-Ti fused, 224 px, batch 8", 0.8, 1, "x", speed(VIM_TI, DEIT_TI, 224, batch=8)),
+    Goal("Vim-S against DeiT-S fused, 1248 px, float32", 2, 2.8, "x", speed(VIM_S, DEIT_S, 1248), slow=True),
+    Goal("train step, 512 px, batch 2", 0.8, 1.2, "x", speed(VIM_TI, DEIT_TI, 512, batch=2, passes="train")),
+    Goal("train step, 1248 px, batch 1", 2, 3, "x", speed(VIM_TI, DEIT_TI, 1248, passes="train"), slow=True),
+    Goal("peak memory, forward, 1248 px, DeiT eager", -86.8, -86.8, "%", less_memory("forward", "eager"), True),
+    Goal("peak memory, forward, 1248 px, DeiT fused", math.inf, 0, "%", less_memory("forward", "fused"), True),
+    Goal("peak memory, train step, 1248 px, DeiT fused", 0, -50, "%", less_memory("train", "fused"), True, slow=True),
+    Goal("second direction, 224 px", 45, 30, "%", second_direction(224), True),
+    Goal("second direction, 1248 px", 45, 30, "%", second_direction(1248), True),
+    Goal("multiple of the floor, 1248 px, float32", 2, 1.3, "x", above_floor, True),
+]
+
+
+def main() -> None:
+    """Measure the rows, print each beside its goal, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="three rounds a row, and without the slowest rows")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--seconds", type=float, default=30, help="time for the rounds of a row; at least three rounds")
+    parser.add_argument("--repeats", type=int, default=30, help="rounds at most")
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmark-models.json"), help="file to write")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="PyTorch's own choice by default")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    effort = Effort(3, 0.0) if options.quick else Effort(options.repeats, options.seconds)
+    report.check_writable(options.json, "--json")
+
+    console = Console(highlight=False, width=200)
+    told = machine.describe("cpu")
+    console.print(machine.heading(told) + "\n", markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("what", "at least", "aim", "measured", ""):
+        table.add_column(heading, no_wrap=True, justify="left" if heading in ("what", "") else "right")
+    rows = []
+    for goal in GOALS:
+        if options.only not in goal.what or (options.quick and goal.slow):
+            continue
+        with console.status(goal.what):
+            measured = goal.measure(effort)
+        rows.append(_row(goal, measured))
+        table.add_row(*_cells(goal, measured))
+        options.json.write_text(json.dumps({"schema": 1, "machine": told, "rows": rows}, indent=1) + "\n")
+        console.print(f"{goal.what}: {measured.value:.2f}{goal.unit}, {measured.remark}", markup=False)
+    console.print()
+    console.print(table)
+    console.print(f"\nmeasurements: {options.json}", markup=False)
+
+
+def _row(goal: Goal, measured: Measured) -> dict[str, Any]:
+    return {
+        "what": goal.what,
+        "at_least": None if goal.at_least == math.inf else goal.at_least,
+        "aim": goal.aim,
+        "unit": goal.unit,
+        "measured": None if math.isnan(measured.value) else measured.value,
+        "remark": measured.remark,
+        "results": [report.as_row(result) for result in measured.results],
+    }
+
+
+def _cells(goal: Goal, measured: Measured) -> list[str]:
+    sign = "≤ " if goal.lower_is_better else ""
+    bounds = ["-" if bound == math.inf else f"{sign}{bound:g}{goal.unit}" for bound in (goal.at_least, goal.aim)]
+    met = goal.met(measured.value, goal.at_least)
+    colour = "green" if goal.met(measured.value, goal.aim) else "yellow" if met else "red"
+    return [goal.what, *bounds, f"[{colour}]{measured.value:.2f}{goal.unit}[/]", measured.remark]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The commands that need no run, and the command line as a program."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vimamba.cli import COMMANDS
+
+
+def test_models_lists_size_and_cost(vimamba):
+    status, out, _ = vimamba("models", "nano", "--json")
+    (line,) = json.loads(out)
+    assert status == 0
+    assert line["name"] == "vim_nano"
+    assert line["input"] == [3, 28, 28]
+    assert line["flops"] > 1e6
+    status, out, _ = vimamba("models", "vim_*_patch16_224")
+    assert status == 0
+    assert "vim_tiny_patch16_224" in out
+    assert "7.1 M" in out
+    assert "nano" not in out
+
+
+def test_models_suggests(vimamba):
+    status, _, err = vimamba("models", "vim_tinny_patch16")
+    assert status == 2
+    assert "did you mean vim_tiny_patch16_224" in err
+
+
+def test_info_tells_backends_and_why_not(vimamba):
+    status, out, _ = vimamba("info", "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["backends"]["torch"] is None
+    assert facts["packages"]["torch"]
+    assert "scan backends" in vimamba("info")[1]
+
+
+def test_help_lists_every_command(vimamba):
+    status, out, _ = vimamba("--help")
+    assert status == 0
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_every_command_explains_itself(vimamba, capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        vimamba(command, "--help")
+    assert stop.value.code == 0
+    assert f"usage: vimamba {command}" in capsys.readouterr().out
+
+
+def test_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "vimamba", "trian"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no command 'trian'; did you mean train?\n"

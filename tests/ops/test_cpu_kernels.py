@@ -1,0 +1,264 @@
+"""What only the CPU kernels have: instruction sets, threads, processes, odd memory and extreme values.
+
+That they compute the right thing over shapes, types and options is tested with the other backends in this folder.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from vimamba.ops import cpu, reference
+from vimamba.ops.mixer import Direction
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+# Float32 sums of a few hundred terms, taken in another order than the reference's float64 ones.
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(params=cpu.instruction_sets() if cpu.unavailable() is None else ["none"])
+def each_set(request):
+    """The test runs once with each instruction set of this machine."""
+    before = cpu.instruction_set()
+    assert cpu.use_instruction_set(request.param)
+    yield request.param
+    cpu.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def inputs(batch=2, dim=40, length=70, state=16, seed=0) -> dict[str, Tensor | None]:
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    u, delta, z = (rand(batch, length, dim).transpose(1, 2) for _ in range(3))
+    x_dbl = rand(batch, length, 3 + 2 * state)
+    B, C = (x_dbl[..., i : i + state].transpose(1, 2)[:, None] for i in (3, 3 + state))
+    A, D, bias = -rand(dim, state).exp(), rand(dim), rand(dim) - 3
+    return {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "bias": bias}
+
+
+def forward(x, reverse=False, save_states=False):
+    return cpu.scan_forward(*x.values(), True, reverse, save_states)
+
+
+def forward_and_backward(x, reverse=False):
+    out, last, states = forward(x, reverse, True)
+    dout = torch.linspace(-1, 1, out.numel()).view(out.shape[0], out.shape[2], out.shape[1]).transpose(1, 2)
+    grads = cpu.scan_backward(dout, torch.ones_like(last), *x.values(), states, True, reverse)
+    return dout, out, last, grads
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def check(x, reverse=False) -> None:
+    dout, out, last, grads = forward_and_backward(x, reverse)
+    wide = {k: None if v is None else v.detach().double().requires_grad_() for k, v in x.items()}
+    want_out, want_last = reference.selective_scan(*wide.values(), True, True, reverse=reverse)
+    leaves = [v for v in wide.values() if v is not None]
+    want = iter(torch.autograd.grad((want_out * dout).sum() + want_last.sum(), leaves))
+    assert error(out, want_out.detach()) < TOLERANCE
+    assert error(last, want_last.detach()) < TOLERANCE
+    for name, grad in zip(x, grads, strict=True):
+        assert (grad is None) == (x[name] is None)
+        if grad is not None:
+            assert error(grad, next(want)) < TOLERANCE, name
+
+
+def test_an_instruction_set_can_be_forced_by_a_variable():
+    for name in cpu.instruction_sets():
+        script = "from vimamba.ops import cpu; print(cpu.unavailable(), cpu.instruction_set())"
+        environment = {**os.environ, "VIMAMBA_CPU": name}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == ["None", name], done.stderr
+
+
+def test_an_unknown_instruction_set_is_named():
+    script = "from vimamba.ops import cpu; print(cpu.unavailable())"
+    environment = {**os.environ, "VIMAMBA_CPU": "sse9"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "VIMAMBA_CPU=sse9" in done.stdout
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("dim", "state"), [(5, 6), (16, 16), (40, 21), (40, 1)])
+def test_scan_and_gradients(dim, state, reverse, each_set):
+    check(inputs(dim=dim, state=state), reverse)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_any_number_of_threads_gives_the_same_numbers(count, threads, each_set):
+    x = inputs(batch=2, dim=96)
+    threads(1)
+    _, out, last, grads = forward_and_backward(x)
+    threads(count)
+    _, out_again, last_again, grads_again = forward_and_backward(x)
+    assert torch.equal(out, out_again)
+    assert torch.equal(last, last_again)
+    for grad, again in zip(grads, grads_again, strict=True):
+        torch.testing.assert_close(again, grad, rtol=1e-5, atol=1e-5)  # B's and C's: sums over channels in parts
+
+
+def make_directions(dim, rank, state) -> list[Direction]:
+    g = torch.Generator().manual_seed(3)
+    shapes = [(dim, 4), (dim,), (rank + 2 * state, dim), (dim, rank), (dim,), (dim, state), (dim,)]
+    scales = [0.5, 0.1, dim**-0.5, rank**-0.5, 1, 1, 1]
+    ways = []
+    for reverse in (False, True):
+        weights = [torch.randn(*s, generator=g) * f for s, f in zip(shapes, scales, strict=True)]
+        weights[4], weights[5] = weights[4] - 3, -weights[5].exp()
+        ways.append(Direction(*weights, reverse, reverse))
+    return ways
+
+
+@cache
+def mixer_problem(batch: int, length: int) -> tuple[Tensor, list[Direction], list[Tensor]]:
+    """xz, two directions, and the true output of both, of the first and of the second alone."""
+    xz = torch.randn(batch, length, 2 * 40, generator=torch.Generator().manual_seed(length))
+    ways = make_directions(40, 3, 16)
+    wide = [Direction(*(w.double() for w in way.weights), *way[7:]) for way in ways]
+    first, second = (reference.mixer(xz.double(), [way], 0.5) for way in wide)
+    return xz, ways, [first + second, first, second]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 2), (1, 70), (1, 135), (2, 66), (3, 33)])
+def test_the_mixer_however_its_work_is_divided(batch, length, count, threads, each_set):
+    threads(count)
+    xz, ways, truths = mixer_problem(batch, length)
+    for some, truth in zip((ways, ways[:1], ways[1:]), truths, strict=True):
+        out, states = cpu.mixer_forward(xz, some, 0.5, save_states=True)
+        assert error(out, truth) < TOLERANCE
+        for way, saved in zip(some, states, strict=True):
+            check_states(xz, way, saved)
+
+
+def check_states(xz_BLE: Tensor, way: Direction, saved_BKDN: Tensor) -> None:
+    """The states that the mixer saves are those that its scan alone would."""
+    x_BDL = xz_BLE.transpose(1, 2).chunk(2, dim=1)[0]
+    c_BDL = cpu.conv_forward(x_BDL, way.conv_weight, way.conv_bias, True, way.conv_reverse)
+    rank, state = way.dt_proj_weight.shape[1], way.A.shape[1]
+    dt, B, C = (c_BDL.transpose(1, 2) @ way.x_proj_weight.t()).split([rank, state, state], dim=-1)
+    delta_BDL = (dt @ way.dt_proj_weight.t()).transpose(1, 2)
+    B, C = B.transpose(1, 2)[:, None], C.transpose(1, 2)[:, None]
+    alone = (c_BDL, delta_BDL, way.A, B, C, way.D, None, way.dt_bias, True, way.scan_reverse, True)
+    torch.testing.assert_close(saved_BKDN, cpu.scan_forward(*alone)[2], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_mixer_is_close(each_set):
+    xz, ways, (truth, _, _) = mixer_problem(2, 66)
+    out, _ = cpu.mixer_forward(xz.bfloat16(), ways, 0.5, save_states=False)
+    assert out.dtype == torch.bfloat16
+    assert error(out, truth) < 5e-3
+
+
+def test_misaligned_memory(each_set):
+    x = inputs(dim=24)
+    for name in ("u", "delta", "z"):
+        whole = torch.zeros(2, 70, 61)
+        whole[..., 5:29] = x[name].transpose(1, 2)
+        x[name] = whole[..., 5:29].transpose(1, 2)
+    x["A"] = torch.cat([torch.zeros(1), x["A"].flatten()])[1:].view(24, 16)
+    check(x)
+
+
+def test_overlapping_memory(each_set):
+    x = inputs(dim=24)
+    x["u"] = x["u"][:, :, :1].expand(-1, -1, 70)
+    x["z"] = x["z"][:1].expand(2, -1, -1)
+    x["B"] = x["B"][:, :, :, :1].expand(-1, -1, -1, 70)
+    x["delta"] = x["delta"][:, :1].expand(-1, 24, -1)
+    check(x)
+
+
+def test_the_fast_layout_keeps_its_layout():
+    x = inputs(dim=24)
+    xz = torch.randn(2, 70, 48)
+    x["u"] = xz[..., :24].transpose(1, 2)
+    out, _, _ = forward(x)
+    assert out.stride(1) == 1
+
+
+def test_steps_so_large_that_the_decay_underflows(each_set):
+    x = inputs()
+    x["delta"] = x["delta"] * 1e4
+    check(x)
+
+
+def test_no_decay(each_set):
+    x = inputs(length=40)
+    x["A"] = torch.zeros_like(x["A"])
+    check(x)
+
+
+def test_growth_that_overflows_is_infinite(each_set):
+    x = inputs(length=40)
+    x["A"] = x["A"].abs() * 1e3
+    found, truth = forward(x)[0], reference.selective_scan(*x.values(), True)
+    assert torch.equal(found.isfinite(), truth.isfinite())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z", "A", "bias", "D"])
+def test_bad_numbers_come_out_where_the_reference_has_them(name, bad, each_set):
+    x = inputs(batch=1, dim=20, length=40)
+    if name == "A" and bad == -float("inf"):
+        pytest.skip("an infinite decay is taken as a very large one: 0 instead of exp(0 * -inf)")
+    x[name] = x[name].clone(memory_format=torch.preserve_format)
+    x[name][(0,) * x[name].dim()] = bad
+    found, truth = forward(x)[0], reference.selective_scan(*x.values(), True)
+    assert torch.equal(found.isfinite(), truth.isfinite())
+
+
+def test_a_convolution_too_wide_is_refused():
+    with pytest.raises(RuntimeError, match="width 1 to 16, got 17"):
+        cpu.conv_forward(torch.randn(1, 8, 20), torch.randn(8, 17), None, True, False)
+
+
+def test_nothing_to_do():
+    for x in (inputs(batch=0), inputs(length=1)):
+        _, out, last, grads = forward_and_backward(x)
+        assert out.shape == x["u"].shape
+        assert last.shape == (x["u"].shape[0], 40, 16)
+        assert [g.shape for g in grads] == [v.shape for v in x.values()]
+
+
+def test_several_python_threads_at_once():
+    problems = [inputs(seed=seed) for seed in range(8)]
+    alone = [forward(x)[0] for x in problems]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda x: forward(x)[0], problems * 4))
+    for i, out in enumerate(together):
+        assert torch.equal(out, alone[i % 8])
+
+
+class Scans(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return forward(inputs(seed=index))[0]
+
+
+def test_in_a_forked_data_loader_worker():
+    alone = [forward(inputs(seed=i))[0] for i in range(4)]  # the parent has used its threads before the fork
+    loader = torch.utils.data.DataLoader(Scans(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    for out, want in zip(loader, alone, strict=True):
+        assert torch.equal(out[0], want)

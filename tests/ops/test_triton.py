@@ -1,0 +1,298 @@
+"""The Triton kernels: in the interpreter on small shapes, every option; compiled ahead of time; and on a GPU.
+
+Whether kernels are interpreted is settled when they are imported, so one test runs this file again in a process of
+its own with TRITON_INTERPRET=1; there, the tests marked `interpreted` run and the others are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from vimamba.ops import reference  # noqa: E402
+from vimamba.ops import triton as kernels  # noqa: E402
+from vimamba.ops.mixer import Direction  # noqa: E402
+from vimamba.ops.triton import plan, scan  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and not INSIDE
+DEVICE = "cuda" if ON_GPU else "cpu"
+interpreted = pytest.mark.skipif(not INSIDE and not ON_GPU, reason="runs in the interpreter, see test_in_interpreter")
+outside = pytest.mark.skipif(INSIDE, reason="needs compiled kernels")
+# float32: one rounding a step of sums of up to 200 steps, and exp2 within 2 ulp; bfloat16: one rounding at the end.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    truth = truth.detach()
+    return float((found.double().cpu() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers of `dtype`, held in float64."""
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).double()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """States every 8 steps instead of 64, so that a few steps make several chunks."""
+    monkeypatch.setattr(scan, "CHUNK", 8)
+    monkeypatch.setattr(plan, "CHUNK", 8)
+
+
+@outside
+def test_in_interpreter():
+    """Run the tests marked `interpreted` with interpreted kernels."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@outside
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_kernels_compile_without_spills(arch, tmp_path):
+    """The kernels of a small training step, for every architecture; no GPU is needed."""
+    rows = tmp_path / "rows.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_static.py"), "--arch", arch, "--json", str(rows)]
+    command += ["--case", "Vim-S 224 px, batch 64, training"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    found = json.loads(rows.read_text())
+    assert {row["kernel"] for row in found} >= {"scan_forward_kernel", "scan_backward_kernel", "conv_backward_kernel"}
+    assert all(row["spilled_bytes"] == 0 for row in found)
+
+
+def scan_case(batch=1, dim=5, length=7, state=4, groups=1, constant="", dtype=torch.float32, last=True) -> dict:
+    def sequence() -> Tensor:
+        return rand(batch, length, dim, dtype=dtype).transpose(1, 2)
+
+    case = {"u": sequence(), "delta": sequence() * 0.5, "A": -rand(dim, state).exp()}
+    for name in "BC":
+        variable = rand(batch, groups, length, state, dtype=dtype).transpose(-1, -2)
+        case[name] = rand(dim, state) if name in constant else variable
+    case |= {"D": rand(dim), "z": sequence(), "bias": rand(dim)}
+    return case | {"options": {"dtype": dtype, "last": last}}
+
+
+def check_scan(case: dict, softplus: bool = True, reverse: bool = False) -> None:
+    options = case.pop("options")
+    dtype = options["dtype"]
+    names = [name for name, value in case.items() if value is not None]
+    leaves = {name: case[name].clone(memory_format=torch.preserve_format).requires_grad_() for name in names}
+    get = leaves.get
+    arguments = [get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "bias")]
+    out, last = reference.selective_scan(*arguments, softplus, True, reverse=reverse)
+    dout, dlast = rand(*out.shape, dtype=dtype), rand(*last.shape) * options["last"]
+    wants = torch.autograd.grad((out * dout).sum() + (last * dlast).sum(), [leaves[n] for n in names])
+
+    typed = {"u": dtype, "delta": dtype, "z": dtype, "B": dtype, "C": dtype}
+
+    def give(name: str) -> Tensor | None:
+        value = case[name]
+        if value is None:
+            return None
+        wide = torch.float32 if value.dim() == 2 else typed.get(name, torch.float32)
+        return value.to(wide).to(DEVICE)
+
+    u, delta, A, B, C, D, z, bias = (give(n) for n in ("u", "delta", "A", "B", "C", "D", "z", "bias"))
+    found, found_last, states = kernels.scan_forward(u, delta, A, B, C, D, z, bias, softplus, reverse, True)
+    gradient = dlast.float().to(DEVICE) if options["last"] else None
+    grads = kernels.scan_backward(
+        dout.to(dtype).to(DEVICE), gradient, u, delta, A, B, C, D, z, bias, states, softplus, reverse
+    )
+    tolerance = TOLERANCE[dtype]
+    assert found.dtype == dtype
+    assert found.stride() == u.stride()
+    assert error(found, out) < tolerance
+    assert error(found_last, last) < 1e-6
+    order = ("u", "delta", "A", "B", "C", "D", "z", "bias")
+    by_name = dict(zip(order, grads, strict=True))
+    for name, want in zip(names, wants, strict=True):
+        assert by_name[name].shape == want.shape
+        assert error(by_name[name], want) < tolerance, name
+    assert all(by_name[name] is None for name in order if name not in names)
+
+
+CASES = {
+    "plain": {},
+    "odd sizes": dict(batch=2, dim=3, length=11, state=3),
+    "one step": dict(length=1),
+    "one channel": dict(dim=1, length=5, state=1),
+    "many channels": dict(dim=41, length=5, state=16),
+    "two groups": dict(dim=6, groups=2),
+    "constant B": dict(constant="B"),
+    "constant C": dict(constant="C"),
+    "constant B and C": dict(constant="BC"),
+    "bfloat16": dict(dtype=torch.bfloat16),
+    "float16": dict(dtype=torch.float16),
+    "large state": dict(dim=3, length=6, state=40),
+    "no gradient of the last state": dict(last=False),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_scan(case, reverse):
+    check_scan(scan_case(**case), reverse=reverse)
+
+
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_scan_over_several_chunks(reverse, short_chunks):
+    check_scan(scan_case(batch=2, dim=3, length=19, state=3), reverse=reverse)
+
+
+@interpreted
+@pytest.mark.parametrize("missing", ["D", "z", "bias", "softplus"])
+def test_scan_options(missing):
+    case = scan_case()
+    if missing in case:
+        case[missing] = None
+    if missing == "softplus":
+        case["delta"] = case["delta"].abs() + 1e-3
+        case["bias"] = case["bias"].abs()
+    check_scan(case, softplus=missing != "softplus")
+
+
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
+def test_scan_in_segments_of_time(gate, reverse, monkeypatch, short_chunks):
+    def in_chunks(tiling):
+        return lambda *args: tiling(*args)._replace(segment=8)
+
+    monkeypatch.setattr(plan, "forward_tiling", in_chunks(plan.forward_tiling))
+    monkeypatch.setattr(plan, "backward_tiling", in_chunks(plan.backward_tiling))
+    case = scan_case(dim=2, length=19, state=2)
+    if not gate:
+        case["z"] = None
+    check_scan(case, reverse=reverse)
+
+
+@interpreted
+def test_scan_takes_channels_that_are_not_contiguous():
+    case = scan_case()
+    case["u"], case["z"] = case["u"].contiguous(), case["z"].contiguous()
+    check_scan(case)
+
+
+@interpreted
+def test_small_steps_keep_their_precision():
+    """softplus(-15) is 3e-7: computed as log(1 + exp(x)) in float32 it would be wrong by a fifth."""
+    u, delta = rand(1, 3, 4), torch.full((1, 3, 4), -15.0)
+    A, matrix = -torch.ones(3, 2), torch.ones(3, 2)
+    give = [t.float().to(DEVICE) for t in (u, delta, A, matrix, matrix)]
+    out, *_ = kernels.scan_forward(*give, None, None, None, True, False, False)
+    truth = reference.selective_scan(*(t.double().cpu() for t in give), delta_softplus=True)
+    assert error(out, truth) < 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("reverse", [True, False])
+def test_conv(reverse, silu, bias):
+    width = 4 if silu else 3
+    x, weight = rand(2, 19, 5).transpose(1, 2).requires_grad_(), rand(5, width).requires_grad_()
+    shift = rand(5).requires_grad_() if bias else None
+    leaves = [t for t in (x, weight, shift) if t is not None]
+    y = reference.causal_conv1d(x, weight, shift, "silu" if silu else None, reverse=reverse)
+    dy = rand(*y.shape)
+    wants = torch.autograd.grad(y, leaves, dy)
+    arguments = [None if t is None else t.detach().float().to(DEVICE) for t in (x, weight, shift)]
+    assert error(kernels.conv_forward(*arguments, silu, reverse), y) < 1e-6
+    found = kernels.conv_backward(dy.float().to(DEVICE), *arguments, silu, reverse)
+    assert (found[2] is None) == (not bias)
+    for got, want in zip(found, wants, strict=False):
+        assert error(got, want) < 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [True, False])
+def test_norm(residual, dtype):
+    x, weight = rand(7, 12, dtype=dtype).requires_grad_(), rand(12).requires_grad_()
+    before = rand(7, 12) if residual else None
+    normed, total = reference.rms_norm(x, weight, before)
+    dnormed, dtotal = rand(7, 12, dtype=dtype), rand(7, 12) if residual else None
+    loss = (normed * dnormed).sum() + ((total * dtotal).sum() if dtotal is not None else 0)
+    wants = torch.autograd.grad(loss, (x, weight))
+    put = lambda t, kind=torch.float32: None if t is None else t.detach().to(kind).to(DEVICE)  # noqa: E731
+    found, sums, rstd = kernels.norm_forward(put(x, dtype), put(before), put(weight), 1e-5, dtype)
+    assert found.dtype == dtype
+    assert error(found, normed) < TOLERANCE[dtype]
+    assert error(sums, total) < 1e-6
+    grads = kernels.norm_backward(put(dnormed, dtype), put(dtotal), sums, put(weight), rstd)
+    for got, want in zip(grads, wants, strict=True):
+        assert error(got, want) < 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize("flags", [[(0, 0), (1, 1)], [(0, 0), (0, 1)], [(0, 0)]], ids=["ssm_conv", "ssm", "none"])
+def test_mixer(flags):
+    dim, state, rank, width = 5, 3, 2, 4
+    ways = [
+        Direction(rand(dim, width), rand(dim), rand(rank + 2 * state, dim) * 0.4, rand(dim, rank), rand(dim),
+                  -rand(dim, state).exp(), rand(dim), bool(conv), bool(way))
+        for conv, way in flags
+    ]  # fmt: skip
+    xz = rand(1, 9, 2 * dim).requires_grad_()
+    leaves = [xz, *(t.requires_grad_() for way in ways for t in way[:7])]
+    truth = reference.mixer(xz, ways, 0.5)
+    dout = rand(*truth.shape)
+    wants = torch.autograd.grad(truth, leaves, dout)
+    single = [Direction(*(t.detach().float().to(DEVICE) for t in way[:7]), *way[7:]) for way in ways]
+    given = xz.detach().float().to(DEVICE)
+    out, states = kernels.mixer_forward(given, single, 0.5, True)
+    dxz, grads = kernels.mixer_backward(dout.float().to(DEVICE), given, single, states, 0.5)
+    assert error(out, truth) < 1e-6
+    for got, want in zip([dxz, *grads], wants, strict=True):
+        assert error(got, want) < 2e-6
+    assert torch.equal(out, kernels.mixer_forward(given, single, 0.5, False)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_at_full_size(reverse, dtype):
+    check_scan(scan_case(batch=2, dim=384, length=6085, state=16, dtype=dtype), reverse=reverse)
+
+
+def test_refusals_name_the_way_out(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "TRITON_INTERPRET=1" in kernels.unavailable(torch.device("cpu"))
+    assert "'mps'" in kernels.unavailable(torch.device("mps"))
+    monkeypatch.setattr(kernels, "AVAILABLE", False)
+    assert "not installed" in kernels.unavailable()
+
+
+def test_plan_fills_the_machine():
+    """One large image is cut in time, a large batch is not, and every tiling fits in the registers."""
+    assert plan.forward_tiling(2, 1, 384, 6085, 16, 132).segments(6085) > 8
+    large = plan.forward_tiling(512, 1, 384, 6085, 16, 132)
+    assert (large.segments(6085), large.channels, large.lanes) == (1, 2, 32)
+    for sequences in (1, 8, 64, 512):
+        for length in (1, 197, 6085):
+            for state in (1, 16, 64, 200):
+                for tiling in (plan.forward_tiling, plan.backward_tiling):
+                    chosen = tiling(sequences, 1, 384, length, state, 132)
+                    assert chosen.updates <= 32
+                    assert chosen.segment % scan.CHUNK == 0 or chosen.segments(length) == 1

@@ -1,0 +1,104 @@
+"""Parameter groups, the learning rate, and what an evaluation counts."""
+
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vimamba.data.transforms import AugmentOptions, Preprocessing
+from vimamba.errors import UserError
+from vimamba.tasks.classification import ClassificationTask
+from vimamba.tasks.optim import OptimOptions, lr_factor, parameter_groups
+from vimamba.tasks.results import Evaluation
+from vimamba.tasks.weights import ModelCard, build_model, load_model, save_model
+
+TINY = {"depth": 2, "embed_dim": 16, "d_state": 4}
+PREP = Preprocessing((16, 16), 1, (0.5,), (0.5,))
+
+
+def tiny(**kwargs):
+    return timm.create_model("vim_nano", img_size=16, in_chans=1, num_classes=3, **{**TINY, **kwargs})
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_weight_decay_is_for_matrices_only(layer_decay):
+    model = tiny()
+    decay = {}
+    for group in parameter_groups(model, OptimOptions(weight_decay=0.1, layer_decay=layer_decay)):
+        decay |= {id(parameter): group["weight_decay"] for parameter in group["params"]}
+    named = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
+    assert len(decay) == len(list(model.parameters()))
+    for name, value in named.items():
+        exempt = name.endswith((".bias", "A_log", "A_b_log", ".D", ".D_b")) or "norm" in name
+        assert value == (0.0 if exempt or name in ("pos_embed", "cls_token") else 0.1), name
+
+
+def test_a_marked_parameter_is_exempt():
+    model = nn.Linear(3, 3)
+    model.weight._no_weight_decay = True
+    assert [group["weight_decay"] for group in parameter_groups(model, OptimOptions()) if group["params"]] == [0.0]
+
+
+def test_layer_decay_slows_lower_layers():
+    model = tiny()
+    rate = {}
+    for group in parameter_groups(model, OptimOptions(lr=1.0, layer_decay=0.5)):
+        rate |= {id(parameter): group["lr"] for parameter in group["params"]}
+    at = {name: rate[id(parameter)] for name, parameter in model.named_parameters()}
+    assert at["head.weight"] == 1.0
+    assert at["patch_embed.proj.weight"] < at["layers.0.mixer.in_proj.weight"] < at["layers.1.mixer.in_proj.weight"]
+
+
+def test_the_rate_warms_up_and_falls():
+    options = OptimOptions(epochs=10, lr=1e-3, min_lr=1e-5, warmup_epochs=1)
+    rates = [lr_factor(step, 100, options) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[100] == pytest.approx(0.01)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    constant = OptimOptions(epochs=10, schedule="constant", warmup_epochs=0)
+    assert {lr_factor(step, 100, constant) for step in range(101)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"lr": 0.0}, {"lr": float("inf")}, {"ema": 1.0}, {"accumulate": 0}, {"clip_grad": -1.0}]
+)
+def test_wrong_values_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        OptimOptions(**wrong)
+
+
+def test_an_evaluation_counts_per_class():
+    evaluation = Evaluation(["a", "b", "c"], confusion=True)
+    logits = torch.eye(3)[[0, 0, 1, 1]] * 9  # predicted a a b b
+    evaluation.update(logits[:3], torch.tensor([0, 1, 1]))
+    evaluation.update(logits[3:], torch.tensor([1]))
+    results = evaluation.compute()
+    assert results.images == 4
+    assert results.top1 == 0.75
+    assert results.top5 == 1.0
+    a, b, c = results.per_class
+    assert (a.images, a.correct, a.recall, a.precision) == (1, 1, 1.0, 0.5)
+    assert (b.images, b.correct, b.recall, b.precision) == (3, 2, pytest.approx(2 / 3), 1.0)
+    assert (c.images, c.recall, c.precision, c.f1) == (0, None, None, None)
+    assert results.confusion.tolist() == [[1, 0, 0], [1, 2, 0], [0, 0, 0]]
+    assert "c,0,0,,," in results.to_csv()
+
+
+def test_the_moving_average_is_evaluated_and_kept(tmp_path):
+    card = ModelCard("vim_nano", TINY, ["a", "b", "c"], PREP)
+    task = ClassificationTask(tiny(), card, OptimOptions(ema=0.5), AugmentOptions())
+    assert task.evaluated_model is task.ema.module
+    save_model(tmp_path / "model.safetensors", task.evaluated_model, card)
+    model, read = load_model(tmp_path / "model.safetensors")
+    assert read == card
+    images = torch.randn(2, 1, 16, 16)
+    assert model(images).equal(task.evaluated_model.eval()(images))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_any_timm_model_is_built_for_the_data(name):
+    model = build_model(name, 3, 1, (32, 32)).eval()
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
