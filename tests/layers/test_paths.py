@@ -11,7 +11,6 @@ from vimamba.layers.mixer import BidirectionalMixer
 from vimamba.layers.paths import Path, route
 from vimamba.layers.tokens import Layout, insert_tokens, split_tokens, token_places
 
-CPU = torch.device("cpu")
 GRIDS = [(4, 4), (3, 5), (6, 4), (1, 7), (7, 1)]
 NAMES = ["column", "snake", "window2", "window2x3", "column:backward"]
 
@@ -58,7 +57,7 @@ def test_columns_run_down_and_windows_are_finished_before_the_next():
 @pytest.mark.parametrize("name", NAMES)
 def test_other_tokens_keep_their_places(name, registers, class_token):
     extras = token_places(class_token, 15, registers).extras
-    found = route(Path.parse(name), Layout((3, 5), extras), CPU)
+    found = route(Path.parse(name), Layout((3, 5), extras), torch.zeros(1))
     assert found.order.tolist()[: len(found.order)] == sorted(
         range(len(found.order)), key=found.rank.tolist().__getitem__
     )

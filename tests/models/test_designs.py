@@ -8,6 +8,7 @@ import torch
 from vimamba import VisionMamba
 from vimamba.layers.mixer import BidirectionalMixer
 from vimamba.layers.pos_embed import sincos_pos_embed
+from vimamba.models.registry import count_flops
 from vimamba.ops import backends
 
 SMALL = dict(img_size=(32, 48), patch_size=8, embed_dim=16, depth=4, d_state=4, num_classes=5)
@@ -88,6 +89,12 @@ def test_an_evaluation_in_inference_mode_does_not_disturb_training():
     with torch.inference_mode():
         model(images(1, 24, 40))
     model(images(1, 24, 40)).sum().backward()
+
+
+def test_counting_operations_does_not_disturb_the_model():
+    model = build(img_size=(16, 40), paths=["snake"])
+    assert count_flops(model, (3, 16, 40)) > 0
+    model(images(1, 16, 40)).sum().backward()
 
 
 def test_rules_say_which_layers_are_bidirectional():

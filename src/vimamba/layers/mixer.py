@@ -193,7 +193,7 @@ class BidirectionalMixer(nn.Module):
         """The sum of directions that share a path, in row order."""
         if path.along_rows:
             return mixer(xz_BLE, directions, scale)
-        way = route(path, _needed(layout, f'paths: "{path.name}"'), xz_BLE.device)
+        way = route(path, _needed(layout, f'paths: "{path.name}"'), xz_BLE)
         assert way is not None
         return mixer(xz_BLE.index_select(1, way.order), directions, scale).index_select(1, way.rank)
 

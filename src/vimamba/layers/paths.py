@@ -96,13 +96,14 @@ class Route(NamedTuple):
     rank: Tensor  # (length,)
 
 
-def route(path: Path, layout: Layout, device: torch.device) -> Route | None:
-    """The route of a path, kept for each layout and device; None for row order, which needs none."""
+def route(path: Path, layout: Layout, x: Tensor) -> Route | None:
+    """The route of a path for `x`, (batch, length, ...), kept for each layout and device; None for row order."""
     if path.along_rows:
         return None
-    if torch.compiler.is_compiling():  # a graph computes its own: a kept tensor could not be part of it
-        return _build(path, layout, device)
-    return _kept(path, layout, device)
+    # A graph computes its own: a kept tensor could not be part of it. Nor may a fake tensor be kept.
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return _build(path, layout, x.device)
+    return _kept(path, layout, x.device)
 
 
 def _build(path: Path, layout: Layout, device: torch.device) -> Route:
