@@ -26,6 +26,7 @@ def test_finished_runs_are_read_back_and_a_cut_row_is_not(tmp_path):
 
 def test_a_finished_study_is_not_trained_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablate, "run_design", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(ablate, "design_costs", lambda: {"ssm_conv": 1.0, "none": 0.75})
     folder = tmp_path / "ablate-mnist"
     for name in DESIGNS:
         for seed, top1 in enumerate((0.5, 0.7) if name == "none" else (0.8, 0.9)):
@@ -35,6 +36,7 @@ def test_a_finished_study_is_not_trained_again(tmp_path, monkeypatch, capsys):
     assert "60.00" in capsys.readouterr().out
     text = page.read_text()
     assert "none is below ssm_conv (-25.00 points)" in text
+    assert "| none | 0.75 |" in text
     assert "snake is not told apart from ssm_conv" in text
     assert all((page.parent / name).stat().st_size for name in ("paths.svg", "designs-mnist.png"))
 
@@ -43,4 +45,4 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, capsys):
     assert main(["ablate", "--designs", "[snak]", "--output", str(tmp_path)]) == 2
     assert "did you mean snake" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no finished study"):
-        write_page(tmp_path / "page.md", tmp_path)
+        write_page(tmp_path / "page.md", tmp_path, {})

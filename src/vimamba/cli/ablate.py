@@ -15,7 +15,7 @@ from vimamba.cli import terminal
 from vimamba.cli.ablate_page import save_plot, write_page
 from vimamba.cli.parsing import add_options, take
 from vimamba.errors import UserError, nearest, require
-from vimamba.tasks.ablation import DESIGNS, Budget, Run, open_study_data, run_design
+from vimamba.tasks.ablation import DESIGNS, Budget, Run, design_costs, open_study_data, run_design
 from vimamba.tasks.optim import OptimOptions
 
 COLUMNS = ("design", "top-1 %", "±", "runs", "steps", "parameters", "MFLOPs", "forward ms", "step ms")
@@ -93,7 +93,7 @@ def run(parser: ArgumentParser, parsed: Namespace) -> int:
     (folder / "table.md").write_text("\n".join([*lines, "", *skipping]) + "\n", encoding="utf-8")
     save_plot(folder / "designs.png", rows, options.data)
     if options.page:
-        write_page(Path(options.page), folder.parent)
+        write_page(Path(options.page), folder.parent, design_costs())
     return 0
 
 
