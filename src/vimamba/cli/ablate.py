@@ -73,7 +73,8 @@ def run(parser: ArgumentParser, parsed: Namespace) -> int:
     optim = OptimOptions(epochs=options.epochs, batch_size=options.batch_size, lr=options.lr)
     budget = Budget(open_study_data(options.data), options.model, options.model_args, optim, options.equal)
     done = read_runs(folder)
-    wanted = [(design, seed) for seed in range(options.seeds) for design in options.designs or DESIGNS]
+    designs = buildable(options.designs or list(DESIGNS), budget)
+    wanted = [(design, seed) for seed in range(options.seeds) for design in designs]
     for number, (design, seed) in enumerate(wanted, 1):
         if (design, seed) in done:
             continue
@@ -95,6 +96,20 @@ def run(parser: ArgumentParser, parsed: Namespace) -> int:
     if options.page:
         write_page(Path(options.page), folder.parent, design_costs())
     return 0
+
+
+def buildable(designs: list[str], budget: Budget) -> list[str]:
+    """The designs that the common arguments leave possible; a warning says why another is not."""
+    possible = []
+    for design in designs:
+        try:
+            budget.build(design)
+        except UserError as error:
+            terminal.warn(f"{design} is left out: {error}")
+        else:
+            possible.append(design)
+    require(bool(possible), "--model_args: no design can be built with them")
+    return possible
 
 
 def append_run(folder: Path, finished: Run) -> None:
