@@ -85,11 +85,16 @@ def run(parser: ArgumentParser, parsed: Namespace) -> int:
             f"{number}/{len(wanted)}  {design}, seed {seed}: {terminal.percent(finished.top1)}%", markup=False
         )
     rows = summarise(list(done.values()))
-    console.print(table(rows))
+    console.print(table(rows), width=max(console.width, 110))  # a pipe is taken for 80 columns wide
     skipping = [line for row in rows if (line := skip_line(row))]
     for line in skipping:
         console.print(line)
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    common = " ".join(f"{name}={value}" for name, value in options.model_args.items())
+    caption = (
+        f"`{options.model}` {common}, batches of {options.batch_size}, learning rate {options.lr:g}, the training "
+        f"{options.equal} of {options.epochs} epochs of ssm_conv for every design."
+    )
+    lines = [caption, "", "| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     (folder / "table.md").write_text("\n".join([*lines, "", *skipping]) + "\n", encoding="utf-8")
     save_plot(folder / "designs.png", rows, options.data)
@@ -189,7 +194,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """The study as a table in the terminal."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(COLUMNS):
-        shown.add_column(name, justify="left" if i == 0 else "right")
+        shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         shown.add_row(*cells(row))
     return shown
