@@ -107,10 +107,10 @@ def test_classifier_contract():
 
 @pytest.mark.parametrize("indices", [[0, 3], [1], [-1], [0, 1, 2, 3]])
 def test_features_only(indices):
-    model = timm.create_model("vim_nano", features_only=True, out_indices=indices, depth=4, img_size=32)
+    model = timm.create_model("vim_nano", features_only=True, out_indices=indices, depth=4, img_size=32, stride=4)
     maps = model(images(2, 3, 32, 24))
-    assert [m.shape for m in maps] == [(2, 96, 8, 6)] * len(indices)
-    assert model.feature_info.channels() == [96] * len(indices)
+    assert [m.shape for m in maps] == [(2, 64, 8, 6)] * len(indices)
+    assert model.feature_info.channels() == [64] * len(indices)
     assert model.feature_info.reduction() == [4] * len(indices)
 
 

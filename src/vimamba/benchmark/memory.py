@@ -3,7 +3,8 @@
 On a GPU it is the allocator's peak. On a CPU it is the growth of the process: on Linux its peak resident size (VmHWM of
 /proc/self/status, reset by writing 5 to /proc/self/clear_refs) minus the resident size before the step; on other
 systems the growth of ru_maxrss, which cannot be reset and so is a lower bound where building the model took more
-than is left resident; on Windows it is not measured.
+than is left resident; on Windows it is not measured. Large blocks go straight to the system there, as what is asked for
+is what the model needs: glibc by itself keeps up to half as much again of freed blocks that it cannot use.
 
 `python -m vimamba.benchmark.memory JSON` is the fresh process; it prints the result as JSON.
 """
@@ -15,6 +16,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -104,7 +106,10 @@ def peak(entry: Entry) -> int | None:
         StepError: that process ran out of memory or broke off.
     """
     request = json.dumps({"entry": dataclasses.asdict(entry), "threads": torch.get_num_threads()})
-    done = subprocess.run([sys.executable, "-m", __name__, request], capture_output=True, text=True, check=False)
+    environment = {"MALLOC_MMAP_THRESHOLD_": "1048576", **os.environ}
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, request], env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode == 0:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         if answer["error"]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vimamba.layers.gate import DirectionGate
 from vimamba.layers.paths import Path, parse_paths, route
+from vimamba.layers.recompute import projection_recomputed
 from vimamba.layers.tokens import Layout, insert_tokens, split_tokens
 from vimamba.ops import Direction, mixer
 
@@ -173,7 +174,8 @@ class BidirectionalMixer(nn.Module):
         if gates is not None:
             y = self._gated(xz, gates, reverse, layout)
         else:
-            y = self._merged(xz, reverse, layout, 1.0 if self.merge == "sum" else 1 / len(self.ways))
+            with projection_recomputed(self.in_proj, x, xz):
+                y = self._merged(xz, reverse, layout, 1.0 if self.merge == "sum" else 1 / len(self.ways))
         out = self.out_proj(y)
         if self.pooled_token:
             out = out[:, :-1] if backward else out[:, 1:]

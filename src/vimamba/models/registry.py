@@ -101,8 +101,8 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 @register_model
 def vim_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """For small images: patches of 4 pixels."""
-    sizes = dict(img_size=28, patch_size=4, embed_dim=96, depth=6, num_classes=10)
+    """For small images: patches of 4 pixels that overlap by one."""
+    sizes = dict(img_size=28, patch_size=4, stride=3, embed_dim=64, depth=6, num_classes=10)
     return _create("vim_nano", pretrained, **{**sizes, **kwargs})
 
 

@@ -142,21 +142,21 @@ def _composed_backward(
     scale: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient of the mixer from a backend's separate ops; the forward activations are computed again."""
-    dxz_BLE = torch.zeros_like(xz_BLE)
+    dxz_BLE = torch.empty_like(xz_BLE)
     x_BDL, z_BDL = xz_BLE.transpose(1, 2).chunk(2, dim=1)
     dx_BDL, dz_BDL = dxz_BLE.transpose(1, 2).chunk(2, dim=1)
     dout_BDL = (dout_BLD * scale).transpose(1, 2)
     grads: list[Tensor] = []
-    for way, saved in zip(directions, states, strict=True):
+    for i, (way, saved) in enumerate(zip(directions, states, strict=True)):
         a = _activations(module, x_BDL, way)
         dc, ddelta, dA, dB, dC, dD, dz, ddt_bias = module.scan_backward(
             dout_BDL, None, a.c_BDL, a.delta_BDL, way.A, a.B_BGNL, a.C_BGNL, way.D, z_BDL, way.dt_bias, saved,
             True, way.scan_reverse,
         )  # fmt: skip
-        dz_BDL.add_(dz)
+        dz_BDL.add_(dz) if i else dz_BDL.copy_(dz)
         ddelta_ML = ddelta.transpose(1, 2).flatten(0, 1)
         ddt_MR = ddelta_ML @ way.dt_proj_weight.to(ddelta.dtype)
-        ddt_weight = ddelta_ML.t() @ a.dt_BLR.flatten(0, 1)
+        ddt_weight = (a.dt_BLR.flatten(0, 1).t() @ ddelta_ML).t().contiguous()
         dx_dbl_ME = torch.cat(
             [ddt_MR, *(g[:, 0].transpose(1, 2).flatten(0, 1).to(ddt_MR.dtype) for g in (dB, dC))], dim=-1
         )
@@ -167,7 +167,7 @@ def _composed_backward(
         dx, dconv_weight, dconv_bias = module.conv_backward(
             dc_BDL, x_BDL, way.conv_weight, way.conv_bias, True, way.conv_reverse
         )
-        dx_BDL.add_(dx)
+        dx_BDL.add_(dx) if i else dx_BDL.copy_(dx)
         wide = way.A.dtype
         grads += [dconv_weight, dconv_bias, dx_weight.to(wide), ddt_weight.to(wide), ddt_bias, dA, dD]
     return dxz_BLE, grads
@@ -207,11 +207,14 @@ def _backward_fake(dout, xz, weights, states, conv_reverse, scan_reverse, scale,
 
 def _setup_context(ctx, inputs, output):
     xz, weights, ctx.conv_reverse, ctx.scan_reverse, ctx.scale, save_states, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
     if save_states:
         ctx.save_for_backward(xz, *weights, output[1])
 
 
 def _backward_rule(ctx, dout, _dstates):
+    if dout is None:
+        return (None,) * 7
     xz, *weights, states = ctx.saved_tensors
     dxz, dweights = torch.ops.vimamba.mixer_backward(
         dout, xz, weights, states, ctx.conv_reverse, ctx.scan_reverse, ctx.scale, ctx.backend
