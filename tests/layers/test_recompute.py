@@ -21,9 +21,9 @@ def gradients(monkeypatch, long: int, dtype: torch.dtype) -> tuple[list[torch.Te
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-            out = mixer(x)
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        out = mixer(x)
     out.float().square().sum().backward()
     return [x.grad, *(p.grad for p in mixer.parameters())], sum(kept.values())
 

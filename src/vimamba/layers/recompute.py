@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LONG = 2048
-"""Tokens from which on a projection is computed again instead of kept; a user can make a batch smaller, not an image."""
+"""Tokens from which on a projection is computed again, not kept: a user can make a batch smaller, not an image."""
 
 
 @contextmanager
