@@ -117,7 +117,7 @@ def open_study_data(name: str) -> ImageData:
 
 
 class AblationTask(ClassificationTask):
-    """Classification with the gates' sparsity in the loss; it remembers how long each step took."""
+    """Classification that remembers how long each step took."""
 
     def on_train_start(self) -> None:
         self.step_times: list[float] = []
@@ -128,11 +128,6 @@ class AblationTask(ClassificationTask):
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.step_times.append(time.perf_counter() - self.started)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
-        loss = super().training_step(batch, batch_idx)
-        model: Any = self.model
-        return None if loss is None else loss + model.gate_loss()
 
 
 def run_design(design: str, seed: int, budget: Budget) -> Run:

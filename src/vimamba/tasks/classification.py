@@ -66,7 +66,8 @@ class ClassificationTask(pl.LightningModule):
             logits_BC = self.model(images_BCHW).float()
             loss = nn.functional.cross_entropy(logits_BC, targets, label_smoothing=self.smoothing)
         self.train_loss.update(loss.detach(), len(images_BCHW))
-        return loss
+        gate_loss: Any = getattr(self.model, "gate_loss", None)  # models whose directions are gated
+        return loss if gate_loss is None else loss + gate_loss()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
