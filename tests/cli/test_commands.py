@@ -11,9 +11,10 @@ from vimamba.cli import COMMANDS
 
 def test_models_lists_size_and_cost(vimamba):
     status, out, _ = vimamba("models", "nano", "--json")
-    (line,) = json.loads(out)
+    lines = {line["name"]: line for line in json.loads(out)}
     assert status == 0
-    assert line["name"] == "vim_nano"
+    assert lines.keys() == {"vim_nano", "vim_pyramid_nano"}
+    line = lines["vim_nano"]
     assert line["input"] == [3, 28, 28]
     assert line["flops"] > 1e6
     status, out, _ = vimamba("models", "vim_*_patch16_224")
