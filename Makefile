@@ -33,6 +33,8 @@ types: install
 	$(BIN)/mypy
 
 bench: install
+	$(BIN)/python benchmarks/scan_cpu.py
+	$(BIN)/python benchmarks/scan_torch.py
 	$(BIN)/python benchmarks/models.py
 
 clean:

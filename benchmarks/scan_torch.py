@@ -72,9 +72,8 @@ def main() -> None:
     rows = {n: {"ms": 1e3 * median(t[1:]), "peak_MB": peak_megabytes(n)} for n, t in times.items()}
     for name, row in rows.items():
         print(f"{name:8} {row['ms']:8.1f} ms {row['peak_MB']:8.1f} MB")
-    print(
-        f"vimamba is {rows['mambapy']['ms'] / rows['vimamba']['ms']:.1f} times as fast, {torch.get_num_threads()} threads"
-    )
+    ratio = rows["mambapy"]["ms"] / rows["vimamba"]["ms"]
+    print(f"vimamba is {ratio:.1f} times as fast, {torch.get_num_threads()} threads")
     if options.json:
         options.json.write_text(
             json.dumps({"shape": SHAPE, "state": STATE, "threads": torch.get_num_threads(), **rows})
