@@ -11,10 +11,10 @@ import timm
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from vimamba.cli import terminal
 from vimamba.errors import UserError, nearest
+from vimamba.models.registry import count_flops, count_parameters
 
 MAX_MEASURED = 40  # building a thousand models takes minutes
 
@@ -82,24 +82,22 @@ def select(pattern: str | None, everything: bool) -> list[str]:
 
 
 def measure(name: str) -> ModelLine:
-    """Size and cost of a model, computed from shapes alone: no memory is used and nothing is computed."""
+    """Size and cost of a model, computed from shapes alone: no memory is used where the model can be built without."""
     try:
         with torch.device("meta"):
-            model = timm.create_model(name).eval()
-        return _measure(name, model, torch.device("meta"))
+            return _measure(name)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
-        return _measure(name, timm.create_model(name).eval(), torch.device("cpu"))
+        return _measure(name, required=False)
 
 
-def _measure(name: str, model: Any, device: torch.device) -> ModelLine:
-    size = tuple(model.pretrained_cfg["input_size"])
-    counter = FlopCounterMode(display=False)
+def _measure(name: str, required: bool = True) -> ModelLine:
+    """The line of a model built on the current device; without its operations if they are not required."""
+    model: Any = timm.create_model(name).eval()
+    size = model.pretrained_cfg["input_size"]
     flops: int | None = None
     try:
-        with counter, torch.no_grad():
-            model(torch.zeros(1, *size, device=device))
-        flops = counter.get_total_flops()
+        flops = count_flops(model, size)
     except (NotImplementedError, RuntimeError):
-        if device.type == "meta":
+        if required:
             raise
-    return ModelLine(name, sum(p.numel() for p in model.parameters()), size, flops)
+    return ModelLine(name, count_parameters(model), tuple(size), flops)
