@@ -89,7 +89,7 @@ def floor_of(entry: Entry) -> Floor:
             weights = [module.in_proj.weight, module.out_proj.weight]
             weights += [weight for way in ways for weight in (way.x_proj_weight, way.dt_proj_weight)]
             products.update((tokens, weight.shape[1], weight.shape[0]) for weight in weights)
-            updates += sum(way.A.numel() for way in ways) * tokens
+            updates += sum(way.A_log.numel() for way in ways) * tokens
     return Floor(products, updates, DTYPES[entry.dtype])
 
 

@@ -93,7 +93,7 @@ def mixer(x: dict[str, Tensor], rank: int = 12) -> Callable[[], object]:
     for reverse in (False, True):
         projections = (torch.randn(rank + 2 * STATE, dim) * dim**-0.5, torch.randn(dim, rank) * rank**-0.5)
         conv = (torch.randn(dim, 4), torch.zeros(dim))
-        ways.append(Direction(*conv, *projections, x["bias"], x["A"], x["D"], reverse, reverse))
+        ways.append(Direction(*conv, *projections, x["bias"], (-x["A"]).log(), x["D"], reverse, reverse))
     return lambda: cpu.mixer_forward(xz, ways, 0.5, save_states=False)
 
 

@@ -123,7 +123,7 @@ def make_directions(dim, rank, state) -> list[Direction]:
     ways = []
     for reverse in (False, True):
         weights = [torch.randn(*s, generator=g) * f for s, f in zip(shapes, scales, strict=True)]
-        weights[4], weights[5] = weights[4] - 3, -weights[5].exp()
+        weights[4] -= 3
         ways.append(Direction(*weights, reverse, reverse))
     return ways
 
@@ -154,7 +154,7 @@ def check_states(xz_BLE: Tensor, way: Direction, saved_BKDN: Tensor) -> None:
     """The states that the mixer saves are those that its scan alone would."""
     x_BDL = xz_BLE.transpose(1, 2).chunk(2, dim=1)[0]
     c_BDL = cpu.conv_forward(x_BDL, way.conv_weight, way.conv_bias, True, way.conv_reverse)
-    rank, state = way.dt_proj_weight.shape[1], way.A.shape[1]
+    rank, state = way.dt_proj_weight.shape[1], way.A_log.shape[1]
     dt, B, C = (c_BDL.transpose(1, 2) @ way.x_proj_weight.t()).split([rank, state, state], dim=-1)
     delta_BDL = (dt @ way.dt_proj_weight.t()).transpose(1, 2)
     B, C = B.transpose(1, 2)[:, None], C.transpose(1, 2)[:, None]

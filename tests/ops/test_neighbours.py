@@ -119,7 +119,7 @@ def direction_weights(dim: int, state: int, rank: int, count: int, width: int = 
         weights += [
             rand(dim, width, seed=i) / width**0.5, rand(dim, seed=i) * 0.1,
             rand(rank + 2 * state, dim, seed=i) / dim**0.5, rand(dim, rank, seed=i) / rank**0.5,
-            rand(dim, seed=i) - 2, -rand(dim, state, seed=i).exp(), rand(dim, seed=i + 9),
+            rand(dim, seed=i) - 2, rand(dim, state, seed=i), rand(dim, seed=i + 9),
         ]  # fmt: skip
     return [w.float() for w in weights]
 

@@ -250,7 +250,7 @@ def test_mixer(flags):
     dim, state, rank, width = 5, 3, 2, 4
     ways = [
         Direction(rand(dim, width), rand(dim), rand(rank + 2 * state, dim) * 0.4, rand(dim, rank), rand(dim),
-                  -rand(dim, state).exp(), rand(dim), bool(conv), bool(way))
+                  rand(dim, state), rand(dim), bool(conv), bool(way))
         for conv, way in flags
     ]  # fmt: skip
     xz = rand(1, 9, 2 * dim).requires_grad_()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vimamba.layers.gate import DirectionGate
+from vimamba.layers.linear import Linear
 from vimamba.layers.paths import Path, parse_paths, route
 from vimamba.layers.recompute import projection_recomputed
 from vimamba.layers.tokens import Layout, insert_tokens, split_tokens
@@ -108,7 +109,7 @@ class BidirectionalMixer(nn.Module):
             raise ValueError('merge="gate" needs two directions or more to choose from, but the mixer has one')
         inner = int(expand * dim)
         rank = math.ceil(dim / 16) if dt_rank == "auto" else int(dt_rank)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=bias)
+        self.in_proj = Linear(dim, 2 * inner, bias=bias)
         for suffix in dict.fromkeys(way.weights for way in self.ways):
             if conv == "1d":
                 causal = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias)
@@ -123,7 +124,7 @@ class BidirectionalMixer(nn.Module):
             setattr(self, name, nn.Parameter(steps.log().repeat(inner, 1)))
         self.conv2d = nn.Conv2d(inner, inner, 3, groups=inner, padding=1, bias=conv_bias) if conv == "2d" else None
         self.gate = DirectionGate(dim, len(self.ways), gate) if merge == "gate" else None
-        self.out_proj = nn.Linear(inner, dim, bias=bias)
+        self.out_proj = Linear(inner, dim, bias=bias)
         self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
 
     def no_weight_decay(self) -> set[str]:
@@ -134,7 +135,6 @@ class BidirectionalMixer(nn.Module):
     def _direction(self, way: Way, reverse: bool) -> Direction:
         dt_proj = getattr(self, f"dt_proj{way.weights}")
         D = getattr(self, f"D{way.weights}")
-        log_A = getattr(self, way.A)
         if self.conv2d is not None:  # its output only has its SiLU to come: a convolution of width 1
             taps, bias = D.new_ones(D.shape[0], 1), D.new_zeros(D.shape[0])
         else:
@@ -147,7 +147,7 @@ class BidirectionalMixer(nn.Module):
             x_proj_weight=getattr(self, f"x_proj{way.weights}").weight,
             dt_proj_weight=dt_proj.weight,
             dt_bias=dt_proj.bias,
-            A=-torch.exp(log_A if log_A.dtype == torch.float64 else log_A.float()),
+            A_log=getattr(self, way.A),
             D=D,
             conv_reverse=way.conv_reverse != reverse,
             scan_reverse=way.scan_reverse != reverse,

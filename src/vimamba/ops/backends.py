@@ -13,6 +13,8 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from vimamba.errors import nearest
 
@@ -59,6 +61,21 @@ def resolve(name: str, device: torch.device, *dtypes: torch.dtype) -> ModuleType
     module = load(preferred)
     usable = module.unavailable(device) is None and all(map(module.supports, dtypes))
     return module if usable else load("torch")
+
+
+def values_only(x: Tensor) -> bool:
+    """Whether nothing but the numbers is wanted of an op on `x`: no gradient and no trace of any kind.
+
+    The public functions then call the backend themselves: in small models the dispatcher's way through the operator
+    takes as long as the work.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    )
 
 
 def first_derivatives_only(op: str) -> None:

@@ -38,10 +38,15 @@ class Direction(NamedTuple):
     x_proj_weight: Tensor  # (rank + 2 * state, dim)
     dt_proj_weight: Tensor  # (dim, rank)
     dt_bias: Tensor  # (dim,)
-    A: Tensor  # (dim, state)
+    A_log: Tensor  # (dim, state), the logarithm of -A
     D: Tensor  # (dim,)
     conv_reverse: bool = False
     scan_reverse: bool = False
+
+    @property
+    def A(self) -> Tensor:
+        """The decay rates (dim, state), in float32 or more whatever the type of A_log."""
+        return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -75,9 +80,10 @@ def mixer(xz: Tensor, directions: Sequence[Direction], scale: float = 1.0, *, ba
     if backend == "reference":
         return reference.mixer(xz, directions, scale)
     wide = torch.float64 if xz.dtype == torch.float64 else torch.float32
-    weights = [w.to(wide) for d in directions for w in d.weights]
+    weights = [w if w.dtype == wide else w.to(wide) for d in directions for w in d.weights]
     save_states = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *weights))
-    out, _ = torch.ops.vimamba.mixer(
+    run = _forward if backends.values_only(xz) else torch.ops.vimamba.mixer
+    out, _ = run(
         xz,
         weights,
         [d.conv_reverse for d in directions],
@@ -108,7 +114,7 @@ class _Activations(NamedTuple):
 def _activations(module: ModuleType, x_BDL: Tensor, way: Direction) -> _Activations:
     c_BDL = module.conv_forward(x_BDL, way.conv_weight, way.conv_bias, True, way.conv_reverse)
     x_dbl_BLE = F.linear(c_BDL.transpose(1, 2), way.x_proj_weight.to(c_BDL.dtype))
-    rank, state = way.dt_proj_weight.shape[1], way.A.shape[1]
+    rank, state = way.dt_proj_weight.shape[1], way.A_log.shape[1]
     dt_BLR, B_BLN, C_BLN = x_dbl_BLE.split([rank, state, state], dim=-1)
     delta_BLD = F.linear(dt_BLR, way.dt_proj_weight.to(c_BDL.dtype))
     B_BGNL, C_BGNL = B_BLN.transpose(1, 2)[:, None], C_BLN.transpose(1, 2)[:, None]
@@ -148,9 +154,9 @@ def _composed_backward(
     dout_BDL = (dout_BLD * scale).transpose(1, 2)
     grads: list[Tensor] = []
     for i, (way, saved) in enumerate(zip(directions, states, strict=True)):
-        a = _activations(module, x_BDL, way)
+        a, A_DN = _activations(module, x_BDL, way), way.A
         dc, ddelta, dA, dB, dC, dD, dz, ddt_bias = module.scan_backward(
-            dout_BDL, None, a.c_BDL, a.delta_BDL, way.A, a.B_BGNL, a.C_BGNL, way.D, z_BDL, way.dt_bias, saved,
+            dout_BDL, None, a.c_BDL, a.delta_BDL, A_DN, a.B_BGNL, a.C_BGNL, way.D, z_BDL, way.dt_bias, saved,
             True, way.scan_reverse,
         )  # fmt: skip
         dz_BDL.add_(dz) if i else dz_BDL.copy_(dz)
@@ -168,12 +174,11 @@ def _composed_backward(
             dc_BDL, x_BDL, way.conv_weight, way.conv_bias, True, way.conv_reverse
         )
         dx_BDL.add_(dx) if i else dx_BDL.copy_(dx)
-        wide = way.A.dtype
-        grads += [dconv_weight, dconv_bias, dx_weight.to(wide), ddt_weight.to(wide), ddt_bias, dA, dD]
+        wide = A_DN.dtype
+        grads += [dconv_weight, dconv_bias, dx_weight.to(wide), ddt_weight.to(wide), ddt_bias, dA * A_DN, dD]
     return dxz_BLE, grads
 
 
-@torch.library.impl("vimamba::mixer", "CompositeExplicitAutograd")
 def _forward(xz, weights, conv_reverse, scan_reverse, scale, save_states, backend):
     module = backends.resolve(backend, xz.device, xz.dtype)
     directions = _directions(weights, conv_reverse, scan_reverse)
@@ -182,13 +187,16 @@ def _forward(xz, weights, conv_reverse, scan_reverse, scale, save_states, backen
     return _composed_forward(module, xz, directions, scale, save_states)
 
 
+torch.library.impl("vimamba::mixer", "CompositeExplicitAutograd", _forward)
+
+
 @torch.library.register_fake("vimamba::mixer")
 def _forward_fake(xz, weights, conv_reverse, scan_reverse, scale, save_states, backend):
     batch, length, width = xz.shape
-    A = weights[5]
+    A_log = weights[5]
     count = len(scan_reverse)
-    states = (count, batch, saved_chunks(length), *A.shape) if save_states else (count, 0)
-    return xz.new_empty(batch, length, width // 2), A.new_empty(states)
+    states = (count, batch, saved_chunks(length), *A_log.shape) if save_states else (count, 0)
+    return xz.new_empty(batch, length, width // 2), A_log.new_empty(states)
 
 
 @torch.library.impl("vimamba::mixer_backward", "CompositeExplicitAutograd")
@@ -232,7 +240,7 @@ def mixer_flops(xz_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int
     batch, length, _ = xz_shape
     total = 0
     for i in range(0, len(weight_shapes), 7):
-        conv, _, x_proj, dt_proj, _, A, _ = weight_shapes[i : i + 7]
+        conv, _, x_proj, dt_proj, _, A_log, _ = weight_shapes[i : i + 7]
         linear = sum(rows * columns for rows, columns in (conv, x_proj, dt_proj))
-        total += batch * length * (2 * linear + 9 * A[0] * A[1])
+        total += batch * length * (2 * linear + 9 * A_log[0] * A_log[1])
     return total

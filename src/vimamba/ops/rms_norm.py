@@ -55,9 +55,8 @@ def rms_norm(
         return reference.rms_norm(x, weight, residual, eps, out_dtype=out_dtype)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     residual = None if residual is None else residual.to(wide)
-    normed, total, _ = torch.ops.vimamba.rms_norm(
-        x, weight.to(wide), residual, eps, out_dtype or x.dtype, backend or ""
-    )
+    run = _forward if backends.values_only(x) else torch.ops.vimamba.rms_norm
+    normed, total, _ = run(x, weight.to(wide), residual, eps, out_dtype or x.dtype, backend or "")
     return normed, total
 
 
@@ -65,12 +64,14 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-@torch.library.impl("vimamba::rms_norm", "CompositeExplicitAutograd")
 def _forward(x, weight, residual, eps, out_dtype, backend):
     module = backends.resolve(backend, x.device, x.dtype, out_dtype)
     residual = None if residual is None else _rows(residual)
     normed, total, rstd = module.norm_forward(_rows(x), residual, weight, eps, out_dtype)
     return normed.view(x.shape), total.view(x.shape), rstd.view(x.shape[:-1])
+
+
+torch.library.impl("vimamba::rms_norm", "CompositeExplicitAutograd", _forward)
 
 
 @torch.library.register_fake("vimamba::rms_norm")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
+_FEW_ROWS = 16
 _LIBRARY = Path(__file__).parent / "_kernels.so"
 
 
@@ -270,6 +271,20 @@ def norm_backward(
     return dsum_ME, dweight_SE.sum(0)
 
 
+def linear_pays(x: Tensor) -> bool:
+    """Whether `linear` is faster than PyTorch's: packing the weight must be worth it for the rows of x."""
+    return x.dtype == torch.float32 and x.numel() >= _FEW_ROWS * x.shape[-1] and instruction_set() != "portable"
+
+
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x (..., K) weight^T + bias."""
+    out = x.new_empty(*x.shape[:-1], weight_NK.shape[0])
+    torch.ops.vimamba_cpu.linear(
+        x.reshape(-1, x.shape[-1]), weight_NK.contiguous(), _contiguous(bias_N), out.view(-1, weight_NK.shape[0])
+    )
+    return out
+
+
 def mixer_forward(
     xz_BLE: Tensor, directions: Sequence[Direction], scale: float, save_states: bool
 ) -> tuple[Tensor, Tensor]:
@@ -278,7 +293,7 @@ def mixer_forward(
         xz_BLE = xz_BLE.contiguous()
     batch, length, width = xz_BLE.shape
     out_BLD = xz_BLE.new_empty(batch, length, width // 2)
-    A_DN, count = directions[0].A, len(directions)
+    A_DN, count = directions[0].A_log, len(directions)
     states = A_DN.new_empty((count, batch, -(-length // CHUNK), *A_DN.shape) if save_states else (count, 0))
     torch.ops.vimamba_cpu.mixer_forward(
         xz_BLE,

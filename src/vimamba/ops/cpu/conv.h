@@ -21,8 +21,12 @@ struct Taps {
 };
 
 inline void pack_taps(const float* weight_DW, int64_t width, int lanes, float* packed) {
-  for (int64_t j = 0; j < width; ++j)
-    for (int i = 0; i < W; ++i) packed[j * W + i] = i < lanes ? weight_DW[i * width + width - 1 - j] : 0.0f;
+  pack_rows(weight_DW, width, lanes, 1, packed);
+  for (int64_t j = 0; 2 * j < width - 1; ++j) {
+    const vf tap = load(packed + j * W);
+    store(packed + j * W, load(packed + (width - 1 - j) * W));
+    store(packed + (width - 1 - j) * W, tap);
+  }
 }
 
 // The sum at `position`; `at` points to the block's channels there, `stride` leads one tap away, `reach` taps

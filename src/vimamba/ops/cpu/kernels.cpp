@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "conv.h"
+#include "linear.h"
 #include "mixer.h"
 #include "norm.h"
 #include "scan.h"
@@ -34,6 +35,10 @@ const Kernels& VIMAMBA_TABLE() {
       .conv_backward = conv_backward,
       .norm_forward = norm_forward,
       .norm_backward = norm_backward,
+      .linear_panels = linear_panels,
+      .linear_packed = linear_packed,
+      .linear_pack = linear_pack,
+      .linear_multiply = linear_multiply,
       .mixer_packed = mixer_packed,
       .mixer_pack = mixer_pack,
       .mixer_scratch = mixer_scratch,

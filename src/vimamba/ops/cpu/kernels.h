@@ -73,8 +73,14 @@ struct NormGradients {
   float* dsum;
 };
 
+struct Product {  // of rows x (M, K) with a packed weight (N, K)
+  const float *x, *packed, *bias;  // bias may be null
+  float* out;
+  int64_t x_stride, out_stride, N, K;
+};
+
 struct Direction {
-  const float *conv_weight, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A, *D;
+  const float *conv_weight, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A_log, *D;
   bool conv_reverse, scan_reverse;
   float* states;  // (B, K, D, N) or null
 };
@@ -113,6 +119,12 @@ struct Kernels {
   // Rows [begin, end).
   void (*norm_forward)(const Norm&, int64_t begin, int64_t end);
   void (*norm_backward)(const NormGradients&, int64_t begin, int64_t end, float* dweight);
+
+  // Panels of a weight (N, K), and rows [begin, end) of the product with some of them: see linear.h.
+  int64_t (*linear_panels)(int64_t N);
+  int64_t (*linear_packed)(int64_t N, int64_t K);
+  void (*linear_pack)(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end, float* packed);
+  void (*linear_multiply)(const Product&, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end);
 
   // The fused mixer: see mixer.h.
   int64_t (*mixer_packed)(const Mixer&);

@@ -10,13 +10,14 @@
 #pragma once
 
 #include "conv.h"
+#include "linear.h"
 #include "scan.h"
 
 namespace {
 
 inline int64_t projected_columns(const Mixer& m) { return (m.dt_rank + 2 * m.state + W - 1) / W * W; }
 
-// A direction's weights, laid out for the kernels: for each block its vectors, then x_proj as (D, columns).
+// A direction's weights, laid out for the kernels: for each block its vectors, then x_proj in panels.
 struct PackedDirection {
   float *taps, *conv_bias, *dt_proj, *dt_bias, *decay, *skip, *x_proj;
 
@@ -48,14 +49,11 @@ void mixer_pack(const Mixer& m, const Direction& direction, float* memory) {
     pack_rows(direction.dt_proj + d * m.dt_rank, m.dt_rank, block.lanes, 1,
               packed.dt_proj + i * m.dt_rank * W);
     store(packed.dt_bias + i * W, load(direction.dt_bias + d, block.lanes));
-    pack_decay(direction.A + d * m.state, m.state, block.lanes, packed.decay + i * m.state * W);
+    pack_decay_of_log(direction.A_log + d * m.state, m.state, block.lanes, packed.decay + i * m.state * W);
     store(packed.skip + i * W, load(direction.D + d, block.lanes));
   }
-  const int64_t columns = projected_columns(m), rows = m.dt_rank + 2 * m.state;
-  float* x_proj = packed.x_proj;
-  for (int64_t k = 0; k < m.dim; ++k)
-    for (int64_t j = 0; j < columns; ++j)
-      x_proj[k * columns + j] = j < rows ? direction.x_proj[j * m.dim + k] : 0.0f;
+  const int64_t projected = m.dt_rank + 2 * m.state;
+  linear_pack(direction.x_proj, projected, m.dim, 0, linear_panels(projected), packed.x_proj);
 }
 
 struct MixerScratch {
@@ -93,54 +91,18 @@ void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirec
   }
 }
 
-// out (rows, vectors * W) = c (rows, K) x weight (K, vectors * W): a block of sums that stays in registers.
-template <int rows, int vectors>
-inline void multiply_block(const float* c, int64_t c_stride, int64_t K, const float* weight, int64_t columns,
-                           float* out) {
-  vf sums[rows][vectors] = {};
-  for (int64_t k = 0; k < K; ++k) {
-    vf w[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) w[v] = load(weight + k * columns + v * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[r][v] += w[v] * c[r * c_stride + k];
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) store(out + r * columns + v * W, sums[r][v]);
-}
-
-template <int vectors>
-inline void multiply_columns(const float* c, int64_t c_stride, int steps, int64_t K, const float* weight,
-                             int64_t columns, float* out) {
-#if defined(VIMAMBA_AVX512)
-  constexpr int rows = 8;
-#else
-  constexpr int rows = 4;
-#endif
-  int t = 0;
-  for (; t + rows <= steps; t += rows)
-    multiply_block<rows, vectors>(c + t * c_stride, c_stride, K, weight, columns, out + t * columns);
-  for (; t < steps; ++t)
-    multiply_block<1, vectors>(c + t * c_stride, c_stride, K, weight, columns, out + t * columns);
-}
-
 inline void project_tile(const Mixer& m, const PackedDirection& packed, const float* c, int steps,
                          float* out) {
-#if defined(VIMAMBA_AVX512)
-  constexpr int most = 3;
-#else
-  constexpr int most = 2;
-#endif
-  const int64_t columns = projected_columns(m), c_stride = MixerScratch::padded(m);
-  int64_t j = 0;
-  for (; j + most * W <= columns; j += most * W)
-    multiply_columns<most>(c, c_stride, steps, m.dim, packed.x_proj + j, columns, out + j);
-  for (; j < columns; j += W)
-    multiply_columns<1>(c, c_stride, steps, m.dim, packed.x_proj + j, columns, out + j);
+  const int64_t columns = projected_columns(m);
+  linear_multiply({.x = c,
+                   .packed = packed.x_proj,
+                   .bias = nullptr,
+                   .out = out,
+                   .x_stride = MixerScratch::padded(m),
+                   .out_stride = columns,
+                   .N = columns,
+                   .K = m.dim},
+                  0, steps, 0, linear_panels(columns));
 }
 
 // delta' = softplus(dt @ dt_proj + bias) and delta' c for one block, four steps at a time.

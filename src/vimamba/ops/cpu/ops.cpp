@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -212,6 +213,21 @@ void norm_backward(const Tensor dnormed, const Maybe dresidual, const Tensor sum
   });
 }
 
+// x (M, K) with features contiguous, weight (N, K) and bias (N,) contiguous, out (M, N).
+void linear(const Tensor x, const Tensor weight, const Maybe bias, Tensor out) {
+  const Kernels& k = kernels();
+  const int64_t rows = x.size(0), N = weight.size(0), K = weight.size(1), panels = k.linear_panels(N);
+  const int64_t across = std::gcd(panels, threads()), along = threads() / across;
+  for_each_task(across * along, [&](int64_t task) {
+    const int64_t first = task % across * panels / across, last = (task % across + 1) * panels / across;
+    float* packed = scratch<0>(k.linear_packed(N, K));
+    k.linear_pack(data(weight), N, K, first, last, packed);
+    const Product product = {data(x), packed, data(bias), data(out), x.stride(0), out.stride(0), N, K};
+    const int64_t part = task / across;
+    k.linear_multiply(product, part * rows / along, (part + 1) * rows / along, first, last);
+  });
+}
+
 // One call of the fused mixer: the directions, their packed weights, and their states between phases.
 struct MixerCall {
   const Kernels& k;
@@ -243,9 +259,7 @@ void mix_by_batch(const MixerCall& call) {
 // Two opposite directions at once, each over its own first half of the sequence; then each over the half the
 // other has been through.
 void mix_by_halves(const MixerCall& call) {
-  const int64_t length = call.mixer.length;
-  int64_t forward = std::max<int64_t>(1, length / 2 / kChunk * kChunk);
-  if (length < 2 * kChunk) forward = length / 2;
+  const int64_t length = call.mixer.length, forward = length / 2;
   for (const bool second : {false, true})
     for_each_task(call.mixer.batch * 2, [&](int64_t task) {
       const int64_t d = task % 2;
@@ -313,7 +327,7 @@ void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int
   call.packed = scratch<1>(count * call.packed_floats + m.batch * count * call.state_floats + projected);
   call.state = call.packed + count * call.packed_floats;
   std::memset(call.state, 0, m.batch * count * call.state_floats * sizeof(float));
-  for_each_task(count, [&](int64_t d) { call.k.mixer_pack(m, call.directions[d], call.packed_of(d)); });
+  for (int64_t d = 0; d < count; ++d) call.k.mixer_pack(m, call.directions[d], call.packed_of(d));
   if (by_batch)
     mix_by_batch(call);
   else if (by_halves)
@@ -351,6 +365,7 @@ STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
       "norm_backward(Tensor dnormed, Tensor? dresidual, Tensor sum, Tensor weight, Tensor rstd, Tensor(a!) "
       "dsum, "
       "Tensor(b!) dweight) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def(
       "mixer_forward(Tensor xz, Tensor[] weights, int[] flags, float scale, Tensor(a!) out, Tensor(b!)? "
       "states) -> ()");
@@ -369,5 +384,6 @@ STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CPU, m) {
   m.impl("conv_backward", TORCH_BOX(&conv_backward));
   m.impl("norm_forward", TORCH_BOX(&norm_forward));
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("mixer_forward", TORCH_BOX(&mixer_forward));
 }

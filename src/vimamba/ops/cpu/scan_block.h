@@ -42,13 +42,23 @@ inline Block block_at(int64_t index, int64_t dim, int64_t groups) {
 
 // rows (lanes, N) -> packed (N, W), times `factor`, the lanes beyond the block zero.
 inline void pack_rows(const float* rows, int64_t N, int lanes, float factor, float* packed) {
-  for (int64_t n = 0; n < N; ++n)
-    for (int i = 0; i < W; ++i) packed[n * W + i] = i < lanes ? rows[i * N + n] * factor : 0.0f;
+  for (int64_t n = 0; n < N; n += W) {
+    const int count = N - n < W ? (int)(N - n) : W;
+    vf square[W];
+    for (int i = 0; i < W; ++i) square[i] = i < lanes ? load(rows + i * N + n, count) * factor : vf{};
+    transpose(square);
+    for (int i = 0; i < count; ++i) store(packed + (n + i) * W, square[i]);
+  }
 }
 
 inline void unpack_rows(const float* packed, int64_t N, int lanes, float* rows) {
-  for (int i = 0; i < lanes; ++i)
-    for (int64_t n = 0; n < N; ++n) rows[i * N + n] = packed[n * W + i];
+  for (int64_t n = 0; n < N; n += W) {
+    const int count = N - n < W ? (int)(N - n) : W;
+    vf square[W];
+    for (int i = 0; i < W; ++i) square[i] = i < count ? load(packed + (n + i) * W) : vf{};
+    transpose(square);
+    for (int i = 0; i < lanes; ++i) store(rows + i * N + n, square[i], count);
+  }
 }
 
 // A * log2(e), kept finite so that exp2(delta * A) needs no check of its own.
@@ -56,6 +66,13 @@ inline void pack_decay(const float* A, int64_t N, int lanes, float* packed) {
   pack_rows(A, N, lanes, kLog2e, packed);
   for (int64_t n = 0; n < N; ++n)
     store(packed + n * W, at_most(at_least(load(packed + n * W), -kFinite), kFinite));
+}
+
+// The same for A = -exp(A_log).
+inline void pack_decay_of_log(const float* A_log, int64_t N, int lanes, float* packed) {
+  pack_rows(A_log, N, lanes, 1.0f, packed);
+  for (int64_t n = 0; n < N; ++n)
+    store(packed + n * W, at_least(exp(load(packed + n * W)) * -kLog2e, -kFinite));
 }
 
 // How a step reads B_t[n] and C_t[n]: one number for all channels, or a vector that does not depend on time.

@@ -88,6 +88,9 @@ inline void store(bf16* to, vf value) {
 template <class T>
 inline vf load(const T* from, int lanes) {
   if (__builtin_expect(lanes == W, 1)) return load(from);
+#if defined(VIMAMBA_AVX512)
+  if constexpr (sizeof(T) == 4) return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << lanes) - 1), from);
+#endif
   T padded[W] = {};
   memcpy(padded, from, lanes * sizeof(T));
   return load(padded);
@@ -96,9 +99,44 @@ inline vf load(const T* from, int lanes) {
 template <class T>
 inline void store(T* to, vf value, int lanes) {
   if (__builtin_expect(lanes == W, 1)) return store(to, value);
+#if defined(VIMAMBA_AVX512)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_mask_storeu_ps(to, (__mmask16)((1u << lanes) - 1), (__m512)value);
+#endif
   T padded[W];
   store(padded, value);
   memcpy(to, padded, lanes * sizeof(T));
+}
+
+// Rows and columns of a W x W square change places: swaps of halves, quarters, ..., single lanes.
+template <int... lane>
+struct Lanes {};
+
+template <int count, int... lane>
+struct FirstLanes : FirstLanes<count - 1, count - 1, lane...> {};
+template <int... lane>
+struct FirstLanes<0, lane...> {
+  typedef Lanes<lane...> type;
+};
+
+template <int half, int... lane>
+inline void swap_lanes(vf& a, vf& b, Lanes<lane...>) {
+#if defined(__clang__)
+  const vf low = __builtin_shufflevector(a, b, (lane & half ? W + lane - half : lane)...);
+  const vf high = __builtin_shufflevector(a, b, (lane & half ? W + lane : lane + half)...);
+#else
+  const vf low = __builtin_shuffle(a, b, vi{(lane & half ? W + lane - half : lane)...});
+  const vf high = __builtin_shuffle(a, b, vi{(lane & half ? W + lane : lane + half)...});
+#endif
+  a = low, b = high;
+}
+
+template <int half = W / 2>
+inline void transpose(vf (&square)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & half)) swap_lanes<half>(square[i], square[i + half], FirstLanes<W>::type());
+  if constexpr (half > 1) transpose<half / 2>(square);
 }
 
 inline float scalar(const float* from) { return *from; }

@@ -34,13 +34,13 @@ class _Weights(NamedTuple):
 
 
 def _stack(directions: list[Direction], dtype: torch.dtype) -> _Weights:
-    conv_w, conv_b, x_proj, dt_proj, dt_bias, A, D = zip(*(tuple(way)[:7] for way in directions), strict=True)
+    conv_w, conv_b, x_proj, dt_proj, dt_bias, A_log, D = zip(*(tuple(way)[:7] for way in directions), strict=True)
     masks = [
         sum(int(flag) << r for r, flag in enumerate(flags)) for flags in zip(*(w[7:] for w in directions), strict=True)
     ]
     return _Weights(
         torch.stack(conv_w), None if conv_b[0] is None else torch.stack(conv_b), torch.stack(x_proj).to(dtype),
-        torch.stack(dt_proj).to(dtype), torch.stack(dt_bias), torch.stack(A), torch.stack(D), *masks,
+        torch.stack(dt_proj).to(dtype), torch.stack(dt_bias), -torch.exp(torch.stack(A_log)), torch.stack(D), *masks,
     )  # fmt: skip
 
 
@@ -128,6 +128,7 @@ def mixer_backward(
     )  # fmt: skip
     torch.sum(dz_RBLD, 0, out=dxz_BLE[..., dim:])
     stacked = (
-        dconv_weight, dconv_bias, dx_weight.float(), ddt_weight.float(), grads.dbias_RD, grads.dA_RDN, grads.dD_RD
+        dconv_weight, dconv_bias, dx_weight.float(), ddt_weight.float(), grads.dbias_RD,
+        grads.dA_RDN * weights.A_RDN, grads.dD_RD,
     )  # fmt: skip
     return dxz_BLE, [gradient[r] for r in range(count) for gradient in stacked]
