@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,15 +14,15 @@ LONG = 2048
 """Tokens from which on a projection is computed again, not kept: a user can make a batch smaller, not an image."""
 
 
-@contextmanager
-def projection_recomputed(linear: nn.Linear, x_BLE: Tensor, projected: Tensor) -> Iterator[None]:
+def projection_recomputed(
+    linear: nn.Linear, x_BLE: Tensor, projected: Tensor
+) -> AbstractContextManager[None | torch.autograd.graph.saved_tensors_hooks]:
     """Within it, autograd keeps no `projected`, which is `linear` of `x_BLE`, if the sequence is long.
 
     The input is kept by the linear layer's own gradient already. Compiled graphs choose for themselves what to keep.
     """
     if x_BLE.shape[1] < LONG or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        yield
-        return
+        return nullcontext()
     dtype, x_BLE = projected.dtype, x_BLE.detach()
     place = (projected.data_ptr(), projected.shape, projected.stride())
 
@@ -37,5 +37,4 @@ def projection_recomputed(linear: nn.Linear, x_BLE: Tensor, projected: Tensor) -
     def unpack(packed: Any) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -57,8 +57,12 @@ def resolve(name: str, device: torch.device, *dtypes: torch.dtype) -> ModuleType
         if reason is not None:
             raise ValueError(f"backend={name!r} cannot run on {device}: {reason}")
         return module
-    preferred = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
-    module = load(preferred)
+    return _fastest(device, dtypes)
+
+
+@cache
+def _fastest(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> ModuleType:
+    module = load({"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch"))
     usable = module.unavailable(device) is None and all(map(module.supports, dtypes))
     return module if usable else load("torch")
 

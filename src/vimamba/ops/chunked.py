@@ -244,13 +244,14 @@ def norm_forward(x, residual, weight, eps, out_dtype):
     """See `vimamba.ops.rms_norm`."""
     total = _wide(x) + residual if residual is not None else _wide(x).clone()
     rstd = torch.rsqrt(total.square().mean(-1) + eps)
-    return (total * rstd[:, None] * weight).to(out_dtype), total, rstd
+    return (total * rstd.unsqueeze(-1) * weight).to(out_dtype), total, rstd
 
 
 def norm_backward(dnormed, dtotal, total, weight, rstd):
     """See `vimamba.ops.rms_norm`."""
-    unit = total * rstd[:, None]
+    rstd = rstd.unsqueeze(-1)
+    unit = total * rstd
     grad = _wide(dnormed)
     dunit = grad * weight
-    dsum = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * rstd[:, None]
-    return dsum if dtotal is None else dsum.add_(dtotal), (grad * unit).sum(0)
+    dsum = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * rstd
+    return dsum if dtotal is None else dsum.add_(dtotal), (grad * unit).flatten(0, -2).sum(0)

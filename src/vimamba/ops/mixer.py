@@ -6,6 +6,7 @@ input and a state every `CHUNK` steps: the backward pass recomputes the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -33,7 +34,7 @@ torch.library.define(
 class Direction(NamedTuple):
     """The weights of one direction of the mixer, and which way its convolution and its scan run."""
 
-    conv_weight: Tensor  # (dim, width)
+    conv_weight: Tensor  # (dim, width), or (dim, 1, width) as torch.nn.Conv1d keeps it
     conv_bias: Tensor  # (dim,)
     x_proj_weight: Tensor  # (rank + 2 * state, dim)
     dt_proj_weight: Tensor  # (dim, rank)
@@ -112,7 +113,7 @@ class _Activations(NamedTuple):
 
 
 def _activations(module: ModuleType, x_BDL: Tensor, way: Direction) -> _Activations:
-    c_BDL = module.conv_forward(x_BDL, way.conv_weight, way.conv_bias, True, way.conv_reverse)
+    c_BDL = module.conv_forward(x_BDL, way.conv_weight.flatten(1), way.conv_bias, True, way.conv_reverse)
     x_dbl_BLE = F.linear(c_BDL.transpose(1, 2), way.x_proj_weight.to(c_BDL.dtype))
     rank, state = way.dt_proj_weight.shape[1], way.A_log.shape[1]
     dt_BLR, B_BLN, C_BLN = x_dbl_BLE.split([rank, state, state], dim=-1)
@@ -171,11 +172,11 @@ def _composed_backward(
         dc_MD = dc.transpose(1, 2).flatten(0, 1).addmm_(dx_dbl_ME, way.x_proj_weight.to(dx_dbl_ME.dtype))
         dc_BDL = dc_MD.view(dout_BLD.shape).transpose(1, 2)
         dx, dconv_weight, dconv_bias = module.conv_backward(
-            dc_BDL, x_BDL, way.conv_weight, way.conv_bias, True, way.conv_reverse
+            dc_BDL, x_BDL, way.conv_weight.flatten(1), way.conv_bias, True, way.conv_reverse
         )
         dx_BDL.add_(dx) if i else dx_BDL.copy_(dx)
         wide = A_DN.dtype
-        grads += [dconv_weight, dconv_bias, dx_weight.to(wide), ddt_weight.to(wide), ddt_bias, dA * A_DN, dD]
+        grads += [dconv_weight.view_as(way.conv_weight), dconv_bias, dx_weight.to(wide), ddt_weight.to(wide), ddt_bias, dA * A_DN, dD]
     return dxz_BLE, grads
 
 
@@ -241,6 +242,6 @@ def mixer_flops(xz_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int
     total = 0
     for i in range(0, len(weight_shapes), 7):
         conv, _, x_proj, dt_proj, _, A_log, _ = weight_shapes[i : i + 7]
-        linear = sum(rows * columns for rows, columns in (conv, x_proj, dt_proj))
+        linear = sum(math.prod(shape) for shape in (conv, x_proj, dt_proj))
         total += batch * length * (2 * linear + 9 * A_log[0] * A_log[1])
     return total

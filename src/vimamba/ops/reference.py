@@ -107,7 +107,7 @@ def mixer(xz_BLE: Tensor, directions: Sequence[Direction], scale: float = 1.0) -
     x_BDL, z_BDL = xz_BLE.transpose(1, 2).chunk(2, dim=1)
     total: Tensor | None = None
     for way in directions:
-        c_BDL = causal_conv1d(x_BDL, way.conv_weight, way.conv_bias, "silu", reverse=way.conv_reverse)
+        c_BDL = causal_conv1d(x_BDL, way.conv_weight.flatten(1), way.conv_bias, "silu", reverse=way.conv_reverse)
         rank, state = way.dt_proj_weight.shape[1], way.A_log.shape[1]
         x_dbl = way.x_proj_weight.to(c_BDL.dtype) @ c_BDL
         dt_BRL, B_BNL, C_BNL = x_dbl.split([rank, state, state], dim=1)

@@ -60,15 +60,9 @@ def rms_norm(
     return normed, total
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
 def _forward(x, weight, residual, eps, out_dtype, backend):
     module = backends.resolve(backend, x.device, x.dtype, out_dtype)
-    residual = None if residual is None else _rows(residual)
-    normed, total, rstd = module.norm_forward(_rows(x), residual, weight, eps, out_dtype)
-    return normed.view(x.shape), total.view(x.shape), rstd.view(x.shape[:-1])
+    return module.norm_forward(x, residual, weight, eps, out_dtype)
 
 
 torch.library.impl("vimamba::rms_norm", "CompositeExplicitAutograd", _forward)
@@ -83,9 +77,7 @@ def _forward_fake(x, weight, residual, eps, out_dtype, backend):
 @torch.library.impl("vimamba::rms_norm_backward", "CompositeExplicitAutograd")
 def _backward(dnormed, dtotal, total, weight, rstd, backend):
     module = backends.resolve(backend, total.device, total.dtype, dnormed.dtype)
-    dtotal = None if dtotal is None else _rows(dtotal)
-    dsum, dweight = module.norm_backward(_rows(dnormed), dtotal, _rows(total), weight, rstd.reshape(-1))
-    return dsum.view(total.shape), dweight
+    return module.norm_backward(dnormed, dtotal, total, weight, rstd)
 
 
 @torch.library.register_fake("vimamba::rms_norm_backward")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
 _FEW_ROWS = 16
+_wide_vectors = False
 _LIBRARY = Path(__file__).parent / "_kernels.so"
 
 
@@ -35,6 +36,7 @@ def _load() -> str | None:
     except OSError as error:
         return f"the CPU kernels do not load: {error}"
     wanted = os.environ.get("VIMAMBA_CPU", "")
+    use_instruction_set(instruction_set())
     if wanted and (wanted not in INSTRUCTION_SETS or not use_instruction_set(wanted)):
         return f"VIMAMBA_CPU={wanted}: this machine runs {', '.join(instruction_sets())}"
     return None
@@ -47,8 +49,11 @@ def instruction_set() -> str:
 
 def use_instruction_set(name: str) -> bool:
     """Use `name` from now on, in the whole process; False if this machine cannot run it."""
+    global _wide_vectors
     index = INSTRUCTION_SETS.index(name)
-    return torch.ops.vimamba_cpu.instruction_set(index) == index
+    used = torch.ops.vimamba_cpu.instruction_set(index)
+    _wide_vectors = INSTRUCTION_SETS[used] != "portable"
+    return used == index
 
 
 def instruction_sets() -> list[str]:
@@ -238,50 +243,45 @@ def conv_backward(
 
 
 def norm_forward(
-    x_ME: Tensor, residual_ME: Tensor | None, weight_E: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor, residual: Tensor | None, weight_E: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm of x + residual, that sum in float32, and the reciprocal root mean squares."""
-    normed_ME = x_ME.new_empty(x_ME.shape, dtype=out_dtype)
-    sum_ME = x_ME.new_empty(x_ME.shape, dtype=torch.float32)
-    rstd_M = x_ME.new_empty(x_ME.shape[:1], dtype=torch.float32)
+    """RMSNorm of x + residual (..., E), that sum in float32, and the reciprocal root mean squares."""
+    x = x.contiguous()
+    normed = torch.empty_like(x, dtype=out_dtype)
+    total = torch.empty_like(x, dtype=torch.float32)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     torch.ops.vimamba_cpu.norm_forward(
-        x_ME.contiguous(), _contiguous(residual_ME), weight_E.contiguous(), eps, normed_ME, sum_ME, rstd_M
+        x, _contiguous(residual), weight_E.contiguous(), eps, normed, total, rstd
     )
-    return normed_ME, sum_ME, rstd_M
+    return normed, total, rstd
 
 
 def norm_backward(
-    dnormed_ME: Tensor,
-    dresidual_ME: Tensor | None,
-    residual_out_ME: Tensor,
-    weight_E: Tensor,
-    rstd_M: Tensor,
+    dnormed: Tensor, dresidual: Tensor | None, residual_out: Tensor, weight_E: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x + residual (float32) and of the weight."""
-    dsum_ME = torch.empty_like(residual_out_ME, memory_format=torch.contiguous_format)
+    dsum = torch.empty_like(residual_out, memory_format=torch.contiguous_format)
     dweight_SE = weight_E.new_zeros(torch.get_num_threads(), *weight_E.shape)
     torch.ops.vimamba_cpu.norm_backward(
-        dnormed_ME.contiguous(),
-        _contiguous(dresidual_ME),
-        residual_out_ME.contiguous(),
+        dnormed.contiguous(),
+        _contiguous(dresidual),
+        residual_out.contiguous(),
         weight_E.contiguous(),
-        rstd_M.contiguous(),
-        *(dsum_ME, dweight_SE),
+        rstd.contiguous(),
+        *(dsum, dweight_SE),
     )
-    return dsum_ME, dweight_SE.sum(0)
+    return dsum, dweight_SE.sum(0)
 
 
 def linear_pays(x: Tensor) -> bool:
-    """Whether `linear` is faster than PyTorch's: packing the weight must be worth it for the rows of x."""
-    return x.dtype == torch.float32 and x.numel() >= _FEW_ROWS * x.shape[-1] and instruction_set() != "portable"
+    """Whether `linear` is faster than PyTorch's: it has to pack the weight, and needs wide vectors."""
+    return x.dtype == torch.float32 and _wide_vectors and x.numel() >= _FEW_ROWS * max(1, x.shape[-1])
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """x (..., K) weight^T + bias."""
     out = x.new_empty(*x.shape[:-1], weight_NK.shape[0])
-    torch.ops.vimamba_cpu.linear(
-        x.reshape(-1, x.shape[-1]), weight_NK.contiguous(), _contiguous(bias_N), out.view(-1, weight_NK.shape[0])
-    )
+    torch.ops.vimamba_cpu.linear(x.contiguous(), weight_NK.contiguous(), _contiguous(bias_N), out)
     return out
 
 

@@ -122,7 +122,7 @@ struct Kernels {
 
   // Panels of a weight (N, K), and rows [begin, end) of the product with some of them: see linear.h.
   int64_t (*linear_panels)(int64_t N);
-  int64_t (*linear_packed)(int64_t N, int64_t K);
+  int64_t (*linear_packed)(int64_t panels, int64_t K);
   void (*linear_pack)(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end, float* packed);
   void (*linear_multiply)(const Product&, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end);
 

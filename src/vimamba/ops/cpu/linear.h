@@ -26,14 +26,14 @@ constexpr int64_t kLinearTile = 4 * kRows;  // rows that pass all panels togethe
 
 int64_t linear_panels(int64_t N) { return (N + kPanel - 1) / kPanel; }
 
-int64_t linear_packed(int64_t N, int64_t K) { return (N + W - 1) / W * W * K; }
+int64_t linear_packed(int64_t panels, int64_t K) { return panels * kPanel * K; }
 
 inline int vectors_of(int64_t panel, int64_t N) {
   const int64_t left = (N - panel * kPanel + W - 1) / W;
   return (int)(left < kWide ? left : kWide);
 }
 
-// Panels [begin, end) of the weight; output features beyond N are zero.
+// Packs the panels [begin, end) of the weight, one after the other; output features beyond N are zero.
 void linear_pack(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end, float* packed) {
   for (int64_t panel = begin; panel < end; ++panel) {
     const int vectors = vectors_of(panel, N);
@@ -45,15 +45,15 @@ void linear_pack(const float* weight, int64_t N, int64_t K, int64_t begin, int64
         for (int i = 0; i < W; ++i) square[i] = n + i < N ? load(weight + (n + i) * K + k, lanes) : vf{};
         transpose(square);
         for (int i = 0; i < lanes; ++i)
-          store(packed + panel * kPanel * K + ((k + i) * vectors + v) * W, square[i]);
+          store(packed + (panel - begin) * kPanel * K + ((k + i) * vectors + v) * W, square[i]);
       }
     }
   }
 }
 
 template <int rows, int vectors>
-inline void multiply_block(const Product& p, int64_t m, int64_t n) {
-  const float *x = p.x + m * p.x_stride, *weight = p.packed + n * p.K;
+inline void multiply_block(const Product& p, int64_t m, int64_t n, const float* weight) {
+  const float* x = p.x + m * p.x_stride;
   vf sums[rows][vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
@@ -82,27 +82,29 @@ inline void multiply_block(const Product& p, int64_t m, int64_t n) {
 
 // Rows [begin, end) of one panel; a last block that is short reaches back over rows already done.
 template <int vectors>
-inline void multiply_panel(const Product& p, int64_t begin, int64_t end, int64_t n) {
+inline void multiply_panel(const Product& p, int64_t begin, int64_t end, int64_t n, const float* weight) {
   if (end - begin < kRows) {
-    for (int64_t m = begin; m < end; ++m) multiply_block<1, vectors>(p, m, n);
+    for (int64_t m = begin; m < end; ++m) multiply_block<1, vectors>(p, m, n, weight);
     return;
   }
   for (int64_t m = begin; m < end; m += kRows)
-    multiply_block<kRows, vectors>(p, m + kRows <= end ? m : end - kRows, n);
+    multiply_block<kRows, vectors>(p, m + kRows <= end ? m : end - kRows, n, weight);
 }
 
+// Rows [begin, end) times the panels [panel_begin, panel_end), which p.packed holds.
 void linear_multiply(const Product& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
   for (int64_t tile = begin; tile < end; tile += kLinearTile) {
     const int64_t tile_end = tile + kLinearTile < end ? tile + kLinearTile : end;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t n = panel * kPanel;
+      const float* weight = p.packed + (panel - panel_begin) * kPanel * p.K;
       const int vectors = vectors_of(panel, p.N);
       if (vectors == kWide)
-        multiply_panel<kWide>(p, tile, tile_end, n);
+        multiply_panel<kWide>(p, tile, tile_end, n, weight);
       else if (vectors == 2)
-        multiply_panel<2>(p, tile, tile_end, n);
+        multiply_panel<2>(p, tile, tile_end, n, weight);
       else
-        multiply_panel<1>(p, tile, tile_end, n);
+        multiply_panel<1>(p, tile, tile_end, n, weight);
     }
   }
 }

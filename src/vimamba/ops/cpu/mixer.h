@@ -23,7 +23,7 @@ struct PackedDirection {
 
   static int64_t floats(const Mixer& m) {
     const int64_t blocks = blocks_of(m.dim, 1, W);
-    return blocks * W * (m.width + m.dt_rank + m.state + 3) + m.dim * projected_columns(m);
+    return blocks * W * (m.width + m.dt_rank + m.state + 3) + linear_packed(linear_panels(projected_columns(m)), m.dim);
   }
 
   PackedDirection(const Mixer& m, float* at) {
@@ -33,7 +33,7 @@ struct PackedDirection {
     take(floats * m.width, taps);
     take(floats * m.dt_rank, dt_proj);
     take(floats * m.state, decay);
-    take(m.dim * projected_columns(m), x_proj);
+    take(0, x_proj);
   }
 };
 

@@ -176,11 +176,13 @@ void conv_backward(const Tensor dy, const Tensor x, const Tensor weight, const M
   });
 }
 
+// All activations (..., E) contiguous.
 void norm_forward(const Tensor x, const Maybe residual, const Tensor weight, double eps, Tensor normed,
                   Tensor sum, Tensor rstd) {
   const Kernels& k = kernels();
-  const Norm norm = {x.size(0),
-                     x.size(1),
+  const int64_t dim = weight.size(0);
+  const Norm norm = {x.numel() / dim,
+                     dim,
                      is_bf16(x),
                      residual && is_bf16(*residual),
                      is_bf16(normed),
@@ -202,7 +204,8 @@ void norm_forward(const Tensor x, const Maybe residual, const Tensor weight, dou
 void norm_backward(const Tensor dnormed, const Maybe dresidual, const Tensor sum, const Tensor weight,
                    const Tensor rstd, Tensor dsum, Tensor dweight) {
   const Kernels& k = kernels();
-  const NormGradients grad = {sum.size(0),        sum.size(1),     is_bf16(dnormed),
+  const int64_t dim = weight.size(0);
+  const NormGradients grad = {sum.numel() / dim,  dim,             is_bf16(dnormed),
                               dnormed.data_ptr(), data(dresidual), data(sum),
                               data(weight),       data(rstd),      data(dsum)};
   const int64_t parts = dweight.size(0);
@@ -213,18 +216,25 @@ void norm_backward(const Tensor dnormed, const Maybe dresidual, const Tensor sum
   });
 }
 
-// x (M, K) with features contiguous, weight (N, K) and bias (N,) contiguous, out (M, N).
+constexpr int64_t kCachedFloats = 1 << 17;  // half a megabyte of a core's second-level cache
+
+// x (..., K), weight (N, K), bias (N,) and out (..., N), all contiguous.
 void linear(const Tensor x, const Tensor weight, const Maybe bias, Tensor out) {
   const Kernels& k = kernels();
-  const int64_t rows = x.size(0), N = weight.size(0), K = weight.size(1), panels = k.linear_panels(N);
+  const int64_t N = weight.size(0), K = weight.size(1);
+  const int64_t rows = x.numel() / K, panels = k.linear_panels(N);
   const int64_t across = std::gcd(panels, threads()), along = threads() / across;
   for_each_task(across * along, [&](int64_t task) {
     const int64_t first = task % across * panels / across, last = (task % across + 1) * panels / across;
-    float* packed = scratch<0>(k.linear_packed(N, K));
-    k.linear_pack(data(weight), N, K, first, last, packed);
-    const Product product = {data(x), packed, data(bias), data(out), x.stride(0), out.stride(0), N, K};
-    const int64_t part = task / across;
-    k.linear_multiply(product, part * rows / along, (part + 1) * rows / along, first, last);
+    const int64_t part = task / across, begin = part * rows / along, end = (part + 1) * rows / along;
+    // Few rows stay in cache while one panel after the other is packed; many pass all panels, packed before.
+    const int64_t group = (end - begin) * K <= kCachedFloats ? 1 : last - first;
+    float* packed = scratch<0>(k.linear_packed(group, K));
+    const Product product = {data(x), packed, data(bias), data(out), K, N, N, K};
+    for (int64_t panel = first; panel < last; panel += group) {
+      k.linear_pack(data(weight), N, K, panel, panel + group, packed);
+      k.linear_multiply(product, begin, end, panel, panel + group);
+    }
   });
 }
 
@@ -304,7 +314,7 @@ void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int
                 .length = out.size(1),
                 .state = weights[5].size(1),
                 .dt_rank = weights[3].size(1),
-                .width = weights[0].size(1),
+                .width = weights[0].numel() / dim,
                 .bf16 = is_bf16(xz),
                 .scale = static_cast<float>(scale),
                 .x = x,

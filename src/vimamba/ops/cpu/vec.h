@@ -40,10 +40,17 @@ inline vf as_float(vi bits) { return (vf)bits; }
 
 inline vi as_int(vf value) { return (vi)value; }
 
-// NaN in `value` passes through both, as in torch.clamp.
+// NaN in `value` passes through both, as in torch.clamp (x86's instructions return their second operand then).
+#if defined(VIMAMBA_AVX512)
+inline vf at_least(vf value, float low) { return (vf)_mm512_max_ps((__m512)splat(low), (__m512)value); }
+inline vf at_most(vf value, float high) { return (vf)_mm512_min_ps((__m512)splat(high), (__m512)value); }
+#elif defined(VIMAMBA_AVX2)
+inline vf at_least(vf value, float low) { return (vf)_mm256_max_ps((__m256)splat(low), (__m256)value); }
+inline vf at_most(vf value, float high) { return (vf)_mm256_min_ps((__m256)splat(high), (__m256)value); }
+#else
 inline vf at_least(vf value, float low) { return value < low ? splat(low) : value; }
-
 inline vf at_most(vf value, float high) { return value > high ? splat(high) : value; }
+#endif
 
 inline vf absolute(vf value) { return as_float(as_int(value) & 0x7fffffff); }
 

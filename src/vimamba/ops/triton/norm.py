@@ -65,9 +65,12 @@ def norm_backward_kernel(
     tl.store(parts + pid.to(tl.int64) * width + e, tl.sum(dweight, axis=0), mask=e < width)
 
 
-def _rows(tensor_ME: Tensor | None) -> Tensor | None:
-    """The same with contiguous features; rows may be any distance apart."""
-    return tensor_ME if tensor_ME is None or tensor_ME.stride(1) == 1 else tensor_ME.contiguous()
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """(..., E) as (M, E) with contiguous features; rows may be any distance apart."""
+    if tensor is None:
+        return None
+    tensor_ME = tensor.reshape(-1, tensor.shape[-1])
+    return tensor_ME if tensor_ME.stride(1) == 1 else tensor_ME.contiguous()
 
 
 def _tile(width: int) -> tuple[int, int, int]:
@@ -77,43 +80,45 @@ def _tile(width: int) -> tuple[int, int, int]:
 
 
 def norm_forward(
-    x_ME: Tensor, residual_ME: Tensor | None, weight_E: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor, residual: Tensor | None, weight_E: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised sum in `out_dtype`, the sum in float32, and 1 / its root mean square; see `vimamba.rms_norm`."""
-    count, width = x_ME.shape
-    residual_out = x_ME.new_empty((count, width), dtype=torch.float32)
-    normed, rstd = x_ME.new_empty((count, width), dtype=out_dtype), residual_out.new_empty(count)
-    if x_ME.numel() == 0:
+    width = x.shape[-1]
+    residual_out = x.new_empty(x.shape, dtype=torch.float32)
+    normed, rstd = x.new_empty(x.shape, dtype=out_dtype), residual_out.new_empty(x.shape[:-1])
+    if x.numel() == 0:
         return normed, residual_out, rstd
-    x, residual = _rows(x_ME), _rows(residual_ME)
-    assert x is not None
+    x_ME, residual_ME = _rows(x), _rows(residual)
+    assert x_ME is not None
+    count = x_ME.shape[0]
     rows, block, warps = _tile(width)
     with torch.cuda.device_of(x):
         norm_forward_kernel[(triton.cdiv(count, rows),)](
-            x, residual, weight_E.contiguous(), normed, residual_out, rstd, x.stride(0),
-            0 if residual is None else residual.stride(0), count, width, eps,
+            x_ME, residual_ME, weight_E.contiguous(), normed, residual_out, rstd, x_ME.stride(0),
+            0 if residual_ME is None else residual_ME.stride(0), count, width, eps,
             ROWS=rows, BLOCK=block, HAS_RESIDUAL=residual is not None, num_warps=warps,
         )  # fmt: skip
     return normed, residual_out, rstd
 
 
 def norm_backward(
-    dnormed_ME: Tensor, dresidual_ME: Tensor | None, residual_out_ME: Tensor, weight_E: Tensor, rstd_M: Tensor
+    dnormed: Tensor, dresidual: Tensor | None, residual_out: Tensor, weight_E: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the sum (with what arrives at `residual_out` itself) and of the weight."""
-    count, width = residual_out_ME.shape
-    dsum = torch.empty_like(residual_out_ME, memory_format=torch.contiguous_format)
+    width = residual_out.shape[-1]
+    count = residual_out.numel() // max(1, width)
+    dsum = torch.empty_like(residual_out, memory_format=torch.contiguous_format)
     if dsum.numel() == 0:
         return dsum, torch.zeros_like(weight_E)
-    dnormed, dresidual = _rows(dnormed_ME), _rows(dresidual_ME)
-    assert dnormed is not None
+    dnormed_ME, dresidual_ME = _rows(dnormed), _rows(dresidual)
+    assert dnormed_ME is not None
     rows, block, warps = _tile(width)
     programs = min(triton.cdiv(count, rows), BACKWARD_PROGRAMS)
     parts = dsum.new_empty((programs, width))
     with torch.cuda.device_of(dsum):
         norm_backward_kernel[(programs,)](
-            dnormed, dresidual, residual_out_ME.contiguous(), weight_E.contiguous(), rstd_M, dsum, parts,
-            dnormed.stride(0), 0 if dresidual is None else dresidual.stride(0), count, width,
+            dnormed_ME, dresidual_ME, residual_out.contiguous(), weight_E.contiguous(), rstd.contiguous(), dsum, parts,
+            dnormed_ME.stride(0), 0 if dresidual_ME is None else dresidual_ME.stride(0), count, width,
             ROWS=rows, BLOCK=block, HAS_DRESIDUAL=dresidual is not None, num_warps=warps,
         )  # fmt: skip
     return dsum, parts.sum(0)
