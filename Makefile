@@ -35,6 +35,7 @@ types: install
 bench: install
 	$(BIN)/python benchmarks/scan_cpu.py
 	$(BIN)/python benchmarks/scan_torch.py
+	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/models.py
 
 clean:

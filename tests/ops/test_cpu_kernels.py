@@ -158,7 +158,7 @@ def check_states(xz_BLE: Tensor, way: Direction, saved_BKDN: Tensor) -> None:
     dt, B, C = (c_BDL.transpose(1, 2) @ way.x_proj_weight.t()).split([rank, state, state], dim=-1)
     delta_BDL = (dt @ way.dt_proj_weight.t()).transpose(1, 2)
     B, C = B.transpose(1, 2)[:, None], C.transpose(1, 2)[:, None]
-    alone = (c_BDL, delta_BDL, way.A, B, C, way.D, None, way.dt_bias, True, way.scan_reverse, True)
+    alone = (c_BDL, delta_BDL, way.decay_rates, B, C, way.D, None, way.dt_bias, True, way.scan_reverse, True)
     torch.testing.assert_close(saved_BKDN, cpu.scan_forward(*alone)[2], rtol=1e-4, atol=1e-5)
 
 

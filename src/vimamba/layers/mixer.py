@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ class Way(NamedTuple):
 
 
 def _way(path: Path, suffix: str, A_log: str, conv_reverse: bool, scan_reverse: bool) -> Way:
-    names = (f"{name}{suffix}" for name in ("conv1d", "x_proj", "dt_proj", "D"))
-    return Way(path, *names, A_log, conv_reverse, scan_reverse)
+    conv1d, x_proj, dt_proj, D = (f"{name}{suffix}" for name in ("conv1d", "x_proj", "dt_proj", "D"))
+    return Way(path, conv1d, x_proj, dt_proj, D, A_log, conv_reverse, scan_reverse)
 
 
 def ways_of(paths: Sequence[Path], mode: str, path_weights: str) -> list[Way]:
@@ -141,7 +141,8 @@ class BidirectionalMixer(nn.Module):
         return {n for n, _ in self.named_parameters() if n in kept or n.endswith("bias")}
 
     def _direction(self, way: Way, reverse: bool) -> Direction:
-        modules, D = self._modules, getattr(self, way.D)  # getattr for a module takes ten times as long
+        modules: dict[str, Any] = self._modules  # getattr for a module takes ten times as long
+        D = getattr(self, way.D)
         x_proj, dt_proj = modules[way.x_proj], modules[way.dt_proj]
         if self.conv2d is not None:  # its output only has its SiLU to come: a convolution of width 1
             taps, bias = D.new_ones(D.shape[0], 1), D.new_zeros(D.shape[0])

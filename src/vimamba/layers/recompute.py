@@ -16,7 +16,7 @@ LONG = 2048
 
 def projection_recomputed(
     linear: nn.Linear, x_BLE: Tensor, projected: Tensor
-) -> AbstractContextManager[None | torch.autograd.graph.saved_tensors_hooks]:
+) -> AbstractContextManager[torch.autograd.graph.saved_tensors_hooks | None]:
     """Within it, autograd keeps no `projected`, which is `linear` of `x_BLE`, if the sequence is long.
 
     The input is kept by the linear layer's own gradient already. Compiled graphs choose for themselves what to keep.

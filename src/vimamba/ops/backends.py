@@ -74,10 +74,11 @@ def values_only(x: Tensor) -> bool:
     takes as long as the work.
     """
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
         or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vimamba.ops import backends
 
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear, in float32 inference on a CPU by the kernels of the "cpu" backend.
 

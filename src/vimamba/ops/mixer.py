@@ -45,8 +45,8 @@ class Direction(NamedTuple):
     scan_reverse: bool = False
 
     @property
-    def A(self) -> Tensor:
-        """The decay rates (dim, state), in float32 or more whatever the type of A_log."""
+    def decay_rates(self) -> Tensor:
+        """A (dim, state), in float32 or more whatever the type of A_log."""
         return -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
 
     @property
@@ -131,7 +131,7 @@ def _composed_forward(
     for way in directions:
         a = _activations(module, x_BDL, way)
         y, _, saved = module.scan_forward(
-            a.c_BDL, a.delta_BDL, way.A, a.B_BGNL, a.C_BGNL, way.D, z_BDL, way.dt_bias, True,
+            a.c_BDL, a.delta_BDL, way.decay_rates, a.B_BGNL, a.C_BGNL, way.D, z_BDL, way.dt_bias, True,
             way.scan_reverse, save_states,
         )  # fmt: skip
         total = y if total is None else total.add_(y)
@@ -155,7 +155,7 @@ def _composed_backward(
     dout_BDL = (dout_BLD * scale).transpose(1, 2)
     grads: list[Tensor] = []
     for i, (way, saved) in enumerate(zip(directions, states, strict=True)):
-        a, A_DN = _activations(module, x_BDL, way), way.A
+        a, A_DN = _activations(module, x_BDL, way), way.decay_rates
         dc, ddelta, dA, dB, dC, dD, dz, ddt_bias = module.scan_backward(
             dout_BDL, None, a.c_BDL, a.delta_BDL, A_DN, a.B_BGNL, a.C_BGNL, way.D, z_BDL, way.dt_bias, saved,
             True, way.scan_reverse,
@@ -176,7 +176,15 @@ def _composed_backward(
         )
         dx_BDL.add_(dx) if i else dx_BDL.copy_(dx)
         wide = A_DN.dtype
-        grads += [dconv_weight.view_as(way.conv_weight), dconv_bias, dx_weight.to(wide), ddt_weight.to(wide), ddt_bias, dA * A_DN, dD]
+        grads += [
+            dconv_weight.view_as(way.conv_weight),
+            dconv_bias,
+            dx_weight.to(wide),
+            ddt_weight.to(wide),
+            ddt_bias,
+            dA * A_DN,
+            dD,
+        ]
     return dxz_BLE, grads
 
 

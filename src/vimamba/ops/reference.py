@@ -113,7 +113,7 @@ def mixer(xz_BLE: Tensor, directions: Sequence[Direction], scale: float = 1.0) -
         dt_BRL, B_BNL, C_BNL = x_dbl.split([rank, state, state], dim=1)
         delta_BDL = way.dt_proj_weight.to(c_BDL.dtype) @ dt_BRL
         y = selective_scan(
-            c_BDL, delta_BDL, way.A, B_BNL, C_BNL, way.D, z_BDL, way.dt_bias, True, reverse=way.scan_reverse
+            c_BDL, delta_BDL, way.decay_rates, B_BNL, C_BNL, way.D, z_BDL, way.dt_bias, True, reverse=way.scan_reverse
         )
         assert isinstance(y, Tensor)
         total = y if total is None else total + y

@@ -250,9 +250,7 @@ def norm_forward(
     normed = torch.empty_like(x, dtype=out_dtype)
     total = torch.empty_like(x, dtype=torch.float32)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    torch.ops.vimamba_cpu.norm_forward(
-        x, _contiguous(residual), weight_E.contiguous(), eps, normed, total, rstd
-    )
+    torch.ops.vimamba_cpu.norm_forward(x, _contiguous(residual), weight_E.contiguous(), eps, normed, total, rstd)
     return normed, total, rstd
 
 

@@ -39,8 +39,9 @@ def _stack(directions: list[Direction], dtype: torch.dtype) -> _Weights:
         sum(int(flag) << r for r, flag in enumerate(flags)) for flags in zip(*(w[7:] for w in directions), strict=True)
     ]
     return _Weights(
-        torch.stack(conv_w).flatten(2), None if conv_b[0] is None else torch.stack(conv_b), torch.stack(x_proj).to(dtype),
-        torch.stack(dt_proj).to(dtype), torch.stack(dt_bias), -torch.exp(torch.stack(A_log)), torch.stack(D), *masks,
+        torch.stack(conv_w).flatten(2), None if conv_b[0] is None else torch.stack(conv_b),
+        torch.stack(x_proj).to(dtype), torch.stack(dt_proj).to(dtype), torch.stack(dt_bias),
+        -torch.exp(torch.stack(A_log)), torch.stack(D), *masks,
     )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def mixer_backward(
     )  # fmt: skip
     torch.sum(dz_RBLD, 0, out=dxz_BLE[..., dim:])
     stacked = (
-        dconv_weight.view(count, *directions[0].conv_weight.shape), dconv_bias, dx_weight.float(), ddt_weight.float(), grads.dbias_RD,
-        grads.dA_RDN * weights.A_RDN, grads.dD_RD,
+        dconv_weight.view(count, *directions[0].conv_weight.shape), dconv_bias, dx_weight.float(), ddt_weight.float(),
+        grads.dbias_RD, grads.dA_RDN * weights.A_RDN, grads.dD_RD,
     )  # fmt: skip
     return dxz_BLE, [gradient[r] for r in range(count) for gradient in stacked]

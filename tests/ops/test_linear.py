@@ -1,0 +1,83 @@
+"""The linear layer's own product: the right numbers, and only where nothing but numbers is wanted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from vimamba.layers.linear import Linear
+from vimamba.ops import cpu, linear
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the kernel ran."""
+    ran = []
+    kernel = cpu.linear
+    monkeypatch.setattr(cpu, "linear", lambda *args: ran.append(args) or kernel(*args))
+    return ran
+
+
+@pytest.mark.parametrize("kind", cpu.instruction_sets() if cpu.unavailable() is None else ["none"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer"), [(1, 1, 1), (7, 5, 3), (33, 50, 44), (197, 192, 100), (300, 513, 49), (2, 20, 97)]
+)
+def test_product(rows, inner, outer, bias, threads, kind):
+    before = torch.get_num_threads(), cpu.instruction_set()
+    try:
+        torch.set_num_threads(threads)
+        cpu.use_instruction_set(kind)
+        x, weight, b = rand(2, rows, inner), rand(outer, inner, seed=1), rand(outer, seed=2) if bias else None
+        out = cpu.linear(x, weight, b)
+    finally:
+        torch.set_num_threads(before[0])
+        cpu.use_instruction_set(before[1])
+    truth = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    assert (out - truth).abs().max() / truth.abs().max() < 1e-6
+
+
+def test_inference_takes_the_kernel_and_training_its_gradient(calls):
+    layer, x = Linear(48, 80), rand(3, 40, 48)
+    with torch.no_grad():
+        out = layer(x)
+    assert len(calls) == 1
+    trained = layer(x)
+    trained.sum().backward()
+    assert len(calls) == 1
+    torch.testing.assert_close(out, trained)
+    torch.testing.assert_close(layer.weight.grad, x.flatten(0, 1).sum(0).expand(80, 48))
+
+
+@torch.no_grad()
+def test_what_the_kernel_does_not_do_goes_to_pytorch(calls):
+    weight, x = rand(80, 48), rand(40, 48)
+    assert linear(x.double(), weight.double()).dtype == torch.float64
+    assert linear(x[:3], weight).shape == (3, 80)  # too few rows to be worth packing the weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight)
+    assert counter.get_total_flops() == 2 * 40 * 48 * 80
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
+    assert torch.func.vmap(linear, in_dims=(0, None))(rand(2, 40, 48), weight).shape == (2, 40, 80)
+    assert calls == []
+
+
+@torch.no_grad()
+def test_any_layout_and_any_number():
+    x, weight = rand(48, 40).t(), rand(48, 80).t()
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+    x = x.clone()
+    x[5, 7], x[6, 7] = float("nan"), float("inf")
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), equal_nan=True)
