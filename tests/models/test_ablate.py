@@ -12,7 +12,7 @@ from vimamba.cli import ablate, main
 from vimamba.cli.ablate_page import write_page
 from vimamba.tasks.ablation import DESIGNS, Run
 
-RUN = Run("ssm_conv", 0, 10, 0.5, 1000, 0.01, 1.0, 2.0, 3.0)
+RUN = Run("ssm_conv", 0, 0.003, 10, 0.5, 1000, 0.01, 1.0, 2.0, 3.0)
 
 
 def test_finished_runs_are_read_back_and_a_cut_row_is_not(tmp_path):
@@ -21,7 +21,7 @@ def test_finished_runs_are_read_back_and_a_cut_row_is_not(tmp_path):
         ablate.append_run(tmp_path, run)
     with (tmp_path / "runs.csv").open("a") as file:
         file.write("none,0,10")
-    assert ablate.read_runs(tmp_path) == {("ssm_conv", 0): RUN, ("gate", 0): gated}
+    assert ablate.read_runs(tmp_path) == {("ssm_conv", 0, 0.003): RUN, ("gate", 0, 0.003): gated}
 
 
 def test_a_finished_study_is_not_trained_again(tmp_path, monkeypatch, capsys):
@@ -32,13 +32,21 @@ def test_a_finished_study_is_not_trained_again(tmp_path, monkeypatch, capsys):
         for seed, top1 in enumerate((0.5, 0.7) if name == "none" else (0.8, 0.9)):
             ablate.append_run(folder, dataclasses.replace(RUN, design=name, seed=seed, top1=top1))
     page = tmp_path / "docs" / "designs.md"
-    assert main(["ablate", "--seeds", "2", "--output", str(folder), "--page", str(page)]) == 0
+    ablate.append_run(folder, dataclasses.replace(RUN, design="none", lr=0.01, top1=0.1))  # a worse learning rate
+    options = ["--lr", "[0.003, 0.01]", "--designs", "[none]"]
+    assert main(["ablate", "--seeds", "2", *options, "--output", str(folder), "--page", str(page)]) == 0
     assert "60.00" in capsys.readouterr().out
     text = page.read_text()
     assert "none is below ssm_conv (-25.00 points)" in text
     assert "| none | 0.75 |" in text
     assert "snake is not told apart from ssm_conv" in text
     assert all((page.parent / name).stat().st_size for name in ("paths.svg", "designs-mnist.png"))
+
+
+def test_runs_of_another_version_are_refused(tmp_path, capsys):
+    (tmp_path / "runs.csv").write_text("design,seed,top1\nnone,0,0.5\n")
+    assert main(["ablate", "--output", str(tmp_path)]) == 2
+    assert "another version" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_refused_in_one_line(tmp_path, capsys):

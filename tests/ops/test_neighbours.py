@@ -124,12 +124,12 @@ def direction_weights(dim: int, state: int, rank: int, count: int, width: int = 
     return [w.float() for w in weights]
 
 
-def run_mixer(function, flags, scale):
-    def run(xz, *weights):
-        ways = [Direction(*weights[7 * i : 7 * i + 7], *flag) for i, flag in enumerate(flags)]
-        return (function(xz, ways, scale),)
+def directions_of(weights, flags):
+    return [Direction(*weights[7 * i : 7 * i + 7], *flag) for i, flag in enumerate(flags)]
 
-    return run
+
+def run_mixer(function, flags, scale):
+    return lambda xz, *weights: (function(xz, directions_of(weights, flags), scale),)
 
 
 @pytest.mark.parametrize("backend", USABLE)
@@ -154,9 +154,51 @@ def test_mixer(batch, length, dim, state, rank, mode, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("per", ["image", "token"])
+@pytest.mark.parametrize("mode", FLAGS)
+def test_gated_mixer(mode, per, backend):
+    flags = FLAGS[mode]
+    xz, weights = rand(3, 70, 48).float(), direction_weights(24, 16, 3, len(flags))
+    gates = rand(3, 70 if per == "token" else 1, len(flags), seed=4).float().sigmoid()
+
+    def gated(function):
+        return lambda xz, gates, *weights: (function(xz, directions_of(weights, flags), 0.5, gates),)
+
+    fused = gated(lambda *a: mixer(*a, backend=backend))
+    compare(fused, gated(reference.mixer), (xz, gates, *weights), 3e-6)
+    with torch.no_grad():
+        truth = gated(reference.mixer)(*(t.double() for t in (xz, gates, *weights)))[0]
+        assert error(fused(xz, gates, *weights)[0], truth) < 1e-6
+        ways = directions_of(weights, flags)
+        if backend == "cpu":
+            ones = torch.ones_like(gates)
+            assert torch.equal(mixer(xz, ways, 0.5, ones, backend=backend), mixer(xz, ways, 0.5, backend=backend))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_closed_gate_is_not_computed(batch, backend):
+    xz, weights = rand(batch, 70, 48).float(), direction_weights(24, 16, 3, 2)
+    gates = torch.ones(batch, 1, 2)
+    ways = directions_of(weights, FLAGS["ssm_conv"])
+    broken = [way._replace(D=torch.full_like(way.D, torch.nan)) for way in ways]
+    for closed in (0, 1):
+        gates = torch.ones(batch, 1, 2)
+        gates[0, 0, closed] = 0.0
+        some = mixer(xz, ways, 0.5, gates, skip=True, backend=backend)
+        alone = mixer(xz[:1], [ways[1 - closed]], 0.5, backend=backend)
+        torch.testing.assert_close(some[:1], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(some[1:], mixer(xz[1:], ways, 0.5, backend=backend), rtol=1e-4, atol=1e-5)
+        mixed = [broken[0] if closed == 0 else ways[0], broken[1] if closed == 1 else ways[1]]
+        assert mixer(xz, mixed, 0.5, gates, skip=True, backend=backend)[:1].isfinite().all()
+    assert not mixer(xz, broken, 0.5, torch.zeros(batch, 1, 2), skip=True, backend=backend).any()
+
+
+@pytest.mark.parametrize("backend", USABLE)
 def test_mixer_registration(backend):
     xz, weights = rand(2, 70, 48).float(), direction_weights(24, 16, 3, 2)
-    args = (xz, weights, [False, True], [False, True], 0.5, True, backend)
+    args = (xz, weights, [False, True], [False, True], 0.5, None, True, backend)
     torch.library.opcheck(torch.ops.vimamba.mixer.default, args)
 
 
@@ -170,3 +212,5 @@ def test_wrong_shapes_are_named():
     ways = [Direction(*direction_weights(8, 4, 1, 1))]
     with pytest.raises(ValueError, match=r"xz must have shape .*16\), got \(1, 5, 8\)"):
         mixer(rand(1, 5, 8), ways)
+    with pytest.raises(ValueError, match=r"gates must have shape .* = \(2, 5 or 1, 1\), got \(2, 5, 3\)"):
+        mixer(rand(2, 5, 16), ways, gates=rand(2, 5, 3))

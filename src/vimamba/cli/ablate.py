@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -18,7 +19,7 @@ from vimamba.errors import UserError, nearest, require
 from vimamba.tasks.ablation import DESIGNS, Budget, Run, design_costs, open_study_data, run_design
 from vimamba.tasks.optim import OptimOptions
 
-COLUMNS = ("design", "top-1 %", "±", "runs", "steps", "parameters", "MFLOPs", "forward ms", "step ms")
+COLUMNS = ("design", "top-1 %", "±", "runs", "lr", "steps", "parameters", "MFLOPs", "forward ms", "step ms")
 
 
 @dataclasses.dataclass
@@ -35,7 +36,7 @@ class AblateOptions:
             same number of steps
         epochs: passes over the training images, for the base design
         batch_size: images in a step
-        lr: highest learning rate
+        lr: highest learning rates: the first seed tries each of them, the others take what was best for their design
         output: folder of runs.csv, table.md and designs.png; runs/ablate-DATA if not given
         page: write the documentation page, from the results of all studies beside the output folder, to this file
     """
@@ -48,12 +49,13 @@ class AblateOptions:
     equal: Literal["compute", "steps"] = "compute"
     epochs: int = 6
     batch_size: int = 64
-    lr: float = 2e-3
+    lr: list[float] = dataclasses.field(default_factory=lambda: [1.5e-3, 3e-3, 6e-3])
     output: str | None = None
     page: str | None = None
 
     def __post_init__(self) -> None:
         require(self.seeds >= 1, f"--seeds is {self.seeds}; it must be at least 1")
+        require(len(self.lr) > 0, "--lr: name at least one learning rate")
         for name in self.designs or []:
             require(
                 name in DESIGNS,
@@ -70,20 +72,21 @@ def run(parser: ArgumentParser, parsed: Namespace) -> int:
     terminal.quiet_libraries()
     console = terminal.console()
     folder = Path(options.output or f"runs/ablate-{options.data}")
-    optim = OptimOptions(epochs=options.epochs, batch_size=options.batch_size, lr=options.lr)
+    optim = OptimOptions(epochs=options.epochs, batch_size=options.batch_size)
     budget = Budget(open_study_data(options.data), options.model, options.model_args, optim, options.equal)
     done = read_runs(folder)
     designs = buildable(options.designs or list(DESIGNS), budget)
-    wanted = [(design, seed) for seed in range(options.seeds) for design in designs]
-    for number, (design, seed) in enumerate(wanted, 1):
-        if (design, seed) in done:
-            continue
-        finished = run_design(design, seed, budget)
-        append_run(folder, finished)
-        done[design, seed] = finished
-        console.print(
-            f"{number}/{len(wanted)}  {design}, seed {seed}: {terminal.percent(finished.top1)}%", markup=False
-        )
+    total, number = len(designs) * (len(options.lr) + options.seeds - 1), 0
+    for seed in range(options.seeds):
+        for design in designs:
+            for lr in [best_lr(done.values(), design)] if seed else options.lr:
+                number += 1
+                if (design, seed, lr) in done:
+                    continue
+                finished = done[design, seed, lr] = run_design(design, seed, lr, budget)
+                append_run(folder, finished)
+                told = f"{number}/{total}  {design}, seed {seed}, learning rate {lr:g}"
+                console.print(f"{told}: {terminal.percent(finished.top1)}%", markup=False)
     rows = summarise(list(done.values()))
     console.print(table(rows), width=max(console.width, 110))  # a pipe is taken for 80 columns wide
     skipping = [line for row in rows if (line := skip_line(row))]
@@ -91,8 +94,9 @@ def run(parser: ArgumentParser, parsed: Namespace) -> int:
         console.print(line)
     common = " ".join(f"{name}={value}" for name, value in options.model_args.items())
     caption = (
-        f"`{options.model}` {common}, batches of {options.batch_size}, learning rate {options.lr:g}, the training "
-        f"{options.equal} of {options.epochs} epochs of ssm_conv for every design."
+        f"`{options.model}` {common}, batches of {options.batch_size}, the training {options.equal} of "
+        f"{options.epochs} epochs of ssm_conv for every design, its learning rate the best of "
+        f"{', '.join(f'{lr:g}' for lr in options.lr)} for the first seed."
     )
     lines = [caption, "", "| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
@@ -131,7 +135,12 @@ def append_run(folder: Path, finished: Run) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def read_runs(folder: Path) -> dict[tuple[str, int], Run]:
+def best_lr(runs: Iterable[Run], design: str) -> float:
+    """The learning rate with which the first seed of a design did best."""
+    return max((run for run in runs if run.design == design and run.seed == 0), key=lambda run: run.top1).lr
+
+
+def read_runs(folder: Path) -> dict[tuple[str, int, float], Run]:
     """The finished runs of a folder; a row that was cut off is run again."""
     path = folder / "runs.csv"
     if not path.is_file():
@@ -139,28 +148,32 @@ def read_runs(folder: Path) -> dict[tuple[str, int], Run]:
     kinds = get_type_hints(Run)
     runs = {}
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        if set(reader.fieldnames or ()) != set(kinds):
+            raise UserError(f"{path}: written by another version; delete it or choose another --output")
+        for row in reader:
             if None in row.values():
                 continue
             values: dict[str, Any] = {
                 k: (float(v) if v else None) if k.startswith("skip_") else kinds[k](v) for k, v in row.items()
             }
-            runs[values["design"], values["seed"]] = Run(**values)
+            runs[values["design"], values["seed"], values["lr"]] = Run(**values)
     return runs
 
 
 def summarise(runs: list[Run]) -> list[dict[str, Any]]:
-    """One row a design: the mean and spread of its accuracies, and the quickest of its times."""
+    """One row a design, at its best learning rate: mean and spread of its accuracies, the quickest of its times."""
     rows = []
     for design in DESIGNS:
-        own = [r for r in runs if r.design == design]
-        if not own:
+        if not any(r.design == design and r.seed == 0 for r in runs):
             continue
+        lr = best_lr(runs, design)
+        own = [r for r in runs if r.design == design and r.lr == lr]
         top1 = [r.top1 for r in own]
         spread = statistics.stdev(top1) if len(own) > 1 else 0.0
         times = {name: min(getattr(r, name) for r in own) for name in ("forward_ms", "step_ms")}
         first = own[0]
-        row = dict(design=design, top1=statistics.mean(top1), spread=spread, runs=len(own), steps=first.steps,
+        row = dict(design=design, lr=lr, top1=statistics.mean(top1), spread=spread, runs=len(own), steps=first.steps,
                    parameters=first.parameters, gflops=first.gflops, **times)  # fmt: skip
         if first.skip_share is not None:
             for name in ("skip_share", "skip_top1", "skip_forward_ms"):
@@ -173,8 +186,8 @@ def summarise(runs: list[Run]) -> list[dict[str, Any]]:
 def cells(row: dict[str, Any]) -> list[str]:
     """A row as the table shows it."""
     return [
-        row["design"], f"{100 * row['top1']:.2f}", f"{100 * row['spread']:.2f}", str(row["runs"]), str(row["steps"]),
-        terminal.count(row["parameters"]), f"{1e3 * row['gflops']:.1f}", f"{row['forward_ms']:.1f}",
+        row["design"], f"{100 * row['top1']:.2f}", f"{100 * row['spread']:.2f}", str(row["runs"]), f"{row['lr']:g}",
+        str(row["steps"]), terminal.count(row["parameters"]), f"{1e3 * row['gflops']:.1f}", f"{row['forward_ms']:.1f}",
         f"{row['step_ms']:.1f}",
     ]  # fmt: skip
 

@@ -110,7 +110,7 @@ A direction is a path over the grid of patches and a sense. These are arguments 
 | `paths=["row", "column"]` | which orders are read, below; `"column:backward"` for one sense of one |
 | `path_weights="shared"` | all paths use one set of weights |
 | `merge="gate"`, `gate="image"` or `"token"` | directions weighed by a learned gate, the mean at the start |
-| `gate_sparsity=0.02` | factor in `model.gate_loss()`; add that to your loss |
+| `gate_sparsity=0.1` | factor in `model.gate_loss()`, which is low where layers have chosen; `vimamba train` adds it |
 | `model.set_gate_threshold(0.3)` | in evaluation, do not compute directions whose image gate is under this |
 | `conv="2d"` | a 3×3 convolution on the grid in place of the causal one |
 | `stem="conv"` | 3×3 convolutions of stride 2 in place of the patch embedding |
@@ -134,4 +134,5 @@ ADVICE = """## Which to use
   2401.09417), nor about dense tasks, where the same paper has ssm_conv ahead of none by 3.6 mIoU on ADE20K; neither
   was trained here.
 - Small compute: compare "alternate" and "every 2nd" with "ssm_conv" at the same training compute in the tables.
-- Learning rate: every design here was trained with the same one; none was tuned."""
+- Learning rate: take the one in the design's row above as a first guess at this size of model and batch; larger
+  models want less (the published recipes: 0.001 for batches of 1024 from scratch)."""

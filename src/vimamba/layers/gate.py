@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,10 +11,10 @@ LEVELS = ("image", "token")
 
 
 class DirectionGate(nn.Module):
-    """A learned weight between 0 and 1 for every direction, one half at the start.
+    """A learned weight between 0 and 1 for every direction; those of all directions sum to 1, equal at the start.
 
-    A mixer multiplies each direction by twice its gate, so that a model starts out with the mean of its directions:
-    weights trained with `merge="mean"` give the output they gave.
+    A model therefore starts out with the mean of its directions: weights trained with `merge="mean"` give the output
+    they gave. As the sum stays, closing one gate opens another; a layer's scale cannot take the place of a choice.
 
     Args:
         dim: token channels.
@@ -34,9 +36,15 @@ class DirectionGate(nn.Module):
     def forward(self, x_BLE: Tensor) -> Tensor:
         """Normalised tokens (batch, length, dim) to gates (batch, length or 1, directions)."""
         pooled = x_BLE.mean(1, keepdim=True) if self.level == "image" else x_BLE
-        gates = torch.sigmoid(self.proj(pooled).float())
+        gates = self.proj(pooled).float().softmax(-1)
         if self.training:
             self.latest = gates
         elif not torch.compiler.is_compiling():  # an exported graph has nowhere to keep them
             self.latest = gates.detach()
         return gates
+
+    def indecision(self) -> Tensor | None:
+        """The entropy of the latest gates, from 0 (one direction alone) to 1 (all alike); None before any."""
+        if self.latest is None:
+            return None
+        return torch.special.entr(self.latest).sum(-1).mean() / math.log(self.latest.shape[-1])

@@ -180,11 +180,8 @@ class BidirectionalMixer(nn.Module):
         xz = self.in_proj(x)
         if self.conv2d is not None:
             xz = self._convolve_grid(xz, _needed(layout, 'conv="2d"'))
-        if gates is not None:
-            y = self._gated(xz, gates, reverse, layout)
-        else:
-            with projection_recomputed(self.in_proj, x, xz):
-                y = self._merged(xz, reverse, layout, 1.0 if self.merge == "sum" else 1 / len(self.ways))
+        with projection_recomputed(self.in_proj, x, xz):
+            y = self._merged(xz, self._weights(gates), reverse, layout)
         out = self.out_proj(y)
         if self.pooled_token:
             out = out[:, :-1] if backward else out[:, 1:]
@@ -198,47 +195,41 @@ class BidirectionalMixer(nn.Module):
         patches = self.conv2d(patches.transpose(1, 2).unflatten(2, layout.grid)).flatten(2).transpose(1, 2)
         return torch.cat([insert_tokens(patches, others, layout.extras), z_BLD], dim=-1)
 
-    def _along(
-        self, path: Path, xz_BLE: Tensor, directions: list[Direction], scale: float, layout: Layout | None
-    ) -> Tensor:
-        """The sum of directions that share a path, in row order."""
-        if path.along_rows:
-            return mixer(xz_BLE, directions, scale)
-        way = route(path, _needed(layout, f'paths: "{path.name}"'), xz_BLE)
-        assert way is not None
-        return mixer(xz_BLE.index_select(1, way.order), directions, scale).index_select(1, way.rank)
+    def _weights(self, gates_BLG: Tensor | None) -> Tensor | None:
+        """What each direction counts, 1 where all count alike; in evaluation 0 for those under the threshold.
 
-    def _merged(self, xz_BLE: Tensor, reverse: bool, layout: Layout | None, scale: float) -> Tensor:
-        """The scaled sum over all directions: one call, and at most one gather each way, for each path."""
+        The directions that are kept then stand for the others: together they weigh as much as all would.
+        """
+        if gates_BLG is None or self.gate is None:
+            return None
+        if self._skips():
+            gates_BLG = gates_BLG * (gates_BLG >= self.gate.threshold)
+            gates_BLG = gates_BLG / gates_BLG.sum(-1, keepdim=True).clamp(min=torch.finfo(gates_BLG.dtype).tiny)
+        return len(self.ways) * gates_BLG
+
+    def _skips(self) -> bool:
+        return self.gate is not None and self.gate.threshold > 0 and not self.training
+
+    def _merged(self, xz_BLE: Tensor, weights_BLG: Tensor | None, reverse: bool, layout: Layout | None) -> Tensor:
+        """The sum or mean over all directions: one call, and at most one gather each way, for each path."""
+        scale = 1.0 if self.merge == "sum" else 1 / len(self.ways)
         total: Tensor | None = None
         for path in self.paths:
-            directions = [self._direction(way, reverse) for way in self.ways if way.path is path]
-            y = self._along(path, xz_BLE, directions, scale, layout)
+            along = [i for i, way in enumerate(self.ways) if way.path is path]
+            directions = [self._direction(self.ways[i], reverse) for i in along]
+            gates = None if weights_BLG is None else weights_BLG[..., along[0] : along[-1] + 1]
+            if path.along_rows:
+                y = mixer(xz_BLE, directions, scale, gates, skip=self._skips())
+            else:
+                way = route(path, _needed(layout, f'paths: "{path.name}"'), xz_BLE)
+                assert way is not None
+                if gates is not None and gates.shape[1] > 1:
+                    gates = gates.index_select(1, way.order)
+                y = mixer(xz_BLE.index_select(1, way.order), directions, scale, gates, skip=self._skips())
+                y = y.index_select(1, way.rank)
             total = y if total is None else total + y
         assert total is not None
         return total
-
-    def _gated(self, xz_BLE: Tensor, gates_BLG: Tensor, reverse: bool, layout: Layout | None) -> Tensor:
-        """The mean of all directions, each times twice its gate; in evaluation without those under the threshold."""
-        assert self.gate is not None
-        scale = 1 / len(self.ways)
-        weights_BLG = (2 * gates_BLG).to(xz_BLE.dtype)
-        total: Tensor | None = None
-        for i, way in enumerate(self.ways):
-            directions, weight = [self._direction(way, reverse)], weights_BLG[..., i : i + 1]
-            images = None
-            if self.gate.threshold > 0 and not self.training:
-                images = (gates_BLG[:, 0, i] >= self.gate.threshold).nonzero()[:, 0]
-                if len(images) == 0:
-                    continue
-            if images is None or len(images) == len(xz_BLE):
-                y = self._along(way.path, xz_BLE, directions, scale, layout) * weight
-                total = y if total is None else total + y
-            else:
-                y = self._along(way.path, xz_BLE[images], directions, scale, layout) * weight[images]
-                base = y.new_zeros(len(xz_BLE), *y.shape[1:]) if total is None else total
-                total = base.index_add(0, images, y)
-        return xz_BLE.new_zeros(*xz_BLE.shape[:2], xz_BLE.shape[2] // 2) if total is None else total
 
 
 def _needed(layout: Layout | None, what: str) -> Layout:

@@ -71,9 +71,12 @@ class TimmBackbone(nn.Module):
             gate.threshold = threshold
 
     def gate_loss(self) -> Tensor | float:
-        """`gate_sparsity` times the mean gate of the latest forward pass, to be added to the loss; 0 without gates."""
-        means = [gate.latest.mean() for gate in self._gates() if gate.latest is not None]
-        return self.gate_sparsity * torch.stack(means).mean() if means and self.gate_sparsity else 0.0
+        """`gate_sparsity` times the mean entropy of the latest gates, to be added to the loss; 0 without gates.
+
+        It is lowest where each layer has chosen one direction for each image, so that skipping the others costs little.
+        """
+        entropies = [entropy for gate in self._gates() if (entropy := gate.indecision()) is not None]
+        return self.gate_sparsity * torch.stack(entropies).mean() if entropies and self.gate_sparsity else 0.0
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input in training and compute the rest again in the backward pass."""

@@ -65,7 +65,7 @@ class VisionMamba(TimmBackbone):
             that `bidirectional` says or in its own ("column:backward"); or `depth` such sequences.
         path_weights: "own" weights for each path, or "shared" ones.
         gate: "image" or "token": what the gates are computed for.
-        gate_sparsity: factor of the gates' mean in `gate_loss`.
+        gate_sparsity: factor of the gates' entropy in `gate_loss`.
         alternate: every second layer of one direction runs backwards.
         pooled_token: layers of one direction read the mean of the tokens first.
         conv: "1d", the causal convolution of each direction, or "2d", one of 3×3 on the grid for all directions.

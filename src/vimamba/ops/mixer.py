@@ -21,8 +21,8 @@ from vimamba.ops.selective_scan import saved_chunks
 
 torch.library.define(
     "vimamba::mixer",
-    "(Tensor xz, Tensor[] weights, bool[] conv_reverse, bool[] scan_reverse, float scale, bool save_states,"
-    " str backend) -> (Tensor, Tensor)",
+    "(Tensor xz, Tensor[] weights, bool[] conv_reverse, bool[] scan_reverse, float scale, Tensor? gates,"
+    " bool save_states, str backend) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "vimamba::mixer_backward",
@@ -54,23 +54,33 @@ class Direction(NamedTuple):
         return self[:7]
 
 
-def mixer(xz: Tensor, directions: Sequence[Direction], scale: float = 1.0, *, backend: str | None = None) -> Tensor:
+def mixer(
+    xz: Tensor,
+    directions: Sequence[Direction],
+    scale: float = 1.0,
+    gates: Tensor | None = None,
+    *,
+    skip: bool = False,
+    backend: str | None = None,
+) -> Tensor:
     """Mix the tokens along every direction and sum (arXiv 2401.09417, algorithm 1, lines 7 to 19).
 
     For each direction: c = silu(conv(x)); dt, B, C = split(x_proj c); y = scan(c, dt_proj dt, A, B, C, D). The
-    result is scale * sum(y) * silu(z).
+    result is scale * sum(y) * silu(z), or with gates g scale * sum(g y) * silu(z).
 
     Args:
         xz: (batch, length, 2 * dim): the input and the gate side by side, as the input projection gives them.
         directions: one or more, each with its own weights and sense.
         scale: 1 for the sum of the directions, 1 / len(directions) for the mean.
+        gates: (batch, length or 1, len(directions)), what each direction counts for each token or image.
+        skip: where no gradient is wanted, do not compute a direction for the images whose gate is 0.
         backend: None (choose), "reference", "torch", "cpu" or "triton".
 
     Returns:
         (batch, length, dim) in xz's type.
 
     Raises:
-        ValueError: xz does not fit the weights.
+        ValueError: xz or the gates do not fit the weights.
     """
     backends.check(backend)
     dim = directions[0].conv_weight.shape[0]
@@ -78,11 +88,23 @@ def mixer(xz: Tensor, directions: Sequence[Direction], scale: float = 1.0, *, ba
         raise ValueError(
             f"xz must have shape (batch, length, 2 * dim) = (batch, length, {2 * dim}), got {tuple(xz.shape)}"
         )
+    if gates is not None and (
+        gates.dim() != 3 or gates.shape[1] not in (1, xz.shape[1]) or gates.shape[::2] != (len(xz), len(directions))
+    ):
+        raise ValueError(
+            f"gates must have shape (batch, length or 1, directions) = ({len(xz)}, {xz.shape[1]} or 1, "
+            f"{len(directions)}), got {tuple(gates.shape)}"
+        )
     if backend == "reference":
-        return reference.mixer(xz, directions, scale)
+        return reference.mixer(xz, directions, scale, gates)
     wide = torch.float64 if xz.dtype == torch.float64 else torch.float32
     weights = [w if w.dtype == wide else w.to(wide) for d in directions for w in d.weights]
     save_states = torch.is_grad_enabled() and any(t.requires_grad for t in (xz, *weights))
+    if gates is not None:
+        gates = gates.to(wide)
+        differentiable = torch.is_grad_enabled() and (save_states or gates.requires_grad)
+        if differentiable or not hasattr(backends.resolve(backend or "", xz.device, xz.dtype), "mixer_takes_gates"):
+            return _one_by_one(xz, directions, scale, gates, skip and not differentiable, backend)
     run = _forward if backends.values_only(xz) else torch.ops.vimamba.mixer
     out, _ = run(
         xz,
@@ -90,10 +112,28 @@ def mixer(xz: Tensor, directions: Sequence[Direction], scale: float = 1.0, *, ba
         [d.conv_reverse for d in directions],
         [d.scan_reverse for d in directions],
         scale,
+        gates,
         save_states,
         backend or "",
     )
     return out
+
+
+def _one_by_one(
+    xz: Tensor, directions: Sequence[Direction], scale: float, gates: Tensor, skip: bool, backend: str | None
+) -> Tensor:
+    """The sum of the mixers of single directions, each times its gate, for backends that weigh no directions."""
+    total: Tensor | None = None
+    for way, gate in zip(directions, gates.to(xz.dtype).split(1, dim=-1), strict=True):
+        images = gate[:, 0, 0].nonzero()[:, 0] if skip and gate.shape[1] == 1 else None
+        if images is None or len(images) == len(xz):
+            y = mixer(xz, [way], scale, backend=backend) * gate
+            total = y if total is None else total + y
+        elif len(images):
+            y = mixer(xz[images], [way], scale, backend=backend) * gate[images]
+            base = y.new_zeros(len(xz), *y.shape[1:]) if total is None else total
+            total = base.index_add(0, images, y)
+    return xz.new_zeros(*xz.shape[:2], xz.shape[2] // 2) if total is None else total
 
 
 def _directions(weights: list[Tensor], conv_reverse: list[bool], scan_reverse: list[bool]) -> list[Direction]:
@@ -188,9 +228,11 @@ def _composed_backward(
     return dxz_BLE, grads
 
 
-def _forward(xz, weights, conv_reverse, scan_reverse, scale, save_states, backend):
+def _forward(xz, weights, conv_reverse, scan_reverse, scale, gates, save_states, backend):
     module = backends.resolve(backend, xz.device, xz.dtype)
     directions = _directions(weights, conv_reverse, scan_reverse)
+    if gates is not None:
+        return module.mixer_forward(xz, directions, scale, save_states, gates)
     if hasattr(module, "mixer_forward"):
         return module.mixer_forward(xz, directions, scale, save_states)
     return _composed_forward(module, xz, directions, scale, save_states)
@@ -200,7 +242,7 @@ torch.library.impl("vimamba::mixer", "CompositeExplicitAutograd", _forward)
 
 
 @torch.library.register_fake("vimamba::mixer")
-def _forward_fake(xz, weights, conv_reverse, scan_reverse, scale, save_states, backend):
+def _forward_fake(xz, weights, conv_reverse, scan_reverse, scale, gates, save_states, backend):
     batch, length, width = xz.shape
     A_log = weights[5]
     count = len(scan_reverse)
@@ -223,7 +265,7 @@ def _backward_fake(dout, xz, weights, states, conv_reverse, scan_reverse, scale,
 
 
 def _setup_context(ctx, inputs, output):
-    xz, weights, ctx.conv_reverse, ctx.scan_reverse, ctx.scale, save_states, ctx.backend = inputs
+    xz, weights, ctx.conv_reverse, ctx.scan_reverse, ctx.scale, _, save_states, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     if save_states:
         ctx.save_for_backward(xz, *weights, output[1])
@@ -231,12 +273,12 @@ def _setup_context(ctx, inputs, output):
 
 def _backward_rule(ctx, dout, _dstates):
     if dout is None:
-        return (None,) * 7
+        return (None,) * 8
     xz, *weights, states = ctx.saved_tensors
     dxz, dweights = torch.ops.vimamba.mixer_backward(
         dout, xz, weights, states, ctx.conv_reverse, ctx.scan_reverse, ctx.scale, ctx.backend
     )
-    return dxz, dweights, None, None, None, None, None
+    return dxz, dweights, None, None, None, None, None, None
 
 
 torch.library.register_autograd("vimamba::mixer", _backward_rule, setup_context=_setup_context)

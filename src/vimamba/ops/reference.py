@@ -102,11 +102,13 @@ def rms_norm(
     return normed.to(out_dtype or x.dtype), total
 
 
-def mixer(xz_BLE: Tensor, directions: Sequence[Direction], scale: float = 1.0) -> Tensor:
+def mixer(
+    xz_BLE: Tensor, directions: Sequence[Direction], scale: float = 1.0, gates_BLR: Tensor | None = None
+) -> Tensor:
     """Convolution, projections, scan and gate of every direction, summed (arXiv 2401.09417, algorithm 1)."""
     x_BDL, z_BDL = xz_BLE.transpose(1, 2).chunk(2, dim=1)
     total: Tensor | None = None
-    for way in directions:
+    for r, way in enumerate(directions):
         c_BDL = causal_conv1d(x_BDL, way.conv_weight.flatten(1), way.conv_bias, "silu", reverse=way.conv_reverse)
         rank, state = way.dt_proj_weight.shape[1], way.A_log.shape[1]
         x_dbl = way.x_proj_weight.to(c_BDL.dtype) @ c_BDL
@@ -116,6 +118,8 @@ def mixer(xz_BLE: Tensor, directions: Sequence[Direction], scale: float = 1.0) -
             c_BDL, delta_BDL, way.decay_rates, B_BNL, C_BNL, way.D, z_BDL, way.dt_bias, True, reverse=way.scan_reverse
         )
         assert isinstance(y, Tensor)
+        if gates_BLR is not None:
+            y = y * gates_BLR[:, None, :, r]
         total = y if total is None else total + y
     assert total is not None
     return (total * scale).transpose(1, 2)

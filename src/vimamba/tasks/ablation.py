@@ -34,7 +34,7 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "row + column, shared": dict(paths=["row", "column"], path_weights="shared"),
     "snake": dict(paths=["snake"]),
     "row + window2": dict(paths=["row", "window2"]),
-    "gate": dict(merge="gate", gate_sparsity=0.02),
+    "gate": dict(merge="gate", gate_sparsity=0.15),
     "conv 2d": dict(conv="2d"),
     "conv stem": dict(stem="conv"),
     "sincos": dict(pos_embed="sincos"),
@@ -55,6 +55,7 @@ class Run:
 
     design: str
     seed: int
+    lr: float
     steps: int
     top1: float
     parameters: int
@@ -130,13 +131,14 @@ class AblationTask(ClassificationTask):
         self.step_times.append(time.perf_counter() - self.started)
 
 
-def run_design(design: str, seed: int, budget: Budget) -> Run:
-    """Train one design from one seed and measure it."""
+def run_design(design: str, seed: int, lr: float, budget: Budget) -> Run:
+    """Train one design from one seed with one learning rate and measure it."""
     torch.manual_seed(seed)
     model = budget.build(design)
     flops = budget.flops(model)
     augment = AugmentOptions(augment="affine")
-    task = AblationTask(model.train(), budget.card(design), budget.optim, augment, seed)
+    optim = dataclasses.replace(budget.optim, lr=lr)
+    task = AblationTask(model.train(), budget.card(design), optim, augment, seed)
     module = ImageDataModule(budget.data, task.card.preprocessing, augment, budget.optim.batch_size, 0, seed)
     steps = budget.steps(flops)
     trainer = pl.Trainer(
@@ -150,7 +152,7 @@ def run_design(design: str, seed: int, budget: Budget) -> Run:
     batches = [(b.images, b.targets) for b in module.eval_loader(budget.data.val)]
     model = task.model.eval().cpu()
     run = Run(
-        design, seed, steps, accuracy(model, batches), count_parameters(model), flops / 1e9,
+        design, seed, lr, steps, accuracy(model, batches), count_parameters(model), flops / 1e9,
         forward_ms(model, batches[0][0]), 1e3 * min(task.step_times), seconds,
     )  # fmt: skip
     return measure_skipping(run, model, batches) if DESIGNS[design].get("merge") == "gate" else run

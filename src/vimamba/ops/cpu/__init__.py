@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
+mixer_takes_gates = True
 _FEW_ROWS = 16
 _wide_vectors = False
 _LIBRARY = Path(__file__).parent / "_kernels.so"
@@ -284,9 +285,12 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 
 
 def mixer_forward(
-    xz_BLE: Tensor, directions: Sequence[Direction], scale: float, save_states: bool
+    xz_BLE: Tensor, directions: Sequence[Direction], scale: float, save_states: bool, gates: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The mixer between its linear layers: out (B, L, D), and if wanted the states (directions, B, K, D, N)."""
+    """The mixer between its linear layers: out (B, L, D), and if wanted the states (directions, B, K, D, N).
+
+    gates (B, L or 1, directions), float32, weigh the directions; one that is 0 for a whole image is not computed.
+    """
     if xz_BLE.stride(2) != 1:
         xz_BLE = xz_BLE.contiguous()
     batch, length, width = xz_BLE.shape
@@ -298,6 +302,7 @@ def mixer_forward(
         [weight.contiguous() for direction in directions for weight in direction.weights],
         [int(direction.conv_reverse) + 2 * int(direction.scan_reverse) for direction in directions],
         scale,
+        _contiguous(gates),
         out_BLD,
         states if save_states else None,
     )

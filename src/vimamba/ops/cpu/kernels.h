@@ -80,6 +80,7 @@ struct Product {  // of rows x (M, K) with a packed weight (N, K)
 };
 
 struct Direction {
+  int64_t index;
   const float *conv_weight, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A_log, *D;
   bool conv_reverse, scan_reverse;
   float* states;  // (B, K, D, N) or null
@@ -90,6 +91,8 @@ struct Mixer {
   bool bf16;
   float scale;
   Rows x, z, out;
+  const float* gates;  // (B, L or 1, directions), or null; a direction is not computed for an image whose gate is 0
+  int64_t gate_batch_stride, gate_time_stride;  // the latter 0 for one gate an image
 };
 
 // A block is one vector of channels that share a group; a group's last block may be short.

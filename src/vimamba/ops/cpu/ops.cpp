@@ -301,9 +301,10 @@ void mix_by_channels(const MixerCall& call, int64_t columns, float* projected) {
 }
 
 // weights: seven tensors a direction, in the order of vimamba.ops.mixer.Direction; flags: 1 for conv_reverse
-// plus 2 for scan_reverse; states: (directions, B, K, D, N) or none.
+// plus 2 for scan_reverse; gates: (B, L or 1, directions) or none, the last axis contiguous; states: (directions,
+// B, K, D, N) or none.
 void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int64_t> flags, double scale,
-                   Tensor out, Maybe states) {
+                   Maybe gates, Tensor out, Maybe states) {
   const int64_t count = flags.size(), dim = out.size(2);
   MixerCall call = {.k = kernels()};
   const int64_t element = is_bf16(xz) ? 2 : 4;
@@ -319,10 +320,13 @@ void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int
                 .scale = static_cast<float>(scale),
                 .x = x,
                 .z = z,
-                .out = {out.data_ptr(), out.stride(0), out.stride(1)}};
+                .out = {out.data_ptr(), out.stride(0), out.stride(1)},
+                .gates = data(gates),
+                .gate_batch_stride = gates ? gates->stride(0) : 0,
+                .gate_time_stride = gates && gates->size(1) > 1 ? gates->stride(1) : 0};
   for (int64_t d = 0; d < count; ++d) {
     const Tensor* w = &weights[7 * d];
-    call.directions.push_back({data(w[0]), data(w[1]), data(w[2]), data(w[3]), data(w[4]), data(w[5]),
+    call.directions.push_back({d, data(w[0]), data(w[1]), data(w[2]), data(w[3]), data(w[4]), data(w[5]),
                                data(w[6]), (flags[d] & 1) != 0, (flags[d] & 2) != 0,
                                states ? data(*states) + d * states->stride(0) : nullptr});
   }
@@ -377,8 +381,8 @@ STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
       "Tensor(b!) dweight) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def(
-      "mixer_forward(Tensor xz, Tensor[] weights, int[] flags, float scale, Tensor(a!) out, Tensor(b!)? "
-      "states) -> ()");
+      "mixer_forward(Tensor xz, Tensor[] weights, int[] flags, float scale, Tensor? gates, Tensor(a!) out, "
+      "Tensor(b!)? states) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CompositeExplicitAutograd, m) {
