@@ -1,13 +1,14 @@
 """The least time a forward pass can take on this machine: its matrix products and its state updates, and nothing else.
 
-Matrix products run in the very shapes and type of the model at that length, as `linear` does them. State updates run
-in floor.cpp, with everything in registers; where there is no compiler, as torch.exp and torch.addcmul over a tensor
-in cache, which is slower than the floor. Not counted: memory traffic between the two, convolution, normalisation,
-softplus, gate.
+Matrix products run in the very shapes and type of the model at that length, as `vimamba.ops.linear` does them. State
+updates run in floor.cpp, with everything in registers; where there is no compiler, as torch.exp and torch.addcmul over
+a tensor in cache, which is slower than the floor. Not counted: memory traffic between the two, convolution,
+normalisation, softplus, gate.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import dataclasses
 import os
@@ -22,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from vimamba.benchmark.entries import DTYPES, Entry, build, step_of
 from vimamba.benchmark.timing import alternate, ratio
 from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.ops import linear
 
 SOURCE = Path(__file__).with_name("floor.cpp")
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-shared", "-fPIC", "-std=c++20")
@@ -60,7 +61,7 @@ class Floor:
         start = time.perf_counter()
         for x, weight, count in self._operands:
             for _ in range(count):
-                F.linear(x, weight)
+                linear(x, weight)
         middle = time.perf_counter()
         self._update(self.updates)
         self.seconds.append((middle - start, time.perf_counter() - middle))
@@ -136,7 +137,13 @@ def multiple(entry: Entry, repeats: int, seconds: float) -> tuple[float, Floor]:
     return ratio(ours, least), floor
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the floor and the multiple of it, in both types."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for dtype in ("float32", "bfloat16"):
         times, floor = multiple(Entry("vim_tiny_patch16_224", 1248, dtype=dtype), repeats=10, seconds=20)
         print(f"Vim-Ti, 1248 px, {dtype}: {times:.2f} times the floor of {floor}")
+
+
+if __name__ == "__main__":
+    main()

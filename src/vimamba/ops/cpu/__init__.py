@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vimamba.ops import chunked
 from vimamba.ops.backends import CHUNK
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
 mixer_takes_gates = True
 _FEW_ROWS = 16
+_MOST_TAPS = 16  # kMaxWidth in kernels.h
 _wide_vectors = False
 _LIBRARY = Path(__file__).parent / "_kernels.so"
 
@@ -216,6 +218,8 @@ def _sum_projection_gradient(gradient: Tensor, x: Tensor) -> Tensor:
 
 def conv_forward(x_BDL: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     """Depthwise causal convolution, and SiLU."""
+    if weight_DW.shape[1] > _MOST_TAPS:
+        return chunked.conv_forward(x_BDL, weight_DW, bias_D, silu, reverse)
     y_BDL = _like(x_BDL)
     torch.ops.vimamba_cpu.conv_forward(
         _channels_contiguous(x_BDL), weight_DW.contiguous(), _contiguous(bias_D), silu, reverse, y_BDL
@@ -227,6 +231,8 @@ def conv_backward(
     dy_BDL: Tensor, x_BDL: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, the weight and the bias."""
+    if weight_DW.shape[1] > _MOST_TAPS:
+        return chunked.conv_backward(dy_BDL, x_BDL, weight_DW, bias_D, silu, reverse)
     dx_BDL = _like(x_BDL)
     parts = torch.get_num_threads()
     dweight_SDW = weight_DW.new_zeros(parts, *weight_DW.shape)
