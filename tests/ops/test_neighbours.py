@@ -42,7 +42,9 @@ def compare(function, twin, tensors, tolerance):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize(("length", "width", "dim"), [(70, 4, 12), (1, 4, 5), (2, 3, 33), (9, 1, 16), (130, 7, 3), (40, 20, 8)])
+@pytest.mark.parametrize(
+    ("length", "width", "dim"), [(70, 4, 12), (1, 4, 5), (2, 3, 33), (9, 1, 16), (130, 7, 3), (40, 20, 8)]
+)
 def test_convolution(length, width, dim, activation, reverse, dtype, backend):
     x = rand(2, length, dim).to(dtype).transpose(1, 2)
     weight, bias = rand(dim, width).float(), rand(dim).float()
