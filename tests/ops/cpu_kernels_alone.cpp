@@ -146,8 +146,27 @@ static void check_scan(int64_t D, int64_t L, int64_t N, bool reverse) {
   expect("scan backward", found, wanted, scale);
 }
 
+static void check_linear(int64_t M, int64_t K, int64_t N) {
+  const vector<float> x = normal(M * K), weight = normal(N * K), bias = normal(N);
+  vector<float> out(M * N);
+  const int64_t panels = k.linear_panels(N), half = panels / 2;
+  for (const auto [first, last] : {std::pair(int64_t{0}, half), std::pair(half, panels)}) {
+    vector<float> packed(k.linear_packed(last - first, K));
+    k.linear_pack(weight.data(), N, K, first, last, packed.data());
+    k.linear_multiply({x.data(), packed.data(), bias.data(), out.data(), K, N, N, K}, 0, M, first, last);
+  }
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = bias[n];
+      for (int64_t i = 0; i < K; ++i) sum += double(x[m * K + i]) * weight[n * K + i];
+      expect("linear", out[m * N + n], sum, 1 + std::sqrt(double(K)));
+    }
+}
+
 static void check_mixer(int64_t D, int64_t L, int64_t N, int64_t R, bool reverse) {
   Problem p(D, L, N, reverse);
+  const vector<float> A_log = normal(D * N), gates = normal(L);
+  for (int64_t i = 0; i < D * N; ++i) p.A[i] = -std::exp(A_log[i]);
   vector<float> x = normal(L * D), taps = normal(D * 4), conv_bias = normal(D), out(L * D);
   vector<float> x_proj = normal((R + 2 * N) * D, 0.2), dt_proj = normal(D * R, 0.3);
   const Mixer mixer = {.batch = 1,
@@ -160,9 +179,21 @@ static void check_mixer(int64_t D, int64_t L, int64_t N, int64_t R, bool reverse
                        .scale = 0.5f,
                        .x = {x.data(), L * D, D},
                        .z = {p.z.data(), L * D, D},
-                       .out = {out.data(), L * D, D}};
-  const Direction way = {taps.data(), conv_bias.data(), x_proj.data(), dt_proj.data(), p.bias.data(),
-                         p.A.data(),  p.skip.data(),    reverse,       reverse,        nullptr};
+                       .out = {out.data(), L * D, D},
+                       .gates = gates.data(),
+                       .gate_batch_stride = L,
+                       .gate_time_stride = 1};
+  const Direction way = {.index = 0,
+                         .conv_weight = taps.data(),
+                         .conv_bias = conv_bias.data(),
+                         .x_proj = x_proj.data(),
+                         .dt_proj = dt_proj.data(),
+                         .dt_bias = p.bias.data(),
+                         .A_log = A_log.data(),
+                         .D = p.skip.data(),
+                         .conv_reverse = reverse,
+                         .scan_reverse = reverse,
+                         .states = nullptr};
   const int64_t blocks = blocks_of(D, 1, k.lanes);
   vector<float> packed(k.mixer_packed(mixer)), scratch(k.mixer_scratch(mixer)), state(blocks * N * k.lanes);
   k.mixer_pack(mixer, way, packed.data());
@@ -193,10 +224,12 @@ static void check_mixer(int64_t D, int64_t L, int64_t N, int64_t R, bool reverse
     }
   }
   const vector<double> plain = p.plain();
-  for (int64_t i = 0; i < L * D; ++i) expect("mixer", out[i], 0.5 * plain[i], 1 + std::abs(plain[i]));
+  for (int64_t i = 0; i < L * D; ++i)
+    expect("mixer", out[i], 0.5 * gates[i / D] * plain[i], 1 + std::abs(plain[i]));
 }
 
 int main() {
+  for (const int64_t M : {1, 7, 50}) check_linear(M, 37, 101), check_linear(M, 3, 5);
   for (const bool reverse : {false, true}) {
     for (const int64_t N : {1, 5, 16, 19}) check_scan(37, 131, N, reverse);
     check_scan(1, 1, 16, reverse);

@@ -6,10 +6,12 @@ That they compute the right thing over shapes, types and options is tested with 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +169,21 @@ def test_bfloat16_mixer_is_close(each_set):
     out, _ = cpu.mixer_forward(xz.bfloat16(), ways, 0.5, save_states=False)
     assert out.dtype == torch.bfloat16
     assert error(out, truth) < 5e-3
+
+
+def test_the_kernels_alone_under_the_sanitizers(tmp_path):
+    """Without Python or PyTorch, as CONTRIBUTING.md runs them in emulators and valgrind too."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    kernels, program = Path(cpu.__file__).parent, tmp_path / "alone"
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    sources = [str(Path(__file__).with_name("cpu_kernels_alone.cpp")), str(kernels / "kernels.cpp")]
+    command = [compiler, "-std=c++20", "-O1", f"-I{kernels}", *sources, "-o", str(program)]
+    if subprocess.run([*command, *sanitizers], capture_output=True, check=False).returncode:
+        subprocess.run(command, check=True)  # a compiler without the sanitizers' libraries
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_misaligned_memory(each_set):

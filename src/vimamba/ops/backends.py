@@ -75,6 +75,7 @@ def values_only(x: Tensor) -> bool:
     """
     return not (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch.is_grad_enabled()
         or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack()
