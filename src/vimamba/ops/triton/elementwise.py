@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: softplus, sigmoid, the address of a tile and the order of steps.
+"""Device functions that the kernels share: softplus, sigmoid, the work of a program and the order of steps.
 
 exp(x) is exp2(x log2(e)): one MUFU.EX2 instruction, relative error 2 ulp.
 """
@@ -58,6 +58,37 @@ def channel_tile(block, blocks_per_group, group_dim, CHANNELS: tl.constexpr, LAN
     else:
         exists = local < group_dim
     return group * group_dim + local, exists, group
+
+
+@triton.jit
+def share_of_work(
+    groups, group_dim, blocks_per_group, batch, segments, first_segment, segment_length, length, reverse_mask,
+    CHANNELS: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """What a program works on: its channels (see `channel_tile`), its segment of time from step `begin` to `end`, and
+    its sequence, which is batch element b of direction r, and whether that runs backwards.
+    """
+    n_blocks = groups * blocks_per_group
+    pid = tl.program_id(0)
+    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES, EVEN)
+    segment = (pid // n_blocks) % segments + first_segment
+    sequence = (pid // (n_blocks * segments)).to(tl.int64)
+    b, r = sequence % batch, sequence // batch
+    backwards = (reverse_mask >> r.to(tl.int32)) & 1
+    begin = segment * segment_length
+    end = tl.minimum(begin + segment_length, length)
+    return channel, exists, group, segment, begin, end, sequence, b, r, backwards
+
+
+@triton.jit
+def state_tile(A, channel, exists, state_stride, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The states of a tile of channels: their numbers, which exist, where each lies in a (dim, N) matrix, and
+    A log2(e) of each.
+    """
+    n = tl.arange(0, BLOCK_N)
+    mask = exists[:, None, :] & (n < N)[None, :, None]
+    offsets = channel[:, None, :] * N + n[None, :, None] * state_stride
+    return n, mask, offsets, tl.load(A + offsets, mask=mask, other=0.0) * LOG2E
 
 
 @triton.jit

@@ -16,7 +16,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, row_of, sigmoid, step_size
+from vimamba.ops.triton.elementwise import (
+    LOG2E,
+    both,
+    position,
+    row_of,
+    share_of_work,
+    sigmoid,
+    state_tile,
+    step_size,
+)
 from vimamba.ops.triton.scan_forward import load_rows
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "dout", "du", "ddelta", "dz") for axis in "rbl"]
@@ -50,21 +59,12 @@ def scan_backward_kernel(
 ):  # fmt: skip
     TILE: tl.constexpr = CHANNELS * BLOCK_N * LANES
     dim = groups * group_dim
-    n_blocks = groups * blocks_per_group
-    pid = tl.program_id(0)
-    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES, EVEN)
-    segment = (pid // n_blocks) % n_segments
-    sequence = (pid // (n_blocks * n_segments)).to(tl.int64)
-    b, r = sequence % batch, sequence // batch
+    channel, exists, group, segment, begin, end, sequence, b, r, backwards = share_of_work(
+        groups, group_dim, blocks_per_group, batch, n_segments, 0, segment_length, length, reverse_mask,
+        CHANNELS, LANES, EVEN,
+    )  # fmt: skip
     slot = sequence * n_segments + segment
-    backwards = (reverse_mask >> r.to(tl.int32)) & 1
-    begin = segment * segment_length
-    end = tl.minimum(begin + segment_length, length)
-
-    n = tl.arange(0, BLOCK_N)
-    state_mask = exists[:, None, :] & (n < N)[None, :, None]
-    state_offsets = channel[:, None, :] * N + n[None, :, None] * state_stride
-    A2 = tl.load(A + r * dim * N + state_offsets, mask=state_mask, other=0.0) * LOG2E
+    n, state_mask, state_offsets, A2 = state_tile(A + r * dim * N, channel, exists, state_stride, N, BLOCK_N)
     if CONST_B:
         B_tile = tl.load(B_const + state_offsets, mask=state_mask, other=0.0)
     if CONST_C:
@@ -90,7 +90,7 @@ def scan_backward_kernel(
     # 64-bit indices let the compiler turn all but one address into immediate offsets.
     flat = tl.arange(0, CHANNELS).to(tl.int64)[:, None, None] * BLOCK_N + n.to(tl.int64)[None, :, None]
     flat = flat * LANES + (tl.arange(0, LANES) * state_stride).to(tl.int64)[None, None, :]
-    scratch_row = scratch + pid.to(tl.int64) * (CHUNK // UNROLL) * TILE
+    scratch_row = scratch + tl.program_id(0).to(tl.int64) * (CHUNK // UNROLL) * TILE
 
     dA_tile = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
     if CONST_B:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, row_of, sigmoid, step_size
+from vimamba.ops.triton.elementwise import both, position, row_of, share_of_work, sigmoid, state_tile, step_size
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "out") for axis in "rbl"]
 RUN_TIME = [*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"]
@@ -50,20 +50,11 @@ def scan_forward_kernel(
     SAVE_STATES: tl.constexpr, HAS_CARRY: tl.constexpr,
 ):  # fmt: skip
     dim = groups * group_dim
-    n_blocks = groups * blocks_per_group
-    pid = tl.program_id(0)
-    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES, EVEN)
-    segment = (pid // n_blocks) % n_segments
-    sequence = (pid // (n_blocks * n_segments)).to(tl.int64)
-    b, r = sequence % batch, sequence // batch
-    backwards = (reverse_mask >> r.to(tl.int32)) & 1
-    begin = segment * segment_length
-    end = tl.minimum(begin + segment_length, length)
-
-    n = tl.arange(0, BLOCK_N)
-    state_mask = exists[:, None, :] & (n < N)[None, :, None]
-    state_offsets = channel[:, None, :] * N + n[None, :, None] * state_stride
-    A2 = tl.load(A + r * dim * N + state_offsets, mask=state_mask, other=0.0) * LOG2E
+    channel, exists, group, segment, begin, end, sequence, b, r, backwards = share_of_work(
+        groups, group_dim, blocks_per_group, batch, n_segments, 0, segment_length, length, reverse_mask,
+        CHANNELS, LANES, EVEN,
+    )  # fmt: skip
+    n, state_mask, state_offsets, A2 = state_tile(A + r * dim * N, channel, exists, state_stride, N, BLOCK_N)
     if CONST_B:
         B_tile = tl.load(B_const + state_offsets, mask=state_mask, other=0.0)
     if CONST_C:

@@ -15,7 +15,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vimamba.ops.triton.elementwise import LOG2E, both, channel_tile, position, row_of, sigmoid, step_size
+from vimamba.ops.triton.elementwise import (
+    LOG2E,
+    both,
+    position,
+    row_of,
+    share_of_work,
+    sigmoid,
+    state_tile,
+    step_size,
+)
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("x", "delta", "z") for axis in "rbl"]
 
@@ -34,20 +43,11 @@ def segment_kernel(
 ):  # fmt: skip
     """Summaries of all segments but the last, or for the gradient (x is dout then) but the first."""
     dim = groups * group_dim
-    n_blocks = groups * blocks_per_group
-    pid = tl.program_id(0)
-    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES, EVEN)
-    segment = (pid // n_blocks) % (n_segments - 1) + (1 if GRADIENT else 0)
-    sequence = (pid // (n_blocks * (n_segments - 1))).to(tl.int64)
-    b, r = sequence % batch, sequence // batch
-    backwards = (reverse_mask >> r.to(tl.int32)) & 1
-    begin = segment * segment_length
-    end = tl.minimum(begin + segment_length, length)
-
-    n = tl.arange(0, BLOCK_N)
-    state_mask = exists[:, None, :] & (n < N)[None, :, None]
-    state_offsets = channel[:, None, :] * N + n[None, :, None] * state_stride
-    A2 = tl.load(A + r * dim * N + state_offsets, mask=state_mask, other=0.0) * LOG2E
+    channel, exists, group, segment, begin, end, sequence, b, r, backwards = share_of_work(
+        groups, group_dim, blocks_per_group, batch, n_segments - 1, 1 if GRADIENT else 0, segment_length, length,
+        reverse_mask, CHANNELS, LANES, EVEN,
+    )  # fmt: skip
+    n, state_mask, state_offsets, A2 = state_tile(A + r * dim * N, channel, exists, state_stride, N, BLOCK_N)
     if CONST:
         M_tile = tl.load(M_const + state_offsets, mask=state_mask, other=0.0)
     shift = tl.load(bias + r * dim + channel * state_stride, mask=exists, other=0.0) if HAS_BIAS else 0.0
