@@ -88,7 +88,11 @@ def findings(file: Path) -> str:
         clear = abs(mean - base) > spread + own
         verdict = ("above" if mean > base else "below") if clear else "not told apart from"
         clauses.append(f"{name} is {verdict} ssm_conv ({mean - base:+.2f} points)")
-    return "Against the spread of the seeds: " + "; ".join(clauses) + "."
+    rates: dict[str, list[str]] = {}
+    for row in rows:
+        rates.setdefault(row[4], []).append(row[0])
+    best = "; ".join(f"{rate} for {', '.join(names)}" for rate, names in sorted(rates.items()))
+    return f"Against the spread of the seeds: {'; '.join(clauses)}.\n\nBest learning rate: {best}."
 
 
 SWITCHES = """# Bidirectional designs

@@ -2,8 +2,9 @@
 
 A backend is a module with the functions `scan_forward`, `scan_backward`, `conv_forward`, `conv_backward`,
 `norm_forward` and `norm_backward` on arguments that the public functions have already checked, and,
-where it fuses the whole mixer, `mixer_forward` and `mixer_backward`. The plain loop in `reference.py` is not
-among them: it is ordinary differentiable PyTorch that the public functions call directly.
+where it fuses the whole mixer, `mixer_forward` (with `mixer_takes_gates`, if it does) and `mixer_backward`, and
+`linear` with `linear_pays` where it has a product of its own. The plain loop in `reference.py` is not among them: it
+is ordinary differentiable PyTorch that the public functions call directly.
 """
 
 from __future__ import annotations

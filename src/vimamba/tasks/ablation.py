@@ -107,7 +107,7 @@ def open_study_data(name: str) -> ImageData:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        raise UserError("--data digits: needs the package scikit-learn; run pip install scikit-learn") from None
+        raise UserError("--data digits: needs the package scikit-learn; run pip install 'vimamba[study]'") from None
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
     held_out = np.arange(len(images)) % 4 == 3
