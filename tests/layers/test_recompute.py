@@ -6,14 +6,18 @@ import pytest
 import torch
 
 from vimamba.layers import recompute
+from vimamba.layers.block import Block
 from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.layers.norm import NORMS
+from vimamba.layers.tokens import Layout
 
 
-def gradients(monkeypatch, long: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
-    """Gradients of a mixer's input and parameters, and the bytes that autograd kept for them."""
+def gradients(monkeypatch, long: int, dtype: torch.dtype, norm: str = "rms") -> tuple[list[torch.Tensor], int]:
+    """Gradients of a block's input and parameters, and the bytes that autograd kept for them."""
     monkeypatch.setattr(recompute, "LONG", long)
     torch.manual_seed(0)
-    mixer = BidirectionalMixer(16, bias=True)
+    block = Block(BidirectionalMixer(16, bias=True), NORMS[norm](16))
+    torch.nn.init.normal_(block.norm.weight)
     x = torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
     kept: dict[int, int] = {}
 
@@ -23,19 +27,36 @@ def gradients(monkeypatch, long: int, dtype: torch.dtype) -> tuple[list[torch.Te
 
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     with autocast, torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        out = mixer(x)
-    out.float().square().sum().backward()
-    return [x.grad, *(p.grad for p in mixer.parameters())], sum(kept.values())
+        out, residual = block(x, x.cos())
+    (out.float().square().sum() + residual.sum()).backward()
+    return [x.grad, *(p.grad for p in block.parameters())], sum(kept.values())
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_those_of_a_kept_projection(monkeypatch, dtype):
-    kept, _ = gradients(monkeypatch, 51, dtype)
-    again, _ = gradients(monkeypatch, 50, dtype)
+def test_gradients_are_those_of_kept_activations(monkeypatch, dtype, norm):
+    kept, _ = gradients(monkeypatch, 51, dtype, norm)
+    again, _ = gradients(monkeypatch, 50, dtype, norm)
     for a, b in zip(kept, again, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_the_projection_is_not_kept(monkeypatch):
+def test_neither_the_norm_nor_the_projection_is_kept(monkeypatch):
     kept, again = (gradients(monkeypatch, long, torch.float32)[1] for long in (51, 50))
-    assert kept - again >= 2 * 50 * 64 * 4
+    assert kept - again >= 2 * 50 * (16 + 64) * 4
+
+
+@pytest.mark.parametrize(
+    "options", [{"conv": "2d"}, {"pooled_token": True, "mode": "none"}, {"paths": ["row", "column"]}]
+)
+def test_what_stands_between_projection_and_scan_is_not_lost(monkeypatch, options):
+    torch.manual_seed(0)
+    block = Block(BidirectionalMixer(16, **options), NORMS["rms"](16))
+    x = torch.randn(2, 48, 16)
+    grads = []
+    for long in (1000, 40):
+        monkeypatch.setattr(recompute, "LONG", long)
+        out, _ = block(x, None, layout=Layout((6, 8), ()))
+        grads.append(torch.autograd.grad(out.square().sum(), list(block.parameters())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vimamba.layers import recompute
 from vimamba.layers.mixer import BidirectionalMixer
 from vimamba.layers.norm import LayerNorm, RMSNorm
 from vimamba.layers.tokens import Layout
@@ -32,4 +33,12 @@ class Block(nn.Module):
         if residual is not None:
             hidden = self.drop_path(hidden)
         normed, residual = self.norm(hidden, residual)
-        return self.mixer(normed, reverse, layout), residual
+        if not recompute.pays(normed):
+            return self.mixer(normed, reverse, layout), residual
+        stream, dtype = residual.detach(), normed.dtype
+
+        def again() -> Tensor:
+            return self.norm(stream)[0].to(dtype)
+
+        with recompute.instead_of(normed, again):
+            return self.mixer(normed, reverse, layout, again), residual

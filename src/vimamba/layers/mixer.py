@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vimamba.layers import recompute
 from vimamba.layers.gate import DirectionGate
 from vimamba.layers.linear import Linear
 from vimamba.layers.paths import Path, parse_paths, route
-from vimamba.layers.recompute import projection_recomputed
 from vimamba.layers.tokens import Layout, insert_tokens, split_tokens
 from vimamba.ops import Direction, mixer
 
@@ -166,26 +167,48 @@ class BidirectionalMixer(nn.Module):
         """The weights and sense of each direction; `reverse` turns all of them round."""
         return [self._direction(way, reverse) for way in self.ways]
 
-    def forward(self, x: Tensor, reverse: bool = False, layout: Layout | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        reverse: bool = False,
+        layout: Layout | None = None,
+        again: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         """(batch, length, dim) to the same; `reverse` gives what the flipped sequence would, flipped back.
 
-        `layout` says where the tokens stand on the grid; only paths other than "row" and conv="2d" need it.
+        `layout` says where the tokens stand on the grid; only paths other than "row" and conv="2d" need it. `again`
+        computes x again, so that the backward pass of a long sequence need not keep it.
         """
         gates = self.gate(x) if self.gate is not None else None
         backward = self.ways[0].scan_reverse != reverse
         if self.pooled_token:
             mean = x.mean(1, keepdim=True)
-            x = torch.cat([x, mean] if backward else [mean, x], dim=1)
+            x, again = torch.cat([x, mean] if backward else [mean, x], dim=1), None
             layout = layout and layout.with_token(x.shape[1] - 1 if backward else 0)
         xz = self.in_proj(x)
         if self.conv2d is not None:
             xz = self._convolve_grid(xz, _needed(layout, 'conv="2d"'))
-        with projection_recomputed(self.in_proj, x, xz):
+        if recompute.pays(x) and self.conv2d is None:
+            with recompute.instead_of(xz, self._projection(x, again, xz.dtype)):
+                y = self._merged(xz, self._weights(gates), reverse, layout)
+        else:
             y = self._merged(xz, self._weights(gates), reverse, layout)
         out = self.out_proj(y)
         if self.pooled_token:
             out = out[:, :-1] if backward else out[:, 1:]
         return out if self.gamma is None else out * self.gamma
+
+    def _projection(self, x: Tensor, again: Callable[[], Tensor] | None, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Computes in_proj again, in the type that autocast gave it."""
+        kept = x.detach() if again is None else None
+
+        def project() -> Tensor:
+            source = again() if kept is None else kept  # type: ignore[misc]
+            bias = None if self.in_proj.bias is None else self.in_proj.bias.to(dtype)
+            with torch.autocast(source.device.type, enabled=False):
+                return F.linear(source.to(dtype), self.in_proj.weight.to(dtype), bias)
+
+        return project
 
     def _convolve_grid(self, xz_BLE: Tensor, layout: Layout) -> Tensor:
         """The 2-D convolution of the patches' input half; the gate and the other tokens stay."""
