@@ -179,7 +179,7 @@ def test_gated_mixer(mode, per, backend):
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", USABLE)
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3, 9])
 def test_a_closed_gate_is_not_computed(batch, backend):
     xz, weights = rand(batch, 70, 48).float(), direction_weights(24, 16, 3, 2)
     gates = torch.ones(batch, 1, 2)

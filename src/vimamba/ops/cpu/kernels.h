@@ -91,7 +91,7 @@ struct Mixer {
   bool bf16;
   float scale;
   Rows x, z, out;
-  const float* gates;  // (B, L or 1, directions), or null; a direction is not computed for an image whose gate is 0
+  const float* gates;  // (B, L or 1, directions), or null
   int64_t gate_batch_stride, gate_time_stride;  // the latter 0 for one gate an image
 };
 

@@ -133,27 +133,6 @@ inline float gate_of(const Mixer& m, const Direction& direction, int64_t b, int6
   return m.gates[b * m.gate_batch_stride + position * m.gate_time_stride + direction.index];
 }
 
-inline bool is_skipped(const Mixer& m, const Direction& direction, int64_t b) {
-  return m.gates && m.gate_time_stride == 0 && gate_of(m, direction, b, 0) == 0.0f;
-}
-
-// What is left of a direction that is not computed: the first clears out, the last applies scale * SiLU(z).
-template <class T>
-void skip_steps(const Mixer& m, const Direction& direction, int64_t b, int64_t step_begin, int64_t step_end,
-                int64_t begin, int64_t end, bool first, bool last) {
-  if (!first && !last) return;
-  for (int64_t step = step_begin; step < step_end; ++step) {
-    const int64_t position = position_of(m, direction, step);
-    for (int64_t i = begin; i < end; ++i) {
-      const Block block = block_at(i, m.dim, 1);
-      T* out = row<T>(m.out, b, position) + block.channel;
-      vf y = first ? vf{} : load((const T*)out, block.lanes);
-      if (last) y *= m.scale * silu(load(row<const T>(m.z, b, position) + block.channel, block.lanes));
-      store(out, y, block.lanes);
-    }
-  }
-}
-
 // out gains gate (y + D c); the last direction to pass also applies scale * SiLU(z).
 template <class T>
 inline void add_tile(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
@@ -192,8 +171,6 @@ template <class T>
 void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
                       int64_t step_begin, int64_t step_end, int64_t begin, int64_t end, const float* given,
                       float* state, bool first, bool last, const MixerScratch& s) {
-  if (is_skipped(m, direction, b))
-    return skip_steps<T>(m, direction, b, step_begin, step_end, begin, end, first, last);
   const int64_t N = m.state, columns = projected_columns(m);
   int steps;
   for (int64_t step = step_begin; step < step_end; step += steps) {

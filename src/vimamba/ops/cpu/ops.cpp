@@ -250,8 +250,27 @@ struct MixerCall {
   float* state_of(int64_t b, int64_t direction) const {
     return state + (b * static_cast<int64_t>(directions.size()) + direction) * state_floats;
   }
+  bool skips(int64_t b, int64_t d) const {
+    return mixer.gates && mixer.gate_time_stride == 0 && mixer.gates[b * mixer.gate_batch_stride + d] == 0;
+  }
+  // Whether there are directions [begin, end) and an image skips all of them.
+  bool skips_all(int64_t b, int64_t begin, int64_t end) const {
+    for (int64_t d = begin; d < end; ++d)
+      if (!skips(b, d)) return false;
+    return begin < end;
+  }
+  bool skips_any() const {
+    for (int64_t b = 0; b < mixer.batch; ++b)
+      for (size_t d = 0; d < directions.size(); ++d)
+        if (skips(b, d)) return true;
+    return false;
+  }
+  // `first` and `last` say how the directions follow each other if none is skipped.
   void scan(int64_t b, int64_t d, int64_t step_begin, int64_t step_end, int64_t begin, int64_t end,
             const float* projected, bool first, bool last) const {
+    if (skips(b, d)) return;
+    first = first || skips_all(b, 0, d);
+    last = last || skips_all(b, d + 1, directions.size());
     k.mixer_scan(mixer, directions[d], packed_of(d), b, step_begin, step_end, begin, end, projected,
                  state_of(b, d), first, last, scratch<0>(k.mixer_scratch(mixer)));
   }
@@ -287,6 +306,7 @@ void mix_by_channels(const MixerCall& call, int64_t columns, float* projected) {
     float* memory = scratch<0>(call.k.mixer_scratch(call.mixer));
     for_each_stretch(batch * count, length, part, parts, [&](int64_t at, int64_t begin, int64_t end) {
       const int64_t d = at % count;
+      if (call.skips(at / count, d)) return;
       call.k.mixer_project(call.mixer, call.directions[d], call.packed_of(d), at / count, begin, end,
                            projected + at * length * columns, memory);
     });
@@ -336,11 +356,16 @@ void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int
   const int64_t columns = (m.dt_rank + 2 * m.state + call.k.lanes - 1) / call.k.lanes * call.k.lanes;
   const bool opposite = count == 2 && call.directions[0].scan_reverse != call.directions[1].scan_reverse;
   const bool by_batch = m.batch % threads() == 0 || m.batch >= 4 * threads();
-  const bool by_halves = !by_batch && opposite && 2 * m.batch % threads() == 0 && m.length > 1;
+  const bool even = 2 * m.batch % threads() == 0 && !call.skips_any();
+  const bool by_halves = !by_batch && opposite && even && m.length > 1;
   const int64_t projected = by_batch || by_halves ? 0 : m.batch * count * m.length * columns;
   call.packed = scratch<1>(count * call.packed_floats + m.batch * count * call.state_floats + projected);
   call.state = call.packed + count * call.packed_floats;
   std::memset(call.state, 0, m.batch * count * call.state_floats * sizeof(float));
+  for (int64_t b = 0; b < m.batch; ++b)
+    if (call.skips_all(b, 0, count))
+      std::memset(static_cast<char*>(out.data_ptr()) + b * out.stride(0) * element, 0,
+                  m.length * dim * element);
   for (int64_t d = 0; d < count; ++d) call.k.mixer_pack(m, call.directions[d], call.packed_of(d));
   if (by_batch)
     mix_by_batch(call);
