@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -130,15 +131,20 @@ def machine_code(cubin: bytes) -> tuple[list[tuple[int, str, str]], int, int, in
     return code, number["REG"], max(number["STACK"], number["LOCAL"], 4 * len(local)), number["SHARED"]
 
 
-def innermost_loops(code: list[tuple[int, str, str]]) -> list[list[str]]:
-    """The names of the instructions of every loop that holds no other loop."""
+def loops(code: list[tuple[int, str, str]]) -> tuple[list[str], list[str]]:
+    """The names of the instructions in loops that hold no other loop, and of those in loops but not in such a one."""
     spans = []
     for address, name, rest in code:
         target = re.search(r"0x([0-9a-f]+)", rest)
         if name.startswith("BRA") and target and int(target[1], 16) < address:
             spans.append((int(target[1], 16), address))
-    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [[name for address, name, _ in code if low <= address <= high] for low, high in inner]
+    innermost = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+
+    def inside(address: int, some: list[tuple[int, int]]) -> bool:
+        return any(low <= address <= high for low, high in some)
+
+    inner = [name for address, name, _ in code if inside(address, innermost)]
+    return inner, [name for address, name, _ in code if inside(address, spans) and not inside(address, innermost)]
 
 
 def unit_of(name: str) -> str:
@@ -164,6 +170,7 @@ def analyse(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dic
         "BLOCK_N",
         "CHANNELS",
         "LANES",
+        "TIME",
         "UNROLL",
         "ROWS",
         "BLOCK",
@@ -182,27 +189,30 @@ def analyse(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dic
         result.spilled_bytes = 4 * sum(map(int, spills))
         return result
     code, result.registers, result.spilled_bytes, result.shared_bytes = machine_code(binary.asm["cubin"])
-    loops = innermost_loops(code)
-    body = [name for loop in loops for name in loop] or [name for _, name, _ in code]
+    inner, around = loops(code)
+    # Of threads along time, a turn with its loop over the states; of others what the innermost loops do.
+    body = inner * kwargs["N"] + around if "TIME" in kwargs else inner
+    body = body or [name for _, name, _ in code]
     result.cycles = scheduler_cycles(body, CARDS[arch])
     result.mix = dict(Counter(name.split(".")[0] for name in body).most_common(12))
     bound = dict(zip(kernel.arg_names, args, strict=False))
-    if "segment_length" in bound:
-        result.trips = min(bound["segment_length"], bound["length"]) / kwargs["UNROLL"]
-    elif loops and "ROWS" in kwargs:
-        result.trips = kwargs["ROWS"] + kwargs.get("WIDTH", 1) - 1
-    elif loops:
-        result.trips = bound.get("n_segments", 1)
+    if "UNROLL" in kwargs:
+        steps = min(bound.get("segment_length", bound["length"]), bound["length"])
+        result.trips = math.ceil(steps / (kwargs["UNROLL"] * kwargs.get("TIME", 1)))
+    elif inner and "WIDTH" in kwargs:
+        result.trips = kwargs["ROWS"] + kwargs["WIDTH"] - 1
+    elif inner and "count" in bound:
+        result.trips = math.ceil(bound["count"] / (kwargs["ROWS"] * grid[0]))
     else:
-        result.trips = 1
+        result.trips = bound.get("n_segments", 1)
     return result
 
 
 def predicted(launch: Launch, card: Card) -> tuple[float, str]:
     """Seconds that the busiest scheduler needs, and the unit that takes them."""
     unit, cycles = max(launch.cycles.items(), key=lambda item: item[1])
-    schedulers = 4 * card.processors
-    busiest = max(1, -(-launch.programs * launch.warps // schedulers))
+    at_once = card.processors * max(1, 4 // launch.warps)
+    busiest = math.ceil(launch.programs / at_once) * max(1.0, launch.warps / 4)
     return cycles * launch.trips * busiest / card.clock, unit
 
 

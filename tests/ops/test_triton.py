@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 from vimamba.ops import reference  # noqa: E402
 from vimamba.ops import triton as kernels  # noqa: E402
 from vimamba.ops.mixer import Direction  # noqa: E402
-from vimamba.ops.triton import plan, scan  # noqa: E402
+from vimamba.ops.triton import pack, plan, scan  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
@@ -146,22 +146,71 @@ CASES = {
 }
 
 
+def forward_in(tiling: plan.Tiling | plan.TimeTiling):
+    """A plan that always chooses `tiling`, with the blocks of states that the state at hand needs."""
+
+    def choose(sequences, groups, group_dim, length, state, processors):
+        return tiling._replace(block_n=plan.power_of_two(state))
+
+    return choose
+
+
+@pytest.fixture(params=["channel", "time"])
+def either_kernel(request, monkeypatch):
+    """Both forward kernels: a thread for each channel, and 4 threads a channel along time, 4 steps each."""
+    tiling = plan.Tiling(2, 32, 4, 0, 0) if request.param == "channel" else plan.TimeTiling(8, 4, 4, 0)
+    monkeypatch.setattr(plan, "forward_tiling", forward_in(tiling))
+
+
 @interpreted
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_scan(case, reverse):
+def test_scan(case, reverse, either_kernel):
     check_scan(scan_case(**case), reverse=reverse)
 
 
 @interpreted
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_scan_over_several_chunks(reverse, short_chunks):
-    check_scan(scan_case(batch=2, dim=3, length=19, state=3), reverse=reverse)
+def test_scan_over_several_chunks(reverse, short_chunks, either_kernel):
+    check_scan(scan_case(batch=2, dim=3, length=37, state=3), reverse=reverse)
+
+
+@interpreted
+@pytest.mark.parametrize("time", [2, 8, 16])
+def test_threads_along_time(time, monkeypatch):
+    """Turns of 32 to 256 steps, of which the states before every 64 are kept."""
+    monkeypatch.setattr(plan, "forward_tiling", forward_in(plan.TimeTiling(32 // time, time, 16, 0)))
+    check_scan(scan_case(dim=3, length=150, state=3))
+
+
+@interpreted
+def test_parts_instead_of_atomics(monkeypatch):
+    """The deterministic backward pass, of two groups with several blocks of channels each."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    check_scan(scan_case(dim=80, length=5, state=2, groups=2))
+
+
+@interpreted
+def test_nothing_passes_from_one_sequence_to_the_next():
+    """The steps past the end of a sequence, where the next one lies in memory, do not reach it."""
+    case = scan_case(batch=2, length=11)
+    u, delta, A, B, C, D, z, bias = (case[k].float().to(DEVICE) for k in case if k != "options")
+    arguments = [u, delta, A, B, C, D, z, bias]
+    for tensor in (u, delta, B, C, z):
+        tensor[1] = float("nan")
+    for tiling in (plan.Tiling(2, 32, 4, 4, 0), plan.TimeTiling(8, 4, 4, 4)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "forward_tiling", lambda *_, tiling=tiling: tiling)
+            for reverse in (False, True):
+                out, last, _ = kernels.scan_forward(*arguments, True, reverse, False)
+                assert out[0].isfinite().all()
+                assert last[0].isfinite().all()
+                assert out[1].isnan().all()
 
 
 @interpreted
 @pytest.mark.parametrize("missing", ["D", "z", "bias", "softplus"])
-def test_scan_options(missing):
+def test_scan_options(missing, either_kernel):
     case = scan_case()
     if missing in case:
         case[missing] = None
@@ -175,11 +224,8 @@ def test_scan_options(missing):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
 def test_scan_in_segments_of_time(gate, reverse, monkeypatch, short_chunks):
-    def in_chunks(tiling):
-        return lambda *args: tiling(*args)._replace(segment=8)
-
-    monkeypatch.setattr(plan, "forward_tiling", in_chunks(plan.forward_tiling))
-    monkeypatch.setattr(plan, "backward_tiling", in_chunks(plan.backward_tiling))
+    tiling = plan.backward_tiling
+    monkeypatch.setattr(plan, "backward_tiling", lambda *args: tiling(*args)._replace(segment=8))
     case = scan_case(dim=2, length=19, state=2)
     if not gate:
         case["z"] = None
@@ -285,14 +331,23 @@ def test_refusals_name_the_way_out(monkeypatch):
 
 
 def test_plan_fills_the_machine():
-    """One large image is cut in time, a large batch is not, and every tiling fits in the registers."""
-    assert plan.forward_tiling(2, 1, 384, 6085, 16, 132).segments(6085) > 8
-    large = plan.forward_tiling(512, 1, 384, 6085, 16, 132)
-    assert (large.segments(6085), large.channels, large.lanes) == (1, 2, 32)
+    """Few channels get threads along time, many none, and every tiling fits in the registers."""
+    one_image = plan.forward_tiling(2, 1, 384, 6085, 16, 132)
+    assert isinstance(one_image, plan.TimeTiling)
+    assert one_image.time >= 8
+    many = plan.forward_tiling(512, 1, 384, 6085, 16, 132)
+    assert isinstance(many, plan.Tiling)
+    assert (many.channels, many.lanes) == (2, 32)
     for sequences in (1, 8, 64, 512):
         for length in (1, 197, 6085):
             for state in (1, 16, 64, 200):
-                for tiling in (plan.forward_tiling, plan.backward_tiling):
-                    chosen = tiling(sequences, 1, 384, length, state, 132)
-                    assert chosen.updates <= 32
-                    assert chosen.segment % scan.CHUNK == 0 or chosen.segments(length) == 1
+                forward = plan.forward_tiling(sequences, 1, 384, length, state, 132)
+                if isinstance(forward, plan.TimeTiling):
+                    assert forward.warps <= 4
+                    assert pack.PADDING.value % (forward.time * forward.unroll) == 0
+                else:
+                    assert forward.updates <= 32
+                backward = plan.backward_tiling(sequences, 1, 384, length, state, 132)
+                assert backward.updates <= 32
+                assert backward.segment % scan.CHUNK == 0 or backward.segments(length) == 1
+    assert plan.backward_tiling(2, 1, 384, 6085, 16, 132).segments(6085) > 8

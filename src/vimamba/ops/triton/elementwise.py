@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+PADDING = tl.constexpr(256)
+"""Rows of B and C are packed up to a multiple of so many steps: a multiple of every kernel's steps in one turn."""
 
 # Coefficients of log1p(e) / e on [0, 1] (a Chebyshev fit; relative error 1.8e-7 in float32, which log2(1 + e)
 # cannot give for small e, and small steps are what a trained model takes).
@@ -89,6 +91,21 @@ def state_tile(A, channel, exists, state_stride, N: tl.constexpr, BLOCK_N: tl.co
     mask = exists[:, None, :] & (n < N)[None, :, None]
     offsets = channel[:, None, :] * N + n[None, :, None] * state_stride
     return n, mask, offsets, tl.load(A + offsets, mask=mask, other=0.0) * LOG2E
+
+
+@triton.jit
+def packed_matrices(bc, sequence, groups, group, length, BLOCK_N: tl.constexpr):
+    """Where the packed B and C of a sequence and group begin; see `pack`."""
+    return bc + (sequence * groups + group) * (tl.cdiv(length, PADDING) * PADDING) * (2 * BLOCK_N)
+
+
+@triton.jit
+def matrix_row(rows, tile, step, n, BLOCK_N: tl.constexpr, CONSTANT: tl.constexpr):
+    """A packed row, of `step`, as a (1, BLOCK_N, 1) tile; the matrix's own tile if it is the same at every step."""
+    if CONSTANT:
+        return tile
+    else:
+        return tl.load(row_of(rows, step, 2 * BLOCK_N) + n)[None, :, None]
 
 
 @triton.jit

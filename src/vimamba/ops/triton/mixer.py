@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vimamba.ops.triton import conv, gate, scan
-from vimamba.ops.triton.plan import power_of_two
+from vimamba.ops.triton import conv, gate, pack, scan
 
 if TYPE_CHECKING:
     from vimamba.ops.mixer import Direction
@@ -45,6 +44,11 @@ def _stack(directions: list[Direction], dtype: torch.dtype) -> _Weights:
     )  # fmt: skip
 
 
+def _matrices(bc_RME: Tensor, batch: int, state: int) -> Tensor:
+    """B and C side by side, (R, batch * length, 2 * state), seen as (R, batch, 1, length, 2, state)."""
+    return bc_RME.unflatten(1, (batch, -1)).unflatten(-1, (2, state)).unsqueeze(2)
+
+
 class _Activations(NamedTuple):
     """What the scan of every direction is fed, and dt, from which delta was made."""
 
@@ -65,15 +69,9 @@ def _activations(xz_BLE: Tensor, weights: _Weights, z_RBDL: Tensor | None, scale
     x_dbl_RME = torch.bmm(c_RBLD.view(directions, tokens, dim), weights.x_proj_RED.transpose(1, 2))
     dt_RMK = x_dbl_RME[..., :rank]
     delta_RBLD = torch.bmm(dt_RMK, weights.dt_proj_RDK.transpose(1, 2)).view(c_RBLD.shape)
-    bc_RMSN = x_dbl_RME[..., rank:].unflatten(-1, (2, state))
-    block_n = power_of_two(state)
-    if block_n == state:
-        packed = bc_RMSN.float().contiguous()
-    else:
-        packed = bc_RMSN.new_zeros((directions, tokens, 2, block_n), dtype=torch.float32)
-        packed[..., :state].copy_(bc_RMSN)
+    B_RBGNL, C_RBGNL = _matrices(x_dbl_RME[..., rank:], batch, state).permute(4, 0, 1, 2, 5, 3)
     inputs = scan.Scan(
-        c_RBLD.transpose(2, 3), delta_RBLD.transpose(2, 3), weights.A_RDN, packed, None, None, weights.D_RD,
+        c_RBLD.transpose(2, 3), delta_RBLD.transpose(2, 3), weights.A_RDN, B_RBGNL, C_RBGNL, None, None, weights.D_RD,
         z_RBDL, weights.dt_bias_RD, 1, True, weights.scan_mask, scale,
     )  # fmt: skip
     return _Activations(c_RBLD, dt_RMK, inputs)
@@ -109,7 +107,7 @@ def mixer_backward(
         a.scan, dout_BLD.transpose(1, 2).expand(count, -1, -1, -1), None, states_RBKDN,
         dc_RBLD.transpose(2, 3), ddelta_RBLD.transpose(2, 3), dz_RBLD.transpose(2, 3),
     )  # fmt: skip
-    assert grads.dbc_RBGLN is not None
+    assert grads.dbc_PRBGSMN is not None
     assert grads.dD_RD is not None
     assert grads.dbias_RD is not None
     ddelta_RMD, c_RMD = ddelta_RBLD.view(count, tokens, dim), a.c_RBLD.view(count, tokens, dim)
@@ -117,8 +115,7 @@ def mixer_backward(
     state, rank = weights.A_RDN.shape[2], weights.dt_proj_RDK.shape[2]
     dx_dbl_RME = c_RMD.new_empty(count, tokens, rank + 2 * state)
     dx_dbl_RME[..., :rank] = torch.bmm(ddelta_RMD, weights.dt_proj_RDK)
-    dbc_RMSN = grads.dbc_RBGLN.view(count, tokens, 2, -1)
-    dx_dbl_RME[..., rank:].unflatten(-1, (2, state)).copy_(dbc_RMSN[..., :state])
+    pack.unpack(grads.dbc_PRBGSMN, _matrices(dx_dbl_RME[..., rank:], batch, state), weights.scan_mask)
     dx_weight = torch.bmm(dx_dbl_RME.transpose(1, 2), c_RMD)
     dc_RBLD.view(count, tokens, dim).baddbmm_(dx_dbl_RME, weights.x_proj_RED)
 

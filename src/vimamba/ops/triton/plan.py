@@ -12,14 +12,20 @@ from vimamba.ops.backends import CHUNK
 
 SUB_CORES = 4
 """Schedulers of a multiprocessor: each issues one warp instruction a cycle."""
-FORWARD_CYCLES = (7.5, 35, 30)
-BACKWARD_CYCLES = (40.0, 15, 0)
-"""Cycles of a scheduler for one step of a warp: for each update of a thread, for the step, and where rows of B and C
-cannot be loaded 16 bytes at a time."""
+FORWARD_CYCLES = (7.5, 35)
+TIME_CYCLES = (9.5, 40)
+BACKWARD_CYCLES = (40, 15)
+"""Cycles of a scheduler for one step of a warp: for each update of a thread, and for the step."""
+SEGMENT_WORK = 1.4
+"""The backward pass in segments, against the same without."""
 LAUNCH_CYCLES = 8000
 """One more launch, about 5 microseconds, in cycles."""
 MIN_GAIN = 0.9
 """A more elaborate tiling must be predicted to take at most this share of the time of a plainer one."""
+SECTOR_CHANNELS = 16
+"""Channels of a 32-byte sector of memory in bfloat16."""
+MAX_THREADS = 128
+"""Of a thread block along time: its registers must leave room for others on the multiprocessor."""
 
 
 class Tiling(NamedTuple):
@@ -40,63 +46,85 @@ class Tiling(NamedTuple):
         return max(1, self.channels * self.block_n * self.lanes // 32)
 
 
+class TimeTiling(NamedTuple):
+    """Each thread block owns `channels` channels, each with `time` threads of `unroll` steps a turn."""
+
+    channels: int
+    time: int
+    unroll: int
+    block_n: int
+
+    @property
+    def warps(self) -> int:
+        return self.channels * self.time // 32
+
+
 def power_of_two(number: int) -> int:
     """The smallest power of two that is not below `number`."""
     return 1 << max(0, number - 1).bit_length()
 
 
-def forward_tiling(sequences: int, groups: int, group_dim: int, length: int, state: int, processors: int) -> Tiling:
+def forward_tiling(
+    sequences: int, groups: int, group_dim: int, length: int, state: int, processors: int
+) -> Tiling | TimeTiling:
     """The tiling for `sequences` (batch x directions) scans forward.
 
     Many sequences: 2 channels a thread, so that a row of B and C is loaded once for 64 channels. Fewer: 1 channel a
-    thread, then the states of a channel over 2 or 4 threads, and time in segments where even that leaves
-    the machine idle (a segment's summary costs another exponential for each update).
+    thread, then 2 to 16 threads a channel along time. Those own a whole sector's channels (a load then wastes no
+    bandwidth), or fewer where that would leave multiprocessors idle.
     """
     block_n = power_of_two(state)
-    shapes = [(2, 32), (1, 32), (1, 16), (1, 8), (1, 4), (1, 2), (1, 1)]
-    fitting = [s for s in shapes if s[0] * s[1] * block_n // 32 <= 32] or shapes[-1:]
-    tilings = [Tiling(c, lanes, 4, block_n, 0) for c, lanes in fitting[:4]]
-    return _cheapest(tilings, sequences, groups, group_dim, length, processors, FORWARD_CYCLES, 1.9)
+    best: Tiling | TimeTiling | None = None
+    best_cost = float("inf")
+    tilings: list[Tiling | TimeTiling] = [Tiling(c, 32, 4, block_n, length) for c in (2, 1) if c * block_n <= 32]
+    for time in (2, 4, 8, 16):
+        channels = min(SECTOR_CHANNELS, MAX_THREADS // time)
+        while channels * time > 32 and max(1, sequences) * groups * -(-group_dim // channels) < processors:
+            channels //= 2
+        tilings.append(TimeTiling(channels, time, 16, block_n))
+    for tiling in tilings:
+        if isinstance(tiling, Tiling):
+            channels, warps, steps = tiling.channels * tiling.lanes, 1, length
+            step = FORWARD_CYCLES[0] * tiling.updates + FORWARD_CYCLES[1]
+        else:
+            channels, warps = tiling.channels, tiling.warps
+            steps = -(-length // (tiling.time * tiling.unroll)) * tiling.unroll
+            step = TIME_CYCLES[0] * state + TIME_CYCLES[1]
+        programs = max(1, sequences) * groups * -(-group_dim // channels)
+        cost = step * steps * _busiest(programs, warps, processors)
+        if best is None or cost < MIN_GAIN * best_cost:
+            best, best_cost = tiling, cost
+    assert best is not None
+    return best
 
 
 def backward_tiling(sequences: int, groups: int, group_dim: int, length: int, state: int, processors: int) -> Tiling:
-    """The tiling for the gradient: 16 updates a thread and step, the states of a channel over 4 threads.
+    """The tiling for the gradient: 16 updates a thread and step, the states of a channel over 4 threads, and time in
+    segments where that leaves the machine idle.
 
     Fewer channels a thread would take as long a step: their own work is then done by 4 threads alike.
     The sums over channels then cost 3 shuffles a state and those over states 2 shuffles a channel.
     """
     block_n = power_of_two(state)
     lanes = 8 if block_n <= 64 else max(1, 512 // block_n)
-    most = max(1, min(8, 512 // (block_n * lanes)))
-    tilings = [Tiling(most, lanes, 2, block_n, 0)]
-    return _cheapest(tilings, sequences, groups, group_dim, length, processors, BACKWARD_CYCLES, 1.4)
-
-
-def _cheapest(
-    tilings: list[Tiling],
-    sequences: int,
-    groups: int,
-    group_dim: int,
-    length: int,
-    processors: int,
-    cycles: tuple[float, float, float],
-    segment_work: float,
-) -> Tiling:
-    schedulers = SUB_CORES * processors
-    best, best_cost = tilings[0]._replace(segment=max(CHUNK, length)), float("inf")
+    tiling = Tiling(max(1, min(8, 512 // (block_n * lanes))), lanes, 2, block_n, max(CHUNK, length))
+    programs = max(1, sequences) * groups * -(-group_dim // (tiling.channels * tiling.lanes))
+    step = BACKWARD_CYCLES[0] * tiling.updates + BACKWARD_CYCLES[1]
+    best_cost = step * length * _busiest(programs, 1, processors)
     chunks = max(1, -(-length // CHUNK))
-    for tiling in tilings:
-        step = cycles[0] * tiling.updates + cycles[1] + cycles[2] * (tiling.lanes < 32)
-        warps = max(1, sequences) * groups * -(-group_dim // (tiling.channels * tiling.lanes))
-        count = 1
-        while count <= chunks:
-            segment = -(-chunks // count) * CHUNK
-            segments = -(-length // segment) if length else 1
-            # A scheduler with one warp cannot hide its latency.
-            busiest = max(1.5, -(-warps * segments // schedulers))
-            cost = step * busiest * min(segment, length) * (segment_work if segments > 1 else 1.0)
-            cost += 2 * LAUNCH_CYCLES * (segments > 1)
-            if cost < MIN_GAIN * best_cost:
-                best, best_cost = tiling._replace(segment=segment if segments > 1 else max(CHUNK, length)), cost
-            count *= 2
-    return best
+    count = 2
+    while count <= chunks:
+        segment = -(-chunks // count) * CHUNK
+        segments = -(-length // segment)
+        cost = step * min(segment, length) * _busiest(programs * segments, 1, processors) * SEGMENT_WORK
+        cost += 2 * LAUNCH_CYCLES
+        if cost < MIN_GAIN * best_cost:
+            tiling, best_cost = tiling._replace(segment=segment), cost
+        count *= 2
+    return tiling
+
+
+def _busiest(programs: int, warps: int, processors: int) -> float:
+    """Warps of the busiest scheduler; one with a single warp cannot hide its latency and counts for more."""
+    at_once = processors * max(1, SUB_CORES // warps)
+    return max(1.5, -(-programs // at_once) * max(1.0, warps / SUB_CORES))

@@ -1,8 +1,7 @@
 """Launching the selective scan: the backend functions `scan_forward` and `scan_backward`, and what the mixer shares.
 
 Inside, a scan has a leading axis R of directions (1 for the public op): each with its own u, delta, B, C and weights,
-run by one launch. B and C are packed as one float32 tensor (R, batch, groups, length, 2, power of two >= N), so that
-a row is aligned for 16-byte loads whatever strides came in.
+run by one launch.
 """
 
 from __future__ import annotations
@@ -15,21 +14,23 @@ import triton
 from torch import Tensor
 
 from vimamba.ops.backends import CHUNK
-from vimamba.ops.triton import plan
+from vimamba.ops.triton import pack, plan
 from vimamba.ops.triton.scan_backward import scan_backward_kernel
 from vimamba.ops.triton.scan_forward import scan_forward_kernel
 from vimamba.ops.triton.scan_segments import carry_kernel, segment_kernel
+from vimamba.ops.triton.scan_time import scan_time_kernel
 
 CARRY_BLOCK = 128
 
 
 class Scan(NamedTuple):
-    """The inputs of a scan over R directions; `bc` and the constants as the kernels take them."""
+    """The inputs of a scan over R directions; B and C either vary along the sequence or are constant (dim, state)."""
 
     u_RBDL: Tensor
     delta_RBDL: Tensor
     A_RDN: Tensor
-    bc_RBGLN: Tensor | None
+    B_RBGNL: Tensor | None
+    C_RBGNL: Tensor | None
     B_DN: Tensor | None
     C_DN: Tensor | None
     D_RD: Tensor | None
@@ -51,24 +52,6 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def pack(B: Tensor, C: Tensor, batch: int, length: int, state: int) -> tuple[Tensor | None, int]:
-    """B and C, where variable, as float32 (1, batch, groups, length, 2 * block_n); and the number of groups."""
-    variable = [m for m in (B, C) if m.dim() == 4]
-    if not variable:
-        return None, 1
-    block_n = plan.power_of_two(state)
-    groups = math.lcm(*(m.shape[1] for m in variable))
-    shape = (1, batch, groups, length, 2, block_n)
-    exact = len(variable) == 2 and block_n == state
-    make = torch.empty if exact else torch.zeros
-    packed = make(shape, dtype=torch.float32, device=B.device)
-    for index, matrix in enumerate((B, C)):
-        if matrix.dim() == 4:
-            spread = matrix.transpose(2, 3).unsqueeze(2).expand(-1, -1, groups // matrix.shape[1], -1, -1)
-            packed.unflatten(2, spread.shape[1:3])[0, ..., index, :state].copy_(spread)
-    return packed.flatten(-2), groups
-
-
 def strides(tensor: Tensor | None) -> tuple[int, int, int]:
     """Strides of directions, batch and length; zeros for an absent tensor."""
     if tensor is None:
@@ -87,7 +70,7 @@ def channels_last(tensor: Tensor | None) -> Tensor | None:
 def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Tensor]:
     """Fill `out_RBDL`; the last state (R, batch, dim, state) and the states every `CHUNK` steps, or an empty tensor."""
     R, batch, dim, length, state = scan.sizes
-    u, A = scan.u_RBDL, scan.A_RDN
+    u = scan.u_RBDL
     n_states = -(-length // CHUNK) if save_states else 0
     last = u.new_zeros((R, batch, dim, state), dtype=torch.float32)
     states = last.new_empty((R, batch, n_states, dim, state) if save_states else (R, 0))
@@ -95,55 +78,56 @@ def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Te
         return last, states
     group_dim = dim // scan.groups
     tiling = plan.forward_tiling(R * batch, scan.groups, group_dim, length, state, processors(u.device))
-    segments = tiling.segments(length)
-    blocks = -(-group_dim // (tiling.channels * tiling.lanes))
+    if isinstance(tiling, plan.Tiling):
+        kernel, channels = scan_forward_kernel, tiling.channels * tiling.lanes
+        shape = {"CHANNELS": tiling.channels, "LANES": tiling.lanes, "num_warps": 1}
+    else:
+        kernel, channels = scan_time_kernel, tiling.channels
+        shape = {"CHANNELS": channels, "TIME": tiling.time, "num_warps": tiling.warps}
+    blocks = -(-group_dim // channels)
+    bc = pack.pack(scan.B_RBGNL, scan.C_RBGNL, scan.groups, scan.reverse_mask, columns=kernel is scan_time_kernel)
     with torch.cuda.device_of(u):
-        carry = _carries(scan, tiling, None, None) if segments > 1 else None
-        scan_forward_kernel[(R * batch * segments * scan.groups * blocks,)](
-            u, scan.delta_RBDL, scan.z_RBDL, out_RBDL, A, scan.bc_RBGLN, scan.B_DN, scan.C_DN, scan.D_RD,
-            scan.bias_RD, states, carry, last,
+        kernel[(R * batch * scan.groups * blocks,)](
+            u, scan.delta_RBDL, scan.z_RBDL, out_RBDL, scan.A_RDN, bc, scan.B_DN, scan.C_DN, scan.D_RD, scan.bias_RD,
+             states, last,
             *strides(u), *strides(scan.delta_RBDL), *strides(scan.z_RBDL), *strides(out_RBDL),
-            1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, n_states,
-            scan.reverse_mask, scan.scale,
-            **_constants(scan, tiling), CHUNK=CHUNK, HAS_D=scan.D_RD is not None,
-            CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None,
-            SAVE_STATES=save_states, HAS_CARRY=carry is not None,
+            1, 1, batch, scan.groups, group_dim, blocks, length, n_states, scan.reverse_mask, scan.scale,
+            **shape, **_constants(scan), BLOCK_N=tiling.block_n, UNROLL=tiling.unroll, CHUNK=CHUNK,
+            HAS_D=scan.D_RD is not None, CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None,
+            EVEN=group_dim % channels == 0, SAVE_STATES=save_states,
         )  # fmt: skip
     return last, states
 
 
-def _constants(scan: Scan, tiling: plan.Tiling) -> dict[str, object]:
+def _constants(scan: Scan) -> dict[str, object]:
     return {
-        "N": scan.A_RDN.shape[-1], "BLOCK_N": tiling.block_n, "CHANNELS": tiling.channels, "LANES": tiling.lanes,
-        "UNROLL": tiling.unroll, "SOFTPLUS": scan.softplus, "HAS_Z": scan.z_RBDL is not None,
-        "HAS_BIAS": scan.bias_RD is not None, "num_warps": 1,
-        "EVEN": scan.u_RBDL.shape[2] // scan.groups % (tiling.channels * tiling.lanes) == 0,
+        "N": scan.A_RDN.shape[-1], "SOFTPLUS": scan.softplus, "HAS_Z": scan.z_RBDL is not None,
+        "HAS_BIAS": scan.bias_RD is not None,
     }  # fmt: skip
 
 
-def _carries(scan: Scan, tiling: plan.Tiling, dout_RBDL: Tensor | None, dlast_RBDN: Tensor | None) -> Tensor:
-    """What enters every segment: the state, or its gradient where `dout_RBDL` is given."""
+def _carries(
+    scan: Scan, bc_RBGSMN: Tensor | None, tiling: plan.Tiling, dout_RBDL: Tensor, dlast_RBDN: Tensor | None
+) -> Tensor:
+    """The gradient of the state that enters every segment at its end."""
     R, batch, dim, length, state = scan.sizes
     segments = tiling.segments(length)
     group_dim = dim // scan.groups
-    blocks = -(-group_dim // (tiling.channels * tiling.lanes))
-    gradient = dout_RBDL is not None
-    x = scan.u_RBDL if dout_RBDL is None else dout_RBDL
-    z = scan.z_RBDL if gradient else None
-    matrix = scan.C_DN if gradient else scan.B_DN
-    summary = x.new_empty((R, batch, segments, dim, state), dtype=torch.float32)
+    channels = tiling.channels * tiling.lanes
+    blocks = -(-group_dim // channels)
+    summary = dout_RBDL.new_empty((R, batch, segments, dim, state), dtype=torch.float32)
     decay = summary.new_empty((R, batch, segments, dim))
-    constants = _constants(scan, tiling) | {"HAS_Z": z is not None}
     segment_kernel[(R * batch * (segments - 1) * scan.groups * blocks,)](
-        x, scan.delta_RBDL, z, scan.A_RDN, scan.bc_RBGLN, matrix, scan.bias_RD, summary, decay,
-        *strides(x), *strides(scan.delta_RBDL), *strides(z),
+        dout_RBDL, scan.delta_RBDL, scan.z_RBDL, scan.A_RDN, bc_RBGSMN, scan.C_DN, scan.bias_RD, summary, decay,
+        *strides(dout_RBDL), *strides(scan.delta_RBDL), *strides(scan.z_RBDL),
         1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, scan.reverse_mask, scan.scale,
-        **constants, CONST=matrix is not None, GRADIENT=gradient,
+        **_constants(scan), BLOCK_N=tiling.block_n, CHANNELS=tiling.channels, LANES=tiling.lanes,
+        UNROLL=tiling.unroll, CONST_C=scan.C_DN is not None, EVEN=group_dim % channels == 0, num_warps=1,
     )  # fmt: skip
     total = R * batch * dim * state
     carry_kernel[(triton.cdiv(total, CARRY_BLOCK),)](
         summary, decay, scan.A_RDN, dlast_RBDN, total, dim * state, segments, batch,
-        N=state, BLOCK=CARRY_BLOCK, GRADIENT=gradient, HAS_INITIAL=dlast_RBDN is not None, num_warps=4,
+        N=state, BLOCK=CARRY_BLOCK, HAS_INITIAL=dlast_RBDN is not None, num_warps=4,
     )  # fmt: skip
     return summary
 
@@ -151,7 +135,8 @@ def _carries(scan: Scan, tiling: plan.Tiling, dout_RBDL: Tensor | None, dlast_RB
 class Gradients(NamedTuple):
     """Of a scan's inputs; those of the weights in float32, None where the input was None."""
 
-    dbc_RBGLN: Tensor | None
+    dbc_PRBGSMN: Tensor | None
+    """In parts to be summed, each packed (see `pack`)."""
     dA_RDN: Tensor
     dB_DN: Tensor | None
     dC_DN: Tensor | None
@@ -170,7 +155,7 @@ def backward(
 ) -> Gradients:
     """Fill `du_RBDL`, `ddelta_RBDL` and `dz_RBDL`; the other gradients."""
     R, batch, dim, length, state = scan.sizes
-    u, A = scan.u_RBDL, scan.A_RDN
+    u = scan.u_RBDL
     group_dim = dim // scan.groups
     tiling = plan.backward_tiling(R * batch, scan.groups, group_dim, length, state, processors(u.device))
     segments = tiling.segments(length)
@@ -184,25 +169,30 @@ def backward(
 
     dA, dD, dbias = partial(True, state), partial(scan.D_RD is not None), partial(scan.bias_RD is not None)
     dB, dC = partial(scan.B_DN is not None, state), partial(scan.C_DN is not None, state)
-    dbc = None if scan.bc_RBGLN is None else torch.zeros_like(scan.bc_RBGLN)
+    # The blocks of a group add to one row of dB and dC: by atomics, in any order, or each to a part of its own.
+    atomic = blocks > 1 and not torch.are_deterministic_algorithms_enabled()
+    bc, dbc = pack.pack(scan.B_RBGNL, scan.C_RBGNL, scan.groups, scan.reverse_mask), None
+    if bc is not None:
+        dbc = bc.new_zeros(1, *bc.shape) if atomic else bc.new_empty(blocks, *bc.shape)
     if u.numel():
         scratch = u.new_empty(
             programs * (CHUNK // tiling.unroll) * tiling.channels * tiling.lanes * tiling.block_n, dtype=torch.float32
         )
         with torch.cuda.device_of(u):
-            carry = dlast_RBDN if segments == 1 else _carries(scan, tiling, dout_RBDL, dlast_RBDN)
+            carry = dlast_RBDN if segments == 1 else _carries(scan, bc, tiling, dout_RBDL, dlast_RBDN)
             scan_backward_kernel[(programs,)](
-                u, scan.delta_RBDL, scan.z_RBDL, dout_RBDL, A, scan.bc_RBGLN, scan.B_DN, scan.C_DN, scan.D_RD,
+                u, scan.delta_RBDL, scan.z_RBDL, dout_RBDL, scan.A_RDN, bc, scan.B_DN, scan.C_DN, scan.D_RD,
                 scan.bias_RD, states_RBKDN, carry, scratch,
                 du_RBDL, ddelta_RBDL, dz_RBDL, dA, dbc, dB, dC, dD, dbias,
                 *strides(u), *strides(scan.delta_RBDL), *strides(scan.z_RBDL), *strides(dout_RBDL),
                 *strides(du_RBDL), *strides(ddelta_RBDL), *strides(dz_RBDL),
                 1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, states_RBKDN.shape[2],
                 scan.reverse_mask, scan.scale,
-                **_constants(scan, tiling), CHUNK=CHUNK, HAS_D=dD is not None,
-                CONST_B=dB is not None, CONST_C=dC is not None,
-                HAS_CARRY=carry is not None,
-                ATOMIC=blocks > 1,
+                0 if dbc is None else dbc.stride(0),
+                **_constants(scan), BLOCK_N=tiling.block_n, CHANNELS=tiling.channels, LANES=tiling.lanes,
+                UNROLL=tiling.unroll, CHUNK=CHUNK, HAS_D=dD is not None, CONST_B=dB is not None,
+                CONST_C=dC is not None, EVEN=group_dim % (tiling.channels * tiling.lanes) == 0,
+                HAS_CARRY=carry is not None, ATOMIC=atomic, num_warps=1,
             )  # fmt: skip
 
     def total(parts: Tensor | None) -> Tensor | None:
@@ -219,12 +209,13 @@ def _single(
     bias_D: Tensor | None, softplus: bool, reverse: bool,
 ) -> Scan:  # fmt: skip
     """The arguments of the public op as a scan of one direction."""
-    bc, groups = pack(B, C, u_BDL.shape[0], u_BDL.shape[2], A_DN.shape[1])
+    B_own, C_own = (None if m.dim() == 2 else m[None] for m in (B, C))
+    groups = math.lcm(*(m.shape[2] for m in (B_own, C_own) if m is not None))
     u, delta, z = (channels_last(t) for t in (u_BDL, delta_BDL, z_BDL))
     assert u is not None
     assert delta is not None
     return Scan(
-        u[None], delta[None], A_DN[None].contiguous(), bc,
+        u[None], delta[None], A_DN[None].contiguous(), B_own, C_own,
         B.contiguous() if B.dim() == 2 else None, C.contiguous() if C.dim() == 2 else None,
         None if D_D is None else D_D[None].contiguous(), None if z is None else z[None],
         None if bias_D is None else bias_D[None].contiguous(), groups, softplus, int(reverse), 1.0,
@@ -261,7 +252,7 @@ def scan_backward(
     dout = channels_last(dout_BDL)
     assert dout is not None
     grads = backward(scan, dout[None], dlast, states_BKDN[None].contiguous(), du, ddelta, dz)
-    dB, dC = (_unpacked(grads, m, i, A_DN.shape[1]) for i, m in enumerate((B, C)))
+    dB, dC = _matrix_gradients(grads, B, C, scan)
     return (
         _like(du, u_BDL), _like(ddelta, delta_BDL), grads.dA_RDN[0], dB, dC,
         None if grads.dD_RD is None else grads.dD_RD[0],
@@ -270,14 +261,23 @@ def scan_backward(
     )  # fmt: skip
 
 
-def _unpacked(grads: Gradients, matrix: Tensor, index: int, state: int) -> Tensor:
-    """The gradient of B (index 0) or C (1) in its own shape and type."""
-    if matrix.dim() == 2:
-        constant = grads.dC_DN if index else grads.dB_DN
-        assert constant is not None
-        return constant
-    assert grads.dbc_RBGLN is not None
-    packed_BGLN = grads.dbc_RBGLN[0].unflatten(-1, (2, -1))[..., index, :state]
-    if matrix.shape[1] != packed_BGLN.shape[1]:
-        packed_BGLN = packed_BGLN.unflatten(1, (matrix.shape[1], -1)).sum(2)
-    return packed_BGLN.transpose(2, 3).to(matrix.dtype)
+def _matrix_gradients(grads: Gradients, B: Tensor, C: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
+    """The gradients of B and C in their own shapes and types."""
+    found = [grads.dB_DN, grads.dC_DN]
+    if grads.dbc_PRBGSMN is not None:
+        _, batch, _, length, state = scan.sizes
+        direct = B.dtype == C.dtype and B.dim() == C.dim() and B.shape[1] == C.shape[1]
+        both_RBGLMN = B.new_empty(
+            (1, batch, scan.groups, length, 2, state), dtype=B.dtype if direct else torch.float32
+        )  # fmt: skip
+        pack.unpack(grads.dbc_PRBGSMN, both_RBGLMN, scan.reverse_mask)
+        for index, matrix in enumerate((B, C)):
+            if matrix.dim() == 4:
+                own_BGLN = both_RBGLMN[0, ..., index, :]
+                if matrix.shape[1] != scan.groups:
+                    own_BGLN = own_BGLN.unflatten(1, (matrix.shape[1], -1)).sum(2)
+                found[index] = own_BGLN.transpose(2, 3).to(matrix.dtype)
+    dB, dC = found
+    assert dB is not None
+    assert dC is not None
+    return dB, dC

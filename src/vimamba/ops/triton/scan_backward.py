@@ -7,7 +7,8 @@ Within a chunk of 64 steps, newest chunk first: walk forward and keep the state 
 (L2), then for each group of UNROLL steps, last first: walk forward with the states in registers, walk back.
 Parallel axis: channel blocks x segments of time x sequences x directions, all in one launch.
 Bytes: u, delta, dout (and z) read twice, the second time from cache; du, ddelta (and dz) written; dB and dC added
-in float32 by atomics where a group has several channel blocks (their order, so their last bit, can vary).
+in float32 by atomics where a group has several channel blocks (their order, so their last bit, can vary), or under
+torch.use_deterministic_algorithms written in parts.
 Operations for one element and state: 2 MUFU.EX2, about 9 FMUL and 6 FFMA, 3 to 5 SHFL.
 """
 
@@ -19,6 +20,8 @@ import triton.language as tl
 from vimamba.ops.triton.elementwise import (
     LOG2E,
     both,
+    matrix_row,
+    packed_matrices,
     position,
     row_of,
     share_of_work,
@@ -29,7 +32,7 @@ from vimamba.ops.triton.elementwise import (
 from vimamba.ops.triton.scan_forward import load_rows
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "dout", "du", "ddelta", "dz") for axis in "rbl"]
-RUN_TIME = [*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments"]
+RUN_TIME = [*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments", "dbc_part"]
 
 
 @triton.jit
@@ -51,7 +54,7 @@ def scan_backward_kernel(
     ddelta_sr, ddelta_sb, ddelta_sl, dz_sr, dz_sb, dz_sl,
     channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments,
     segment_length, n_states,
-    reverse_mask, scale,
+    reverse_mask, scale, dbc_part,
     N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr, EVEN: tl.constexpr,
@@ -65,10 +68,8 @@ def scan_backward_kernel(
     )  # fmt: skip
     slot = sequence * n_segments + segment
     n, state_mask, state_offsets, A2 = state_tile(A + r * dim * N, channel, exists, state_stride, N, BLOCK_N)
-    if CONST_B:
-        B_tile = tl.load(B_const + state_offsets, mask=state_mask, other=0.0)
-    if CONST_C:
-        C_tile = tl.load(C_const + state_offsets, mask=state_mask, other=0.0)
+    B_tile = tl.load(B_const + state_offsets, mask=state_mask, other=0.0) if CONST_B else 0.0
+    C_tile = tl.load(C_const + state_offsets, mask=state_mask, other=0.0) if CONST_C else 0.0
     shift = tl.load(bias + r * dim + channel * state_stride, mask=exists, other=0.0) if HAS_BIAS else 0.0
     skip = tl.load(D + r * dim + channel * state_stride, mask=exists, other=0.0) if HAS_D else 0.0
     if HAS_CARRY:
@@ -83,8 +84,12 @@ def scan_backward_kernel(
     if HAS_Z:
         z_row, dz_row = z + r * z_sr + b * z_sb, dz + r * dz_sr + b * dz_sb
     if not (CONST_B and CONST_C):
-        bc_start = (sequence * groups + group) * length * (2 * BLOCK_N)
-        bc_row, dbc_row = bc + bc_start, dbc + bc_start
+        bc_rows = packed_matrices(bc, sequence, groups, group, length, BLOCK_N)
+        dbc_rows = packed_matrices(dbc, sequence, groups, group, length, BLOCK_N)
+        if not ATOMIC:
+            dbc_rows += (tl.program_id(0) % blocks_per_group).to(tl.int64) * dbc_part
+    else:
+        bc_rows = bc
     states_row = states + sequence * n_states * dim * N
     # The tile's own order in scratch; the run-time stride keeps the layout (see scan_forward).
     # 64-bit indices let the compiler turn all but one address into immediate offsets.
@@ -118,11 +123,7 @@ def scan_backward_kernel(
             raws = load_rows(delta_row, delta_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
             for j in tl.static_range(UNROLL):
                 dt = step_size(raws[j].to(tl.float32), shift, i + j < stop, SOFTPLUS)
-                if CONST_B:
-                    Bt = B_tile
-                else:
-                    t = position(i + j, stop, length, backwards)
-                    Bt = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + n)[None, :, None]
+                Bt = matrix_row(bc_rows, B_tile, i + j, n, BLOCK_N, CONST_B)
                 h = tl.exp2(dt[:, None, :] * A2) * h + (dt * us[j].to(tl.float32))[:, None, :] * Bt
         tl.store(scratch_row + (turns - 1) * TILE + flat, h)
         tl.debug_barrier()
@@ -145,14 +146,8 @@ def scan_backward_kernel(
                 t = position(i + j, stop, length, backwards)
                 dt = step_size(raws[j].to(tl.float32), shift, valid, SOFTPLUS)
                 x = us[j].to(tl.float32)
-                if CONST_B:
-                    Bt = B_tile
-                else:
-                    Bt = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + n)[None, :, None]
-                if CONST_C:
-                    Ct = C_tile
-                else:
-                    Ct = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + BLOCK_N + n)[None, :, None]
+                Bt = matrix_row(bc_rows, B_tile, i + j, n, BLOCK_N, CONST_B)
+                Ct = matrix_row(bc_rows, C_tile, i + j, BLOCK_N + n, BLOCK_N, CONST_C)
                 decay = tl.exp2(dt[:, None, :] * A2)
                 hs = hs + (h,)
                 decays = decays + (decay,)
@@ -169,7 +164,7 @@ def scan_backward_kernel(
                 if CONST_C:
                     dC_tile += dy[:, None, :] * h
                 else:
-                    dC_here = row_of(dbc_row, t, 2 * BLOCK_N) + BLOCK_N
+                    dC_here = row_of(dbc_rows, i + j, 2 * BLOCK_N) + BLOCK_N
                     add_row(dC_here, dy[:, None, :] * h, valid, n, BLOCK_N, ATOMIC)
                 dts = dts + (dt,)
                 dys = dys + (dy,)
@@ -179,20 +174,14 @@ def scan_backward_kernel(
                 x = us[j].to(tl.float32)
                 dt = dts[j]
                 dy = dys[j]
-                if CONST_B:
-                    Bt = B_tile
-                else:
-                    Bt = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + n)[None, :, None]
-                if CONST_C:
-                    Ct = C_tile
-                else:
-                    Ct = tl.load(row_of(bc_row, t, 2 * BLOCK_N) + BLOCK_N + n)[None, :, None]
+                Bt = matrix_row(bc_rows, B_tile, i + j, n, BLOCK_N, CONST_B)
+                Ct = matrix_row(bc_rows, C_tile, i + j, BLOCK_N + n, BLOCK_N, CONST_C)
                 g += dy[:, None, :] * Ct
                 dinput = tl.sum(g * Bt, axis=1)
                 if CONST_B:
                     dB_tile += g * (dt * x)[:, None, :]
                 else:
-                    dB_here = row_of(dbc_row, t, 2 * BLOCK_N)
+                    dB_here = row_of(dbc_rows, i + j, 2 * BLOCK_N)
                     add_row(dB_here, g * (dt * x)[:, None, :], valid, n, BLOCK_N, ATOMIC)
                 g *= decays[j]
                 through = g * hs[j]

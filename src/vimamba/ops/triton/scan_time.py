@@ -1,0 +1,133 @@
+"""The selective scan on the GPU, forward, with threads along time: for too few channels to fill the machine.
+
+Layout: a program owns CHANNELS channels of one sequence and direction; TIME threads share a channel and each takes
+UNROLL consecutive steps of a turn of TIME x UNROLL steps. State after state, a thread runs its steps from zero,
+keeping the decays, the threads of a channel exchange what their steps do to the state (a scan over TIME pairs, by
+shuffles), and each runs its steps again from the state that truly enters them, which costs no second exponential.
+Parallel axis: channel blocks x sequences x directions x TIME, all in one launch.
+Bytes: as in scan_forward, but B and C are packed in columns, of which a thread loads 16 bytes at a time; the state
+between turns lies in `last`.
+Operations for one element and state: 1 MUFU.EX2, 2 FMUL, 3 FFMA, and for a thread's UNROLL steps of a state 6 SHFL.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vimamba.ops.triton.elementwise import LOG2E, PADDING, packed_matrices, sigmoid, step_size
+from vimamba.ops.triton.scan_forward import RUN_TIME
+
+
+@triton.jit
+def one_after_another(decay, added, next_decay, next_added):
+    """What two successive stretches of steps do to a state: its decay and what is added to it."""
+    return decay * next_decay, next_decay * added + next_added
+
+
+@triton.jit
+def load_steps(columns, UNROLL: tl.constexpr):
+    """For each of UNROLL steps, a multiple of 4, the elements of columns that begin at the given pointers."""
+    rows = ()
+    for k in tl.static_range(UNROLL // 4):
+        four = tl.load(columns[:, None] + (4 * k + tl.arange(0, 4))[None, :])
+        even, odd = tl.split(tl.reshape(four, [columns.shape[0], 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        rows = rows + (first, second, third, fourth)
+    return rows
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def scan_time_kernel(
+    u, delta, z, out, A, bc, B_const, C_const, D, bias, states, last,
+    u_sr, u_sb, u_sl, delta_sr, delta_sb, delta_sl,
+    z_sr, z_sb, z_sl, out_sr, out_sb, out_sl,
+    channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_states, reverse_mask, scale,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, TIME: tl.constexpr, UNROLL: tl.constexpr,
+    CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CONST_B: tl.constexpr, CONST_C: tl.constexpr, EVEN: tl.constexpr, SAVE_STATES: tl.constexpr,
+):  # fmt: skip
+    LANES: tl.constexpr = CHANNELS * TIME
+    dim = groups * group_dim
+    n_blocks = groups * blocks_per_group
+    pid = tl.program_id(0)
+    lane = tl.arange(0, LANES)
+    rank = lane % TIME  # the thread's place among those of its channel
+    is_first = rank == 0
+    previous = tl.broadcast_to((tl.arange(0, TIME)[None, :] + (TIME - 1)) % TIME, [CHANNELS, TIME])
+    group = (pid % n_blocks) // blocks_per_group
+    local = (pid % blocks_per_group) * CHANNELS + lane // TIME
+    exists = tl.full([LANES], 1, tl.int1) if EVEN else local < group_dim
+    channel = group * group_dim + local
+    sequence = (pid // n_blocks).to(tl.int64)
+    b, r = sequence % batch, sequence // batch
+    backwards = (reverse_mask >> r.to(tl.int32)) & 1
+    sign = (1 - 2 * backwards).to(tl.int64)
+
+    shift = tl.load(bias + r * dim + channel, mask=exists, other=0.0) if HAS_BIAS else 0.0
+    skip = tl.load(D + r * dim + channel, mask=exists, other=0.0) if HAS_D else 0.0
+    A_row, last_row = A + r * dim * N + channel * N, last + sequence * dim * N + channel * N
+    states_row = states + sequence * n_states * dim * N + channel * N
+    offsets = channel * channel_stride
+    u_row, delta_row = u + r * u_sr + b * u_sb + offsets, delta + r * delta_sr + b * delta_sb + offsets
+    out_row = out + r * out_sr + b * out_sb + offsets
+    if HAS_Z:
+        z_row = z + r * z_sr + b * z_sb + offsets
+    steps = tl.cdiv(length, PADDING) * PADDING
+    bc_columns = bc if CONST_B and CONST_C else packed_matrices(bc, sequence, groups, group, length, BLOCK_N)
+
+    for start in range(0, length, TIME * UNROLL):
+        i = start + rank * UNROLL
+        t = (backwards * (length - 1) + sign * i).to(tl.int64)
+        dts, inputs, ys = (), (), ()
+        elapsed = tl.zeros([LANES], tl.float32)
+        for j in tl.static_range(UNROLL):
+            valid = exists & (i + j < length)
+            raw = tl.load(delta_row + t * delta_sl + j * (sign * delta_sl), mask=valid, other=0.0).to(tl.float32)
+            x = tl.load(u_row + t * u_sl + j * (sign * u_sl), mask=valid, other=0.0).to(tl.float32)
+            dt = step_size(raw, shift, i + j < length, SOFTPLUS)
+            dts, inputs, ys = dts + (dt,), inputs + (dt * x,), ys + (skip * x,)
+            elapsed += dt
+        for n in range(0, N):
+            A2 = tl.load(A_row + n, mask=exists, other=0.0) * LOG2E
+            entering = tl.load(last_row + n, mask=exists & is_first, other=0.0)
+            if CONST_B:
+                B_n = tl.load(B_const + channel * N + n, mask=exists, other=0.0)
+            else:
+                Bs = load_steps(bc_columns + n * steps + i, UNROLL)
+            if CONST_C:
+                C_n = tl.load(C_const + channel * N + n, mask=exists, other=0.0)
+            else:
+                Cs = load_steps(bc_columns + (BLOCK_N + n) * steps + i, UNROLL)
+            h = tl.zeros([LANES], tl.float32)
+            decays, added = (), ()
+            for j in tl.static_range(UNROLL):
+                decay, new = tl.exp2(dts[j] * A2), inputs[j] * (B_n if CONST_B else Bs[j])
+                h = decay * h + new
+                decays, added = decays + (decay,), added + (new,)
+            whole = tl.exp2(elapsed * A2)
+            h = tl.where(is_first, whole * entering + h, h)
+            pairs = (tl.reshape(whole, [CHANNELS, TIME]), tl.reshape(h, [CHANNELS, TIME]))
+            _, after = tl.associative_scan(pairs, 1, one_after_another)
+            # Each thread gets the state after its predecessor's steps, the first one that after the last's: the state
+            # of the next turn.
+            h = tl.reshape(tl.gather(after, previous, 1), [LANES])
+            tl.store(last_row + n, h, mask=exists & is_first)
+            h = tl.where(is_first, entering, h)
+            if SAVE_STATES:
+                here = states_row + (i // CHUNK).to(tl.int64) * dim * N + n
+                tl.store(here, h, mask=exists & (i % CHUNK == 0) & (i < length))
+            new_ys = ()
+            for j in tl.static_range(UNROLL):
+                h = decays[j] * h + added[j]
+                new_ys = new_ys + (ys[j] + h * (C_n if CONST_C else Cs[j]),)
+            ys = new_ys
+        for j in tl.static_range(UNROLL):
+            valid = exists & (i + j < length)
+            opening = scale
+            if HAS_Z:
+                gate = tl.load(z_row + t * z_sl + j * (sign * z_sl), mask=valid, other=0.0).to(tl.float32)
+                opening = gate * sigmoid(gate) * scale
+            here = out_row + t * out_sl + j * (sign * out_sl)
+            tl.store(here, (ys[j] * opening).to(out.dtype.element_ty), mask=valid)
