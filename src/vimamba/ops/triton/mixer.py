@@ -22,7 +22,7 @@ class _Weights(NamedTuple):
     """The directions' weights side by side; the projections in the input's type, the rest in float32."""
 
     conv_RDW: Tensor
-    conv_bias_RD: Tensor | None
+    conv_bias_RD: Tensor
     x_proj_RED: Tensor
     dt_proj_RDK: Tensor
     dt_bias_RD: Tensor
@@ -33,15 +33,21 @@ class _Weights(NamedTuple):
 
 
 def _stack(directions: list[Direction], dtype: torch.dtype) -> _Weights:
-    conv_w, conv_b, x_proj, dt_proj, dt_bias, A_log, D = zip(*(tuple(way)[:7] for way in directions), strict=True)
-    masks = [
-        sum(int(flag) << r for r, flag in enumerate(flags)) for flags in zip(*(w[7:] for w in directions), strict=True)
+    """One launch for all weights, where a torch.stack for each, with the casts, would be ten."""
+    types = [torch.float32, torch.float32, dtype, dtype, *[torch.float32] * 3]
+    stacked = [
+        weight.new_empty((len(directions), *weight.shape), dtype=kind)
+        for weight, kind in zip(directions[0].weights, types, strict=True)
     ]
-    return _Weights(
-        torch.stack(conv_w).flatten(2), None if conv_b[0] is None else torch.stack(conv_b),
-        torch.stack(x_proj).to(dtype), torch.stack(dt_proj).to(dtype), torch.stack(dt_bias),
-        -torch.exp(torch.stack(A_log)), torch.stack(D), *masks,
-    )  # fmt: skip
+    torch._foreach_copy_(
+        [whole[r] for r in range(len(directions)) for whole in stacked], [w for way in directions for w in way.weights]
+    )
+    conv_w, conv_b, x_proj, dt_proj, dt_bias, A_log, D = stacked
+    conv_mask, scan_mask = (
+        sum(int(flag) << r for r, flag in enumerate(flags)) for flags in zip(*(w[7:] for w in directions), strict=True)
+    )
+    A_RDN = A_log.exp_().neg_()
+    return _Weights(conv_w.flatten(2), conv_b, x_proj, dt_proj, dt_bias, A_RDN, D, conv_mask, scan_mask)
 
 
 def _matrices(bc_RME: Tensor, batch: int, state: int) -> Tensor:
