@@ -1,307 +1,376 @@
 """Vim against DeiT on this machine's GPU, in one command.
 
-    PYTHONPATH=src python benchmarks/gpu.py [--quick] [--out gpu_results]
+    PYTHONPATH=src python benchmarks/gpu.py [--sizes 224 1248] [--models tiny] [--modes eager graph] [--out FOLDER]
 
-Needs torch, triton and timm. Checks the kernels against the plain loop in float64, then times, in bfloat16, a
-forward pass and a training step of Vim-Ti and Vim-S at each resolution, at batch 1 and at the largest sensible
-batch, against timm's DeiT with its attention written out ("eager") and with PyTorch's fused attention. Each side gets
-the better of eager mode and torch.compile. Writes results.json, and plots where matplotlib is installed.
+Needs torch, triton and timm. Checks the kernels against the plain loop in float64; times the scan against its floor and
+the first call of a model in a fresh process; then a forward pass and a training step in bfloat16 of Vim-Ti and Vim-S at
+each size, at batch 1 and at the largest that fits, against timm's DeiT with fused and with written-out attention. Every
+model runs in every mode (eager, torch.compile, CUDA graph), and the fastest counts. Writes results.json after every
+case and, where matplotlib is installed, the plot of `vimamba bench`; a later run with the same --out adds its cases to
+those of earlier ones, so that the whole can be done in parts. Ends with what was reached beside what was asked for.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import importlib.util
+import itertools
 import json
-import statistics
+import math
+import os
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import vimamba
-from vimamba.ops import reference
-from vimamba.ops import triton as kernels
+from vimamba.benchmark import Entry, Result, machine, measure, memory, report
+from vimamba.benchmark.entries import MODES, PASSES, build, images
+from vimamba.benchmark.timing import alternate, quartiles
+from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.ops import backends, reference
 
 SIZES = (224, 512, 1024, 1248, 2048)
-PAIRS = {"tiny": ("vim_tiny_patch16_224", "deit_tiny_patch16_224"),
-         "small": ("vim_small_patch16_224", "deit_small_patch16_224")}  # fmt: skip
+MODELS = {
+    "tiny": ("vim_tiny_patch16_224", "deit_tiny_patch16_224"),
+    "small": ("vim_small_patch16_224", "deit_small_patch16_224"),
+    "nano": ("vim_nano", "deit_tiny_patch16_224"),  # to try this script out
+}
 MAX_BATCH = 256
 MEMORY_SHARE = 0.8
-"""The largest batch is doubled while the pass is expected to fit in this share of the memory."""
+"""The largest batch is the power of two whose pass is expected to fit in this share of the memory."""
+FIRST_CALL_SECONDS = 20
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+SCAN = (16, 384, 6085)
 
-# Rates for the floor of the scan: multiprocessors and clock are read from the device; the rest is of the data sheets.
+# For the floor: the multiprocessors are read from the device, rates are those of the data sheets and of the CUDA C++
+# Programming Guide's table of arithmetic throughput.
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}
+PRODUCTS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+CLOCK = {"H100": 1.755e9, "H200": 1.755e9, "A100": 1.41e9}
 EXPONENTIALS_A_CYCLE = 16
 FLOAT_LANES = {8: 64, 9: 128}
+UPDATE_FLOPS = 9
+"""As `count_flops` counts an update of a state."""
 
-
-def median_seconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """Median time of `run` on the GPU, by events, after warm-up."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+FIRST_CALL = """
+import time, torch, vimamba
+model = vimamba.create_model("vim_tiny_patch16_224", img_size=224).to(DEVICE)
+x = torch.randn(2, 3, 224, 224, device=DEVICE)
+start = time.perf_counter()
+with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.no_grad():
+        model(x).sum().item()
+    forward = time.perf_counter() - start
+    model(x).float().sum().backward()
+next(model.parameters()).grad.sum().item()
+print(forward, time.perf_counter() - start)
+"""
 
 
 def error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
+    return float((found.detach().double() - truth.detach()).norm() / truth.detach().norm())
 
 
-def scan_inputs(batch: int, dim: int, length: int, dtype: torch.dtype) -> list[Tensor]:
+def scan_inputs(batch: int, dim: int, length: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     """u, delta, A, B, C, D, z and the bias of delta, in the fast layout."""
 
     def sequence(width: int) -> Tensor:
-        return torch.randn(batch, length, width, device="cuda").to(dtype).transpose(1, 2)
+        return torch.randn(batch, length, width, device=device).to(dtype).transpose(1, 2)
 
-    A = -torch.arange(1, 17, device="cuda").float().expand(dim, -1).contiguous()
+    A = -torch.arange(1, 17, device=device).float().expand(dim, -1).contiguous()
     return [
         sequence(dim), sequence(dim), A, sequence(16), sequence(16),
-        torch.ones(dim, device="cuda"), sequence(dim), torch.full((dim,), -4.0, device="cuda"),
+        torch.ones(dim, device=device), sequence(dim), torch.full((dim,), -4.0, device=device),
     ]  # fmt: skip
 
 
-def check_kernels() -> dict[str, float]:
-    """The largest relative error of outputs and gradients against float64, by type; stops the run if too large."""
+def worst_error(run: Callable, truth: Callable, inputs: list[Tensor]) -> float:
+    """The largest relative error of the output and the gradients of `run`, against `truth` on float64."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    out, want = run(*leaves), truth(*doubles)
+    weight = torch.randn_like(out)
+    found = torch.autograd.grad(out, leaves, weight)
+    wants = torch.autograd.grad(want, doubles, weight.double())
+    return max(map(error, (out, *found), (want, *wants)))
+
+
+def check_kernels(device: str) -> dict[str, float]:
+    """The worst error of every op, by type; ends the program if one is too large."""
     errors = {}
-    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
-        worst = 0.0
-        for reverse in (False, True):
-            inputs = [t.detach().requires_grad_() for t in scan_inputs(1, 384, 1001, dtype)]
-            doubles = [t.detach().double().requires_grad_() for t in inputs]
-            out = vimamba.selective_scan(*inputs, True, reverse=reverse, backend="triton")
-            truth = reference.selective_scan(*doubles, True, reverse=reverse)
-            weight = torch.randn_like(out)
-            grads = torch.autograd.grad(out, inputs, weight)
-            wants = torch.autograd.grad(truth, doubles, weight.double())
-            worst = max(worst, error(out, truth), *(error(g, w) for g, w in zip(grads, wants, strict=True)))
+    # One sequence has threads along time, many have a thread for each channel (see ops/triton/plan.py).
+    dim, lengths = (384, {1: 1001, 64: 197}) if device == "cuda" else (24, {1: 101, 4: 21})
+    for dtype, limit in LIMITS.items():
         name = str(dtype).removeprefix("torch.")
-        errors[name] = worst
-        print(f"scan in {name}: relative error {worst:.1e} (limit {limit:.0e})")
-        if worst > limit:
-            sys.exit(f"the {name} kernels are wrong on this GPU: relative error {worst:.1e}, limit {limit:.0e}")
+        x, weight = torch.randn(2, 1001, dim, device=device).to(dtype), torch.randn(dim, device=device)
+        taps = torch.randn(dim, 4, device=device)
+        for (batch, length), reverse in itertools.product(lengths.items(), (False, True)):
+            way = f"scan ({batch}, {dim}, {length}){' reversed' if reverse else ''}"
+            errors[f"{name}: {way}"] = worst_error(
+                lambda *a, reverse=reverse: vimamba.selective_scan(*a, True, reverse=reverse),
+                lambda *a, reverse=reverse: reference.selective_scan(*a, True, reverse=reverse),
+                scan_inputs(batch, dim, length, dtype, device),
+            )
+        errors[f"{name}: convolution"] = worst_error(
+            lambda x, w: vimamba.causal_conv1d(x.transpose(1, 2), w, activation="silu"),
+            lambda x, w: reference.causal_conv1d(x.transpose(1, 2), w, None, "silu"),
+            [x, taps],
+        )
+        errors[f"{name}: RMSNorm"] = worst_error(
+            lambda x, w: vimamba.rms_norm(x, w)[0], lambda x, w: reference.rms_norm(x, w)[0], [x, weight]
+        )
+        for what in [what for what in errors if what.startswith(name)]:
+            print(f"{what}: relative error {errors[what]:.1e} (at most {limit:.0e})")
+            if not errors[what] <= limit:
+                sys.exit(f"{what}: relative error {errors[what]:.1e} on this device, at most {limit:.0e} is right")
     return errors
 
 
-def scan_floor(batch: int, dim: int, length: int, directions: int = 1) -> dict[str, float]:
-    """The least seconds that the bytes, the exponentials and the multiply-adds of a scan in bfloat16 can take."""
-    device = torch.cuda.get_device_properties(0)
-    clock = getattr(device, "clock_rate", 1_755_000) * 1e3
-    bandwidth = next((rate for name, rate in BANDWIDTH.items() if name in device.name), 2.0e12)
-    elements = directions * batch * dim * length
-    bytes_moved = 2 * (3 * elements + directions * batch * length * 32)
-    cycles = device.multi_processor_count * clock
+def kernel_seconds(run: Callable[[], object], device: str) -> float:
+    """Median time of `run`, on a GPU without what the processor does around it."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(run, return_mode="median") / 1e3
+    return quartiles(alternate([run], 5, 1.0)[0])[1]
+
+
+def rate(of: dict[str, float]) -> float:
+    """This card's, or the A100's where the card is not in the table."""
+    name = torch.cuda.get_device_name(0)
+    return next((value for card, value in of.items() if card in name), of["A100"])
+
+
+def scan_floor(batch: int, dim: int, length: int) -> dict[str, float]:
+    """The least seconds that each unit needs for the forward scan in bfloat16."""
+    device, updates = torch.cuda.get_device_properties(0), batch * dim * length * 16
+    cycles = device.multi_processor_count * rate(CLOCK)
     return {
-        "memory": bytes_moved / bandwidth,
-        "exponentials": elements * 16 / (cycles * EXPONENTIALS_A_CYCLE),
-        "multiply-adds": elements * 16 * 4 / (cycles * FLOAT_LANES.get(device.major, 128)),
-        "bytes": bytes_moved,
+        "memory": scan_bytes(batch, dim, length) / rate(BANDWIDTH),
+        "exponentials": updates / (cycles * EXPONENTIALS_A_CYCLE),
+        "multiply-adds": updates * 4 / (cycles * FLOAT_LANES.get(device.major, 128)),
     }
 
 
-def time_scan(batch: int = 16, dim: int = 384, length: int = 6085) -> dict[str, float]:
-    """One scan forward and backward, against its floor."""
-    u, delta, A, B, C, D, _, bias = scan_inputs(batch, dim, length, torch.bfloat16)
-    with torch.no_grad():
-        forward = median_seconds(lambda: vimamba.selective_scan(u, delta, A, B, C, D, None, bias, True))
-    leaves = [t.requires_grad_() for t in (u, delta, A, B, C, D, bias)]
-
-    def step() -> None:
-        out = vimamba.selective_scan(*leaves[:6], None, leaves[6], True)
-        torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-    both = median_seconds(step)
-    floor = scan_floor(batch, dim, length)
-    least = max(floor[k] for k in ("memory", "exponentials", "multiply-adds"))
-    gigabytes = floor["bytes"] / forward / 1e9
-    print(f"scan ({batch}, {dim}, {length}): {1e3 * forward:.3f} ms forward, {1e3 * both:.3f} ms with backward; "
-          f"floor {1e3 * least:.3f} ms ({least / forward:.0%} reached), {gigabytes:.0f} GB/s")  # fmt: skip
-    return {"forward": forward, "step": both, "floor": least, "gigabytes_a_second": gigabytes} | floor
-
-
-def deit(name: str, size: int, fused: bool) -> nn.Module:
-    timm.layers.set_fused_attn(fused)
-    model = timm.create_model(name, img_size=size)
+def forward_floor(entry: Entry, flops: int) -> float:
+    """The least seconds of a forward pass: its matrix products at the tensor cores' rate, then the exponentials of its
+    state updates; nothing else.
+    """
+    model = build(Entry(entry.model, entry.size, model_args=entry.model_args))
+    updates = 0
     for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
-    return model
+        if isinstance(module, BidirectionalMixer):
+            rows, columns = model.patch_embed.grid_size(entry.size, entry.size)
+            updates += sum(way.A_log.numel() for way in module.directions()) * (rows * columns + 1)
+    cycles = torch.cuda.get_device_properties(0).multi_processor_count * rate(CLOCK)
+    products = (flops - UPDATE_FLOPS * updates) / rate(PRODUCTS)
+    return entry.batch * (products + updates / (cycles * EXPONENTIALS_A_CYCLE))
 
 
-class Contender:
-    """A model as the benchmark runs it: forward or training step at one batch, in bfloat16."""
-
-    def __init__(self, model: nn.Module, size: int, train: bool) -> None:
-        self.model = model.cuda().train(train)
-        self.size, self.train = size, train
-        self.optimizer = torch.optim.AdamW(model.parameters(), fused=True) if train else None
-
-    def runner(self, batch: int, compiled: bool) -> Callable[[], object]:
-        images = torch.randn(batch, 3, self.size, self.size, device="cuda")
-        labels = torch.randint(1000, (batch,), device="cuda")
-        model = torch.compile(self.model) if compiled else self.model
-
-        def forward() -> object:
-            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-                return model(images)
-
-        def step() -> object:
-            assert self.optimizer is not None
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            return loss
-
-        return step if self.train else forward
+def scan_bytes(batch: int, dim: int, length: int) -> int:
+    return 2 * (3 * batch * dim * length + 32 * batch * length)
 
 
-def largest_batch(contender: Contender) -> int:
-    """The largest power of two that is expected to fit, from the memory of batches 1 and 2."""
+def time_scan(device: str) -> dict[str, Any]:
+    """One scan forward, and backward, against the floor."""
+    shape = SCAN if device == "cuda" else (1, 64, 200)
+    u, delta, A, B, C, D, _, bias = scan_inputs(*shape, torch.bfloat16, device)
+    with torch.no_grad():
+        forward = kernel_seconds(lambda: vimamba.selective_scan(u, delta, A, B, C, D, None, bias, True), device)
+    leaves = [t.requires_grad_() for t in (u, delta, A, B, C, D, bias)]
+    out = vimamba.selective_scan(*leaves[:6], None, leaves[6], True)
+    weight = torch.ones_like(out)
+    backward = kernel_seconds(lambda: torch.autograd.grad(out, leaves, weight, retain_graph=True), device)
+    row = {"shape": shape, "forward": forward, "backward": backward, "bytes_a_second": scan_bytes(*shape) / forward}
+    print(f"scan {shape}: {1e3 * forward:.3f} ms forward, {1e3 * backward:.3f} ms backward", end="")
+    if device == "cuda":
+        row["floor"] = floor = scan_floor(*shape)
+        unit = max(floor, key=lambda name: floor[name])
+        row["share_of_floor"] = floor[unit] / forward
+        print(f"; floor {1e3 * floor[unit]:.3f} ms by {unit}, {row['share_of_floor']:.0%} reached", end="")
+    print(f"; {row['bytes_a_second'] / 1e9:.0f} GB/s")
+    return row
+
+
+def time_first_call(device: str) -> list[float]:
+    """Seconds until the first forward pass, and the first training step, are done, with nothing compiled before."""
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST_CALL.replace("DEVICE", repr(device))],
+            env=os.environ | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"the first call failed: {done.stderr.strip().splitlines()[-1]}")
+    times = [float(word) for word in done.stdout.split()[-2:]]
+    print(f"first call: forward after {times[0]:.1f} s, training step after {times[1]:.1f} s")
+    return times
+
+
+def largest_batch(entry: Entry) -> int:
+    """The largest power of two that is expected to fit, from the memory of batches 1 and 2; 0 if nothing fits."""
+    if entry.device != "cuda":
+        return 2
     total = torch.cuda.get_device_properties(0).total_memory
-    peaks = []
-    for batch in (1, 2):
-        torch.cuda.reset_peak_memory_stats()
-        contender.runner(batch, False)()
-        peaks.append(torch.cuda.max_memory_allocated())
-    each = max(peaks[1] - peaks[0], 1)
-    fitting = int((MEMORY_SHARE * total - peaks[0]) / each)
-    return max(1, min(MAX_BATCH, 1 << max(0, fitting.bit_length() - 1)))
-
-
-def measure(contender: Contender, batch: int, compile_too: bool) -> dict[str, object]:
-    """Seconds an image (the better mode), which mode that was, and the peak memory of eager mode."""
-    torch.cuda.reset_peak_memory_stats()
-    base = torch.cuda.memory_allocated()
-    modes = {"eager": median_seconds(contender.runner(batch, False))}
-    peak = torch.cuda.max_memory_allocated() - base
-    if compile_too:
-        torch._dynamo.reset()
-        modes["compile"] = median_seconds(contender.runner(batch, True))
-    mode = min(modes, key=lambda name: modes[name])
-    return {"batch": batch, "seconds": modes[mode], "images_a_second": batch / modes[mode], "mode": mode,
-            "modes": modes, "peak_bytes": peak}  # fmt: skip
-
-
-def contenders(pair: str, size: int) -> dict[str, Callable[[], nn.Module]]:
-    vim, rival = PAIRS[pair]
-    return {
-        "vim": lambda: vimamba.create_model(vim, img_size=size),
-        "vim, one direction": lambda: vimamba.create_model(vim, img_size=size, bidirectional="none"),
-        "deit fused": lambda: deit(rival, size, True),
-        "deit eager": lambda: deit(rival, size, False),
-    }
-
-
-def run_case(pair: str, size: int, train: bool, compile_too: bool) -> list[dict[str, object]]:
-    """Every contender at one size: batch 1, and the largest batch that fits all but the written-out attention."""
-    rows: list[dict[str, object]] = []
-    shared = MAX_BATCH
-    for name, build in contenders(pair, size).items():
-        try:
-            contender = Contender(build(), size, train)
-            own = largest_batch(contender)
-            shared = min(shared, own) if name != "deit eager" else shared
-            for batch in sorted({1, min(shared, own)}):
-                row = measure(contender, batch, compile_too)
-                rows.append({"pair": pair, "size": size, "train": train, "model": name, **row})
-                print(f"{pair:5} {size:4} px {'train' if train else 'infer'} {name:18} batch {batch:3}: "
-                      f"{row['images_a_second']:9.1f} images/s ({row['mode']}), "
-                      f"peak {row['peak_bytes'] / 2**20:8.0f} MB", flush=True)  # type: ignore[operator]  # fmt: skip
-        except torch.cuda.OutOfMemoryError:
-            rows.append({"pair": pair, "size": size, "train": train, "model": name, "out_of_memory": True})
-            print(f"{pair:5} {size:4} px {'train' if train else 'infer'} {name:18} out of memory", flush=True)
-        contender = None  # type: ignore[assignment]
-        gc.collect()
-        torch.cuda.empty_cache()
-    return rows
-
-
-def plot(rows: list[dict], folder: Path) -> None:
-    """Throughput at the largest batch, and peak memory at batch 1, against resolution."""
     try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("matplotlib is not installed: no plots")
-        return
-    for pair in PAIRS:
-        for train in (False, True):
-            mine = [r for r in rows if r["pair"] == pair and r["train"] == train and "seconds" in r]
-            if not mine:
-                continue
-            figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-            for model in dict.fromkeys(r["model"] for r in mine):
-                own = [r for r in mine if r["model"] == model]
-                sizes = sorted({r["size"] for r in own})
-                best = [max(r["images_a_second"] for r in own if r["size"] == s) for s in sizes]
-                least = [min(r["peak_bytes"] for r in own if r["size"] == s) / 2**20 for s in sizes]
-                axes[0].plot(sizes, best, marker="o", label=model)
-                axes[1].plot(sizes, least, marker="o", label=model)
-            for axis, title in zip(axes, ("images/s", "peak MB, batch 1"), strict=True):
-                axis.set(xlabel="pixels", title=f"{pair}, {'training' if train else 'inference'}: {title}")
-                axis.set_yscale("log")
-                axis.legend()
-            figure.tight_layout()
-            figure.savefig(folder / f"{pair}_{'train' if train else 'infer'}.png", dpi=120)
-            plt.close(figure)
+        one, two = (memory.peak(Entry(**{**vars(entry), "batch": batch})) for batch in (1, 2))
+    except memory.StepError:
+        return 0
+    assert one is not None
+    assert two is not None
+    fitting = int((MEMORY_SHARE * total - one) / max(two - one, images(entry).nbytes)) + 1
+    return max(1, min(MAX_BATCH, 1 << (fitting.bit_length() - 1)))
 
 
-def summarise(rows: list[dict]) -> None:
-    """Vim against each DeiT and against its one-direction self, at the largest batch of each."""
-    groups: dict[tuple, dict[str, float]] = {}
-    for row in rows:
-        if "images_a_second" in row:
-            best = groups.setdefault((row["pair"], row["size"], row["train"]), {})
-            best[row["model"]] = max(best.get(row["model"], 0.0), row["images_a_second"])
-    for (pair, size, train), best in groups.items():
-        if "vim" in best:
-            parts = [f"{best['vim'] / best[m]:.2f}x {m}" for m in ("deit fused", "deit eager") if m in best]
-            if "vim, one direction" in best:
-                parts.append(f"second direction {best['vim, one direction'] / best['vim'] - 1:+.0%} time")
-            print(f"{pair:5} {size:4} px {'train' if train else 'infer'}: " + ", ".join(parts))
+def contenders(which: str, size: int, passes: str, device: str) -> list[Entry]:
+    vim, deit = MODELS[which]
+    common: dict[str, Any] = {"dtype": "bfloat16", "passes": passes, "device": device}
+    return [
+        Entry(deit, size, **common),
+        Entry(vim, size, **common),
+        Entry(vim, size, model_args={"bidirectional": "none"}, label=f"{vim} one direction", **common),
+        Entry(deit, size, attention="eager", **common),
+    ]
+
+
+def run_case(
+    which: str, size: int, passes: str, options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[Result]]:
+    """Every contender at batch 1 and at the largest batch that all fit in but the written-out attention, which has
+    its own."""
+    entries = contenders(which, size, passes, options.device)
+    own = [largest_batch(entry) for entry in entries]
+    shared = min(own[:3])
+    by_batch: dict[int, list[Entry]] = {}
+    for entry, most in zip(entries, own, strict=True):
+        for batch in {1, min(most, shared)} - {0}:
+            for mode in options.modes:
+                if mode != "graph" or (passes == "forward" and options.device == "cuda"):
+                    by_batch.setdefault(batch, []).append(Entry(**{**vars(entry), "batch": batch, "mode": mode}))
+    rows, results = [], []
+    for batch, group in sorted(by_batch.items()):
+        torch._dynamo.reset()  # or it would give up compiling after so many models of one class
+        measured = measure(group, options.repeats, options.seconds, with_memory=options.device == "cuda")
+        results += measured
+        for result in measured:
+            row = {"which": which, **report.as_row(result)}
+            rows.append(row)
+            told = row["error"] or f"{row['images_per_s']:9.1f} images/s"
+            if passes == "forward" and options.device == "cuda" and row["median_s"]:
+                row["floor_s"] = forward_floor(result.entry, result.cost.flops)
+                told += f", {row['floor_s'] / row['median_s']:.0%} of the floor's speed"
+            peak = f", peak {row['peak_extra_bytes'] / 2**20:.0f} MB" if row["peak_extra_bytes"] else ""
+            print(f"{passes:7} {size:4} px batch {batch:3} {result.name:44} {told}{peak}", flush=True)
+    return rows, results
+
+
+def key(row: dict[str, Any]) -> tuple:
+    return tuple(str(row[k]) for k in ("which", "name", "pass", "batch", "size", "mode"))
+
+
+class Reached:
+    """What the rows say of the models `which`: the best of the modes, at the largest batch or at batch 1."""
+
+    def __init__(self, rows: list[dict[str, Any]], which: str) -> None:
+        self.rows = [row for row in rows if row["which"] == which]
+        vim, deit = MODELS[which]
+        self.names = {"vim": vim, "one": f"{vim} one direction", "fused": f"{deit} fused", "eager": f"{deit} eager"}
+
+    def _of(self, model: str, passes: str, size: int) -> list[dict[str, Any]]:
+        def plain(row: dict[str, Any]) -> str:
+            return row["name"].removesuffix(f" {row['mode']}") if row["mode"] != "eager" else row["name"]
+
+        wanted = (self.names[model], passes, size)
+        return [r for r in self.rows if (plain(r), r["pass"], r["size"]) == wanted and not r["error"]]
+
+    def speed(self, model: str, passes: str, size: int, batch: int | None = None) -> float:
+        """Images a second, by default at the best batch."""
+        found = [r["images_per_s"] for r in self._of(model, passes, size) if batch in (None, r["batch"])]
+        return max(found, default=math.nan)
+
+    def peak(self, model: str, passes: str, size: int) -> float:
+        """Bytes at batch 1."""
+        found = [r["peak_extra_bytes"] for r in self._of(model, passes, size) if r["batch"] == 1]
+        return min((bytes_ for bytes_ in found if bytes_), default=math.nan)
+
+    def against(self, peer: str, passes: str, size: int) -> float:
+        return self.speed("vim", passes, size) / self.speed(peer, passes, size)
+
+
+def goals(content: dict[str, Any]) -> list[tuple[str, str, str, float]]:
+    """What was asked for of Vim-Ti and the scan: the row, at least, aim, and what was reached."""
+    tiny = Reached(content["rows"], "tiny")
+    less = 100 * (tiny.peak("vim", "forward", 1248) / tiny.peak("eager", "forward", 1248) - 1)
+    second = 100 * (tiny.against("one", "forward", 1248) ** -1 - 1)
+    return [
+        ("forward, 1248 px, against DeiT-Ti eager", "2.8x", "5x", tiny.against("eager", "forward", 1248)),
+        ("memory, 1248 px, batch 1, against DeiT-Ti eager, %", "-86.8", "-86.8", less),
+        ("forward, 1248 px, against DeiT-Ti fused", "1x", "1.5x", tiny.against("fused", "forward", 1248)),
+        ("forward, 2048 px, against DeiT-Ti fused", "2x", "3x", tiny.against("fused", "forward", 2048)),
+        ("images/s, 1248 px", "500", "1000", tiny.speed("vim", "forward", 1248)),
+        ("train step, 1248 px, against DeiT-Ti fused", "1x", "1.5x", tiny.against("fused", "train", 1248)),
+        ("scan forward, % of the floor", "50", "75", 100 * content["scan"].get("share_of_floor", math.nan)),
+        ("second direction, 1248 px, % more time", "45", "30", second),
+        ("seconds until the first training step", str(FIRST_CALL_SECONDS), "", content["first_call"][1]),
+    ]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/gpu"), help="folder for results.json and the plot")
+    add("--sizes", type=int, nargs="+", default=list(SIZES), help="pixels")
+    add("--models", nargs="+", default=["tiny", "small"], choices=list(MODELS), help="which models")
+    add("--passes", nargs="+", default=list(PASSES), choices=list(PASSES))
+    add("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="of which the fastest counts")
+    add("--repeats", type=int, default=20, help="times that each model runs at most")
+    add("--seconds", type=float, default=5.0, help="time for the runs of one case; each model runs at least 3 times")
+    add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: only to try the script out, with small models")
+    options = parser.parse_args()
+    if min(options.sizes) < 16 or options.repeats < 1 or options.seconds < 0:
+        parser.error("--sizes are at least 16, --repeats at least 1, --seconds not negative")
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="folder for results.json and plots")
-    parser.add_argument("--size", type=int, nargs="+", default=list(SIZES), help="pixels")
-    parser.add_argument("--pair", nargs="+", default=list(PAIRS), choices=list(PAIRS), help="which models")
-    parser.add_argument("--no-compile", action="store_true", help="eager mode only")
-    parser.add_argument("--quick", action="store_true", help="tiny models at 224 and 1248 px, eager mode")
-    options = parser.parse_args()
-    reason = kernels.unavailable(torch.device("cuda"))
-    if reason is not None:
-        sys.exit(f"benchmarks/gpu.py needs a GPU: {reason}")
-    if options.quick:
-        options.size, options.pair, options.no_compile = [224, 1248], ["tiny"], True
+    options = arguments()
+    if options.device == "cuda":
+        reason = backends.load("triton").unavailable(torch.device("cuda"))
+        if reason is not None:
+            sys.exit(f"benchmarks/gpu.py needs a GPU: {reason}")
     torch.manual_seed(0)
-    options.out.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_properties(0)
-    results: dict[str, object] = {"device": device.name, "torch": torch.__version__, "timm": timm.__version__}
-    print(f"{device.name}, torch {torch.__version__}")
-    results["errors"] = check_kernels()
-    results["scan"] = time_scan()
-    rows: list[dict] = []
-    for pair in options.pair:
-        for train in (False, True):
-            for size in options.size:
-                rows += run_case(pair, size, train, not options.no_compile)
-                results["rows"] = rows
-                (options.out / "results.json").write_text(json.dumps(results, indent=1))
-    summarise(rows)
-    plot(rows, options.out)
+    path = options.out / "results.json"
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    except (OSError, ValueError, KeyError) as problem:
+        sys.exit(f"{path}: cannot be continued ({problem})")
+    told = machine.describe(options.device)
+    print(machine.heading(told))
+    content: dict[str, Any] = {"schema": report.SCHEMA, "machine": told, "errors": check_kernels(options.device)}
+    content |= {"scan": time_scan(options.device), "first_call": time_first_call(options.device), "rows": earlier}
+    results: list[Result] = []
+    began = time.perf_counter()
+    for which, passes, size in itertools.product(options.models, options.passes, options.sizes):
+        rows, measured = run_case(which, size, passes, options)
+        results += measured
+        fresh = {key(row) for row in rows}
+        content["rows"] = [row for row in content["rows"] if key(row) not in fresh] + rows
+        path.with_suffix(".part").write_text(json.dumps(content, indent=1) + "\n")
+        path.with_suffix(".part").replace(path)  # so that an interrupted run loses nothing
+    if importlib.util.find_spec("matplotlib") is not None:
+        report.plot(options.out / "results.png", machine.heading(told), results)
+    print(f"\nreached, by {time.perf_counter() - began:.0f} s of measurements and those of earlier runs:")
+    for what, least, aim, value in goals(content):
+        shown = "not measured" if math.isnan(value) else f"{value:.2f}"
+        print(f"  {what:52} at least {least:>6}, aim {aim:>6}: {shown}")
+    print(f"measurements: {path}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -183,3 +186,42 @@ def test_timm_agrees_on_the_parameters():
     assert cost(Entry("resnet10t", 32)).parameters == sum(
         p.numel() for p in timm.create_model("resnet10t").parameters()
     )
+
+
+class TestGpuScript:
+    """benchmarks/gpu.py, as far as it goes without a GPU."""
+
+    SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(self.SCRIPT), *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+    def test_without_a_gpu_it_says_so(self):
+        done = self.run()
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert "needs a GPU" in done.stderr
+
+    def test_cases_are_added_to_earlier_ones(self, tmp_path):
+        earlier = {"which": "nano", "name": "vim_nano", "mode": "eager", "pass": "forward", "batch": 1, "error": "none"}
+        rows = [{**earlier, "size": size} for size in (32, 48)]
+        (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+        options = "--device cpu --models nano --passes forward --modes eager --repeats 1 --sizes 32 --out"
+        done = self.run(*options.split(), str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert found["rows"][0] == rows[1]
+        assert {(row["size"], row["batch"]) for row in found["rows"][1:]} == {(32, 1), (32, 2)}
+        assert len(found["rows"]) == 9
+        assert all(row["images_per_s"] > 0 for row in found["rows"][1:])
+        assert max(found["errors"].values()) < 5e-3
+        assert (tmp_path / "results.png").stat().st_size > 0
+
+    def test_what_cannot_be_continued_is_left_alone(self, tmp_path):
+        (tmp_path / "results.json").write_text("{")
+        done = self.run("--device", "cpu", "--out", str(tmp_path))
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert "cannot be continued" in done.stderr

@@ -18,6 +18,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+import vimamba  # noqa: E402
 from vimamba.ops import reference  # noqa: E402
 from vimamba.ops import triton as kernels  # noqa: E402
 from vimamba.ops.mixer import Direction  # noqa: E402
@@ -320,6 +321,88 @@ def test_mixer(flags):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_scan_at_full_size(reverse, dtype):
     check_scan(scan_case(batch=2, dim=384, length=6085, state=16, dtype=dtype), reverse=reverse)
+
+
+@pytest.fixture(scope="module")
+def on_gpu():
+    """Vim-Ti at 384 px on the GPU, images, and its logits from the plain PyTorch backend in float32."""
+    torch.manual_seed(0)
+    model = vimamba.create_model("vim_tiny_patch16_224", img_size=384).eval()
+    images = torch.randn(2, 3, 384, 384)
+    with torch.no_grad():
+        logits = model(images)
+    return model.cuda(), images.cuda(), logits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_model_agrees_with_the_cpu(on_gpu):
+    model, images, logits = on_gpu
+    with torch.no_grad():
+        assert error(model(images), logits.double()) < 1e-4
+        with torch.autocast("cuda", torch.bfloat16):
+            assert error(model(images), logits.double()) < 5e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("train", [False, True])
+def test_model_compiles(on_gpu, train):
+    model, images, _ = on_gpu
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.set_grad_enabled(train):
+        out, want = compiled(images), model(images)
+    assert error(out, want.double().cpu()) < 1e-4
+    if train:
+        found, wants = (torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (out, want))
+        for got, grad in zip(found, wants, strict=True):
+            assert error(got, grad.double().cpu()) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_model_in_a_cuda_graph(on_gpu):
+    """Captured once, replayed on other images."""
+    model, images, logits = on_gpu
+    given = torch.zeros_like(images)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode():
+        with torch.cuda.stream(side):
+            model(given)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(given)
+    given.copy_(images)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert error(out, logits.double()) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_deterministic_backward_pass(on_gpu):
+    model, images, _ = on_gpu
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad(model(images).square().sum(), list(model.parameters())))
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(map(torch.equal, gradients(), gradients()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_first_call_is_soon_done():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import gpu
+
+    forward, step = gpu.time_first_call("cuda")
+    assert forward < step < gpu.FIRST_CALL_SECONDS
 
 
 def test_refusals_name_the_way_out(monkeypatch):

@@ -17,6 +17,7 @@ from vimamba.models.registry import count_flops, count_parameters, create_model
 PASSES = ("forward", "train")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("fused", "eager")
+MODES = ("eager", "compile", "graph")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Entry:
         passes: "forward" (inference) or "train" (forward, loss, backward and AdamW step).
         attention: "fused" or "eager" (the attention matrix is formed); without effect where there is no attention.
         device: "cpu" or "cuda".
+        mode: "eager"; "compile", by torch.compile; or "graph", replayed from a CUDA graph (a forward pass only).
         model_args: keyword arguments of the model beyond its size.
         label: how the model is called in tables; its name, and the attention where there is one, by default.
     """
@@ -42,6 +44,7 @@ class Entry:
     passes: str = "forward"
     attention: str = "fused"
     device: str = "cpu"
+    mode: str = "eager"
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     label: str = ""
 
@@ -126,10 +129,21 @@ def images(entry: Entry) -> Tensor:
 
 
 def step_of(entry: Entry, model: nn.Module) -> Callable[[], None]:
-    """A function that does one step and waits until the device has done it."""
+    """A function that does one step and waits until the device has done it.
+
+    Raises:
+        UserError: the mode is "graph" and the device has no CUDA graphs, or the pass is a training step.
+    """
     x = images(entry)
+    if entry.mode == "compile":
+        model = torch.compile(model)  # type: ignore[assignment]
     step = _train_step(entry, model, x) if entry.passes == "train" else _forward_step(entry, model, x)
-    if torch.device(entry.device).type != "cuda":
+    on_gpu = torch.device(entry.device).type == "cuda"
+    if entry.mode == "graph":
+        if entry.passes == "train" or not on_gpu:
+            raise UserError(f"mode graph is for forward passes on a GPU, not for {entry.passes} on {entry.device}")
+        step = _graph(step)
+    if not on_gpu:
         return step
 
     def synchronised() -> None:
@@ -137,6 +151,19 @@ def step_of(entry: Entry, model: nn.Module) -> Callable[[], None]:
         torch.cuda.synchronize()
 
     return synchronised
+
+
+def _graph(step: Callable[[], None]) -> Callable[[], None]:
+    """The step's kernels as a CUDA graph, after a run outside it that compiles and allocates."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def _autocast(entry: Entry) -> torch.autocast:

@@ -1,10 +1,10 @@
-"""Peak memory of a step beyond the loaded model, measured in a fresh process.
+"""Peak memory of a step beyond the loaded model.
 
-On a GPU it is the allocator's peak. On a CPU it is the growth of the process: on Linux its peak resident size (VmHWM of
-/proc/self/status, reset by writing 5 to /proc/self/clear_refs) minus the resident size before the step; on other
-systems the growth of ru_maxrss, which cannot be reset and so is a lower bound where building the model took more
-than is left resident; on Windows it is not measured. Large blocks go straight to the system there, as what is asked for
-is what the model needs: glibc by itself keeps up to half as much again of freed blocks that it cannot use.
+On a GPU it is the allocator's peak. On a CPU it is the growth of a fresh process: on Linux its peak resident size
+(VmHWM of /proc/self/status, reset by writing 5 to /proc/self/clear_refs) minus the resident size before the step; on
+other systems the growth of ru_maxrss, which cannot be reset and so is a lower bound where building the model took more
+than is left resident; on Windows it is not measured. Large blocks go straight to the system there, as what is asked
+for is what the model needs: glibc by itself keeps up to half as much again of freed blocks that it cannot use.
 
 `python -m vimamba.benchmark.memory JSON` is the fresh process; it prints the result as JSON.
 """
@@ -77,7 +77,7 @@ def _status_bytes(field: str) -> int:
 
 
 def peak_here(entry: Entry) -> int | None:
-    """Bytes at the peak of a step beyond the loaded model, in this process, which must be fresh.
+    """Bytes at the peak of a step beyond the loaded model, in this process, which must be fresh where it is a CPU's.
 
     A training step's are those of its second one: activations, gradients and the optimizer's state.
     """
@@ -100,11 +100,16 @@ def peak_here(entry: Entry) -> int | None:
 
 
 def peak(entry: Entry) -> int | None:
-    """The same, in a process of its own, with as many threads as this one has.
+    """The same, on a CPU in a process of its own, with as many threads as this one has.
 
     Raises:
-        StepError: that process ran out of memory or broke off.
+        StepError: the step ran out of memory or broke off.
     """
+    if torch.device(entry.device).type == "cuda":
+        try:
+            return peak_here(entry)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            raise StepError(reason(error)) from error
     request = json.dumps({"entry": dataclasses.asdict(entry), "threads": torch.get_num_threads()})
     environment = {"MALLOC_MMAP_THRESHOLD_": "1048576", **os.environ}
     done = subprocess.run(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from vimamba.benchmark.run import Result, groups
 from vimamba.benchmark.timing import quartiles
 from vimamba.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SCHEMA = 1
 PLOTS = (".png", ".svg", ".pdf")
@@ -43,6 +44,7 @@ def as_row(result: Result) -> dict[str, Any]:
         "batch": entry.batch,
         "size": entry.size,
         "device": entry.device,
+        "mode": entry.mode,
         "parameters": result.cost.parameters,
         "gflops_per_image": result.cost.flops / 1e9,
         "median_s": middle,
@@ -78,6 +80,8 @@ def tables(results: Sequence[Result]) -> list[Table]:
 
 
 def _empty_table(title: str) -> Table:
+    from rich.table import Table
+
     shown = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     shown.add_column("model", no_wrap=True)
     for heading in ("px", "GFLOPs", "ms", "spread", "relative", "images/s", "extra MB"):

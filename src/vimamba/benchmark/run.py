@@ -48,9 +48,10 @@ def plan(entries: Sequence[Entry]) -> list[Result]:
         key = (entry.model, str(entry.model_args), entry.size)
         costs[key] = costs.get(key) or cost(entry)
         shown = f"{entry.model} {entry.attention}" if costs[key].attends else entry.model
-        if (key, shown, entry.combination) not in seen:
-            seen.add((key, shown, entry.combination))
-            results.append(Result(entry, entry.label or shown, costs[key]))
+        mode = "" if entry.mode == "eager" else f" {entry.mode}"
+        if (key, shown, mode, entry.combination) not in seen:
+            seen.add((key, shown, mode, entry.combination))
+            results.append(Result(entry, (entry.label or shown) + mode, costs[key]))
     return results
 
 
@@ -74,7 +75,7 @@ def measure(
         entries: what to measure.
         repeats: rounds at most for each group.
         seconds: time for the rounds of a group; there are at least three rounds.
-        with_memory: also measure peak memory, each entry in a process of its own.
+        with_memory: also measure the peak memory of entries in eager mode (see `vimamba.benchmark.memory`).
         report: is told what is being done.
 
     Returns:
@@ -89,8 +90,9 @@ def measure(
         what = f"{passes} {size} px batch {batch} {dtype}"
         if with_memory:
             for result in group:
-                report(f"{what}: memory of {result.name}")
-                _measure_memory(result)
+                if result.entry.mode == "eager":
+                    report(f"{what}: memory of {result.name}")
+                    _measure_memory(result)
         report(f"{what}: time of {', '.join(result.name for result in group)}")
         _measure_time(group, repeats, seconds)
         measured += group

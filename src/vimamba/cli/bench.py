@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from vimamba.benchmark import Entry, machine, measure, report
-from vimamba.benchmark.entries import ATTENTIONS, DTYPES, PASSES, check_name
+from vimamba.benchmark.entries import ATTENTIONS, DTYPES, MODES, PASSES, check_name
 from vimamba.cli import terminal
 from vimamba.errors import UserError, nearest, require
 
@@ -32,6 +32,7 @@ def arguments(parser: ArgumentParser) -> None:
     add("--passes", type=str, nargs="+", default=["forward"], help="forward, train (with backward and AdamW step)")
     add("--attention", type=str, nargs="+", default=["fused"], help="how peers attend: fused, eager")
     add("--device", type=str, default="cpu", help="cpu or cuda")
+    add("--mode", type=str, nargs="+", default=["eager"], help="eager, compile (torch.compile), graph (CUDA graph)")
     add("--threads", type=int | None, default=None, help="threads on a CPU; PyTorch's own choice if not given")
     add("--repeats", type=int, default=20, help="times that each model runs at most")
     add("--seconds", type=float, default=10.0, help="time for the runs of one size; each model runs at least 3 times")
@@ -74,19 +75,25 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
 def entries(options: Namespace) -> list[Entry]:
     """Every combination asked for."""
     kinds = itertools.product(
-        options.passes, options.dtype, options.batch, options.sizes, options.models + options.against, options.attention
+        options.passes,
+        options.dtype,
+        options.batch,
+        options.sizes,
+        options.models + options.against,
+        options.attention,
+        options.mode,
     )
     return [
-        Entry(model, size, batch, dtype, passes, attention, options.device)
-        for passes, dtype, batch, size, model, attention in kinds
+        Entry(model, size, batch, dtype, passes, attention, options.device, mode)
+        for passes, dtype, batch, size, model, attention, mode in kinds
     ]
 
 
 def check(options: Namespace) -> None:
     """Raise UserError for what cannot be measured, before anything is."""
-    for key in ("models", "sizes", "batch", "dtype", "passes", "attention"):
+    for key in ("models", "sizes", "batch", "dtype", "passes", "attention", "mode"):
         require(bool(options[key]), f"--{key}: give at least one")
-    for key, known in (("dtype", tuple(DTYPES)), ("passes", PASSES), ("attention", ATTENTIONS)):
+    for key, known in (("dtype", tuple(DTYPES)), ("passes", PASSES), ("attention", ATTENTIONS), ("mode", MODES)):
         for value in options[key]:
             require(value in known, f"--{key} {value}: it is {' or '.join(known)}{nearest(value, known)}")
     for key in ("sizes", "batch"):
@@ -97,6 +104,8 @@ def check(options: Namespace) -> None:
     for name in (*options.models, *options.against):
         check_name(name)
     check_device(options.device)
+    graphs = options.device.startswith("cuda") and "train" not in options.passes
+    require("graph" not in options.mode or graphs, "--mode graph: it is for --device cuda and --passes forward")
     for key in ("json", "plot"):
         if options[key]:
             report.check_writable(options[key], f"--{key}")
