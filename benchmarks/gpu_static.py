@@ -40,6 +40,7 @@ from vimamba.ops.mixer import Direction
 from vimamba.ops.triton import mixer, norm, scan
 
 TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -58,10 +59,11 @@ class Card:
 
 
 CARDS = {
+    "sm_75": Card("T4", 40, 1.59e9, 3.2e11, {"issue": 128, "mufu": 16, "fma": 64, "alu": 64, "lsu": 16}),
     "sm_80": Card("A100 SXM 80 GB", 108, 1.41e9, 2.04e12, {"issue": 128, "mufu": 16, "fma": 64, "alu": 64, "lsu": 32}),
     "sm_90": Card("H100 SXM", 132, 1.755e9, 3.35e12),
 }
-"""A100: whitepaper 2020; H100: whitepaper 2022, clock as observed under load."""
+"""T4: data sheet 2018; A100: whitepaper 2020; H100: whitepaper 2022, clock as observed under load."""
 
 UNITS = [
     ("mufu", r"MUFU|I2F|F2I|F2F\b"),
@@ -220,13 +222,16 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def run_scan(batch: int, dim: int, length: int, gate: bool = False, train: bool = False) -> None:
+def run_scan(
+    batch: int, dim: int, length: int, gate: bool = False, train: bool = False, state: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
     """selective_scan of one direction, in the fast layout."""
     wide = torch.float32
-    u, delta, z = (meta(batch, length, dim).transpose(1, 2) for _ in range(3))
-    x_dbl = meta(batch, length, 44)
-    B, C = (x_dbl[..., 12 + 16 * i : 28 + 16 * i].transpose(1, 2)[:, None] for i in range(2))
-    A, D, bias = meta(dim, 16, dtype=wide), meta(dim, dtype=wide), meta(dim, dtype=wide)
+    u, delta, z = (meta(batch, length, dim, dtype=dtype).transpose(1, 2) for _ in range(3))
+    x_dbl = meta(batch, length, 12 + 2 * state, dtype=dtype)
+    B, C = (part.transpose(1, 2)[:, None] for part in x_dbl[..., 12:].split(state, -1))
+    A, D, bias = meta(dim, state, dtype=wide), meta(dim, dtype=wide), meta(dim, dtype=wide)
     z_or_none = z if gate else None
     _, _, states = scan.scan_forward(u, delta, A, B, C, D, z_or_none, bias, True, False, train)
     if train:
@@ -265,6 +270,9 @@ CASES: dict[str, Callable[[], None]] = {
     "Vim-Ti 1248 px, batch 32, training": lambda: run_mixer(32, 384, 6085, train=True),
     "Vim-S 224 px, batch 64, training": lambda: run_mixer(64, 768, 197, train=True),
     "Vim-Ti 1248 px, batch 1, training": lambda: run_mixer(1, 384, 6085, train=True),
+    "odd sizes, float32, training": lambda: run_scan(3, 41, 199, True, True, 5, torch.float32),
+    "scan (64, 384, 197), float32, training": lambda: run_scan(64, 384, 197, True, True, dtype=torch.float32),
+    "state 64, training": lambda: run_scan(8, 96, 1000, True, True, 64),
     "norm, Vim-Ti 1248 px, batch 32": lambda: run_norm(32 * 6085, 192),
 }
 

@@ -78,12 +78,15 @@ def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Te
         return last, states
     group_dim = dim // scan.groups
     tiling = plan.forward_tiling(R * batch, scan.groups, group_dim, length, state, processors(u.device))
+    unroll = tiling.unroll
     if isinstance(tiling, plan.Tiling):
         kernel, channels = scan_forward_kernel, tiling.channels * tiling.lanes
         shape = {"CHANNELS": tiling.channels, "LANES": tiling.lanes, "num_warps": 1}
     else:
         kernel, channels = scan_time_kernel, tiling.channels
         shape = {"CHANNELS": channels, "TIME": tiling.time, "num_warps": tiling.warps}
+        if save_states and scan.z_RBDL is not None:
+            unroll //= 2  # both together would spill registers
     blocks = -(-group_dim // channels)
     bc = pack.pack(scan.B_RBGNL, scan.C_RBGNL, scan.groups, scan.reverse_mask, columns=kernel is scan_time_kernel)
     with torch.cuda.device_of(u):
@@ -92,7 +95,7 @@ def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Te
              states, last,
             *strides(u), *strides(scan.delta_RBDL), *strides(scan.z_RBDL), *strides(out_RBDL),
             1, 1, batch, scan.groups, group_dim, blocks, length, n_states, scan.reverse_mask, scan.scale,
-            **shape, **_constants(scan), BLOCK_N=tiling.block_n, UNROLL=tiling.unroll, CHUNK=CHUNK,
+            **shape, **_constants(scan), BLOCK_N=tiling.block_n, UNROLL=unroll, CHUNK=CHUNK,
             HAS_D=scan.D_RD is not None, CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None,
             EVEN=group_dim % channels == 0, SAVE_STATES=save_states,
         )  # fmt: skip

@@ -67,37 +67,40 @@ def scan_time_kernel(
 
     shift = tl.load(bias + r * dim + channel, mask=exists, other=0.0) if HAS_BIAS else 0.0
     skip = tl.load(D + r * dim + channel, mask=exists, other=0.0) if HAS_D else 0.0
-    A_row, last_row = A + r * dim * N + channel * N, last + sequence * dim * N + channel * N
-    states_row = states + sequence * n_states * dim * N + channel * N
+    own = channel * N
+    A_rows, last_rows = A + r * dim * N, last + sequence * dim * N
+    states_rows = states + sequence * n_states * dim * N
     offsets = channel * channel_stride
-    u_row, delta_row = u + r * u_sr + b * u_sb + offsets, delta + r * delta_sr + b * delta_sb + offsets
-    out_row = out + r * out_sr + b * out_sb + offsets
+    u_row, delta_row = u + r * u_sr + b * u_sb, delta + r * delta_sr + b * delta_sb
+    out_row = out + r * out_sr + b * out_sb
     if HAS_Z:
-        z_row = z + r * z_sr + b * z_sb + offsets
+        z_row = z + r * z_sr + b * z_sb
     steps = tl.cdiv(length, PADDING) * PADDING
     bc_columns = bc if CONST_B and CONST_C else packed_matrices(bc, sequence, groups, group, length, BLOCK_N)
 
     for start in range(0, length, TIME * UNROLL):
         i = start + rank * UNROLL
         t = (backwards * (length - 1) + sign * i).to(tl.int64)
+        left = tl.where(exists, length - i, 0)
+        us, deltas = u_row + (t * u_sl + offsets), delta_row + (t * delta_sl + offsets)
         dts, inputs, ys = (), (), ()
         elapsed = tl.zeros([LANES], tl.float32)
         for j in tl.static_range(UNROLL):
-            valid = exists & (i + j < length)
-            raw = tl.load(delta_row + t * delta_sl + j * (sign * delta_sl), mask=valid, other=0.0).to(tl.float32)
-            x = tl.load(u_row + t * u_sl + j * (sign * u_sl), mask=valid, other=0.0).to(tl.float32)
-            dt = step_size(raw, shift, i + j < length, SOFTPLUS)
+            valid = j < left
+            raw = tl.load(deltas + j * (sign * delta_sl), mask=valid, other=0.0).to(tl.float32)
+            x = tl.load(us + j * (sign * u_sl), mask=valid, other=0.0).to(tl.float32)
+            dt = step_size(raw, shift, valid, SOFTPLUS)
             dts, inputs, ys = dts + (dt,), inputs + (dt * x,), ys + (skip * x,)
             elapsed += dt
         for n in range(0, N):
-            A2 = tl.load(A_row + n, mask=exists, other=0.0) * LOG2E
-            entering = tl.load(last_row + n, mask=exists & is_first, other=0.0)
+            A2 = tl.load(A_rows + (own + n), mask=exists, other=0.0) * LOG2E
+            entering = tl.load(last_rows + (own + n), mask=exists & is_first, other=0.0)
             if CONST_B:
-                B_n = tl.load(B_const + channel * N + n, mask=exists, other=0.0)
+                B_n = tl.load(B_const + (own + n), mask=exists, other=0.0)
             else:
                 Bs = load_steps(bc_columns + n * steps + i, UNROLL)
             if CONST_C:
-                C_n = tl.load(C_const + channel * N + n, mask=exists, other=0.0)
+                C_n = tl.load(C_const + (own + n), mask=exists, other=0.0)
             else:
                 Cs = load_steps(bc_columns + (BLOCK_N + n) * steps + i, UNROLL)
             h = tl.zeros([LANES], tl.float32)
@@ -113,21 +116,23 @@ def scan_time_kernel(
             # Each thread gets the state after its predecessor's steps, the first one that after the last's: the state
             # of the next turn.
             h = tl.reshape(tl.gather(after, previous, 1), [LANES])
-            tl.store(last_row + n, h, mask=exists & is_first)
+            tl.store(last_rows + (own + n), h, mask=exists & is_first)
             h = tl.where(is_first, entering, h)
             if SAVE_STATES:
-                here = states_row + (i // CHUNK).to(tl.int64) * dim * N + n
-                tl.store(here, h, mask=exists & (i % CHUNK == 0) & (i < length))
+                here = states_rows + ((i // CHUNK).to(tl.int64) * (dim * N) + (own + n))
+                tl.store(here, h, mask=(i % CHUNK == 0) & (left > 0))
             new_ys = ()
             for j in tl.static_range(UNROLL):
                 h = decays[j] * h + added[j]
                 new_ys = new_ys + (ys[j] + h * (C_n if CONST_C else Cs[j]),)
             ys = new_ys
+        outs = out_row + (t * out_sl + offsets)
+        if HAS_Z:
+            zs = z_row + (t * z_sl + offsets)
         for j in tl.static_range(UNROLL):
-            valid = exists & (i + j < length)
+            valid = j < left
             opening = scale
             if HAS_Z:
-                gate = tl.load(z_row + t * z_sl + j * (sign * z_sl), mask=valid, other=0.0).to(tl.float32)
+                gate = tl.load(zs + j * (sign * z_sl), mask=valid, other=0.0).to(tl.float32)
                 opening = gate * sigmoid(gate) * scale
-            here = out_row + t * out_sl + j * (sign * out_sl)
-            tl.store(here, (ys[j] * opening).to(out.dtype.element_ty), mask=valid)
+            tl.store(outs + j * (sign * out_sl), (ys[j] * opening).to(out.dtype.element_ty), mask=valid)
