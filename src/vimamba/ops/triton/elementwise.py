@@ -118,15 +118,21 @@ def step_size(raw, bias, valid, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def position(index, end, length, backwards):
-    """The token of step `index` of the recurrence, kept below `end` so that every load is in bounds."""
-    return backwards * (length - 1) + (1 - 2 * backwards) * tl.minimum(index, end - 1)
+def position(step, length, backwards):
+    """The token of a step of the recurrence."""
+    return backwards * (length - 1) + (1 - 2 * backwards) * step
 
 
 @triton.jit
 def row_of(pointer, t, stride):
     """The address of row `t`; the product is 64 bits wide (2^31 elements and more)."""
     return pointer + tl.cast(t, tl.int64) * stride
+
+
+@triton.jit
+def walk(pointer, stride, length, backwards):
+    """The row of step 0 of the recurrence, and how far it is from a step's row to the next one's."""
+    return row_of(pointer, backwards * (length - 1), stride), (1 - 2 * backwards) * stride
 
 
 @triton.jit

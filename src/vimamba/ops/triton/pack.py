@@ -32,7 +32,7 @@ def share_of_steps(groups, length, batch, reverse_mask, ROWS: tl.constexpr):
     group, sequence = (pid // n_tiles) % groups, pid // (n_tiles * groups)
     b, r = sequence % batch, sequence // batch
     backwards = (reverse_mask >> r.to(tl.int32)) & 1
-    token = position(step, length, length, backwards).to(tl.int64)
+    token = position(tl.minimum(step, length - 1), length, backwards).to(tl.int64)
     return step, token, step < length, sequence, r, b, group
 
 

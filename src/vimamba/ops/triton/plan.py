@@ -15,9 +15,8 @@ SUB_CORES = 4
 FORWARD_CYCLES = (7.5, 35)
 TIME_CYCLES = (9.5, 40)
 BACKWARD_CYCLES = (40, 15)
+SEGMENT_CYCLES = (9, 5)
 """Cycles of a scheduler for one step of a warp: for each update of a thread, and for the step."""
-SEGMENT_WORK = 1.4
-"""The backward pass in segments, against the same without."""
 LAUNCH_CYCLES = 8000
 """One more launch, about 5 microseconds, in cycles."""
 MIN_GAIN = 0.9
@@ -107,17 +106,17 @@ def backward_tiling(sequences: int, groups: int, group_dim: int, length: int, st
     """
     block_n = power_of_two(state)
     lanes = 8 if block_n <= 64 else max(1, 512 // block_n)
-    tiling = Tiling(max(1, min(8, 512 // (block_n * lanes))), lanes, 2, block_n, max(CHUNK, length))
+    tiling = Tiling(max(1, min(4, 512 // (block_n * lanes))), lanes, 2, block_n, max(CHUNK, length))
     programs = max(1, sequences) * groups * -(-group_dim // (tiling.channels * tiling.lanes))
-    step = BACKWARD_CYCLES[0] * tiling.updates + BACKWARD_CYCLES[1]
+    step, summary = (c[0] * tiling.updates + c[1] for c in (BACKWARD_CYCLES, SEGMENT_CYCLES))
     best_cost = step * length * _busiest(programs, 1, processors)
     chunks = max(1, -(-length // CHUNK))
     count = 2
     while count <= chunks:
         segment = -(-chunks // count) * CHUNK
         segments = -(-length // segment)
-        cost = step * min(segment, length) * _busiest(programs * segments, 1, processors) * SEGMENT_WORK
-        cost += 2 * LAUNCH_CYCLES
+        cost = step * segment * _busiest(programs * segments, 1, processors)
+        cost += summary * segment * _busiest(programs * (segments - 1), 1, processors) + 2 * LAUNCH_CYCLES
         if cost < MIN_GAIN * best_cost:
             tiling, best_cost = tiling._replace(segment=segment), cost
         count *= 2

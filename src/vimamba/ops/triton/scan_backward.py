@@ -22,12 +22,12 @@ from vimamba.ops.triton.elementwise import (
     both,
     matrix_row,
     packed_matrices,
-    position,
     row_of,
     share_of_work,
     sigmoid,
     state_tile,
     step_size,
+    walk,
 )
 from vimamba.ops.triton.scan_forward import load_rows
 
@@ -78,11 +78,14 @@ def scan_backward_kernel(
         g = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
 
     offsets = channel * channel_stride
-    u_row, delta_row = u + r * u_sr + b * u_sb, delta + r * delta_sr + b * delta_sb
-    dout_row = dout + r * dout_sr + b * dout_sb
-    du_row, ddelta_row = du + r * du_sr + b * du_sb, ddelta + r * ddelta_sr + b * ddelta_sb
+    u_row, u_step = walk(u + r * u_sr + b * u_sb, u_sl, length, backwards)
+    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, backwards)
+    dout_row, dout_step = walk(dout + r * dout_sr + b * dout_sb, dout_sl, length, backwards)
+    du_row, du_step = walk(du + r * du_sr + b * du_sb, du_sl, length, backwards)
+    ddelta_row, ddelta_step = walk(ddelta + r * ddelta_sr + b * ddelta_sb, ddelta_sl, length, backwards)
     if HAS_Z:
-        z_row, dz_row = z + r * z_sr + b * z_sb, dz + r * dz_sr + b * dz_sb
+        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, backwards)
+        dz_row, dz_step = walk(dz + r * dz_sr + b * dz_sb, dz_sl, length, backwards)
     if not (CONST_B and CONST_C):
         bc_rows = packed_matrices(bc, sequence, groups, group, length, BLOCK_N)
         dbc_rows = packed_matrices(dbc, sequence, groups, group, length, BLOCK_N)
@@ -119,8 +122,8 @@ def scan_backward_kernel(
         for turn in range(0, turns - 1):
             tl.store(scratch_row + turn * TILE + flat, h)
             i = first + turn * UNROLL
-            us = load_rows(u_row, u_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
-            raws = load_rows(delta_row, delta_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
+            us = load_rows(row_of(u_row, i, u_step), u_step, offsets, exists, i, stop, UNROLL)
+            raws = load_rows(row_of(delta_row, i, delta_step), delta_step, offsets, exists, i, stop, UNROLL)
             for j in tl.static_range(UNROLL):
                 dt = step_size(raws[j].to(tl.float32), shift, i + j < stop, SOFTPLUS)
                 Bt = matrix_row(bc_rows, B_tile, i + j, n, BLOCK_N, CONST_B)
@@ -132,18 +135,17 @@ def scan_backward_kernel(
         for turn_back in range(0, turns):
             i = first + (turns - 1 - turn_back) * UNROLL
             h = tl.load(scratch_row + (turns - 1 - turn_back) * TILE + flat)
-            us = load_rows(u_row, u_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
-            raws = load_rows(delta_row, delta_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
-            douts = load_rows(dout_row, dout_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
+            us = load_rows(row_of(u_row, i, u_step), u_step, offsets, exists, i, stop, UNROLL)
+            raws = load_rows(row_of(delta_row, i, delta_step), delta_step, offsets, exists, i, stop, UNROLL)
+            douts = load_rows(row_of(dout_row, i, dout_step), dout_step, offsets, exists, i, stop, UNROLL)
             if HAS_Z:
-                zs = load_rows(z_row, z_sl, offsets, exists, i, stop, length, backwards, UNROLL, EVEN)
+                zs = load_rows(row_of(z_row, i, z_step), z_step, offsets, exists, i, stop, UNROLL)
             hs = ()
             decays = ()
             dts = ()
             dys = ()
             for j in tl.static_range(UNROLL):
                 valid = i + j < stop
-                t = position(i + j, stop, length, backwards)
                 dt = step_size(raws[j].to(tl.float32), shift, valid, SOFTPLUS)
                 x = us[j].to(tl.float32)
                 Bt = matrix_row(bc_rows, B_tile, i + j, n, BLOCK_N, CONST_B)
@@ -158,7 +160,7 @@ def scan_backward_kernel(
                     gate = zs[j].to(tl.float32)
                     open_ = sigmoid(gate)
                     dgate = dy * y * open_ * (1.0 + gate * (1.0 - open_))
-                    dz_here = row_of(dz_row, t, dz_sl) + offsets
+                    dz_here = row_of(dz_row, i + j, dz_step) + offsets
                     tl.store(dz_here, dgate.to(dz.dtype.element_ty), mask=both(exists, valid))
                     dy = dy * gate * open_
                 if CONST_C:
@@ -170,7 +172,6 @@ def scan_backward_kernel(
                 dys = dys + (dy,)
             for j in tl.static_range(UNROLL - 1, -1, -1):
                 valid = i + j < stop
-                t = position(i + j, stop, length, backwards)
                 x = us[j].to(tl.float32)
                 dt = dts[j]
                 dy = dys[j]
@@ -193,8 +194,9 @@ def scan_backward_kernel(
                 dD_tile += dy * x
                 dbias_tile += tl.where(valid, ddt, 0.0)
                 mask = both(exists, valid)
-                tl.store(row_of(du_row, t, du_sl) + offsets, dx.to(du.dtype.element_ty), mask=mask)
-                tl.store(row_of(ddelta_row, t, ddelta_sl) + offsets, ddt.to(ddelta.dtype.element_ty), mask=mask)
+                tl.store(row_of(du_row, i + j, du_step) + offsets, dx.to(du.dtype.element_ty), mask=mask)
+                ddelta_here = row_of(ddelta_row, i + j, ddelta_step) + offsets
+                tl.store(ddelta_here, ddt.to(ddelta.dtype.element_ty), mask=mask)
 
     state_offsets = channel[:, None, :] * N + n[None, :, None] * (state_stride + (end >> 31))
     tl.store(dA + slot * dim * N + state_offsets, dA_tile, mask=state_mask)

@@ -21,12 +21,12 @@ from vimamba.ops.triton.elementwise import (
     both,
     matrix_row,
     packed_matrices,
-    position,
     row_of,
     share_of_work,
     sigmoid,
     state_tile,
     step_size,
+    walk,
 )
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "out") for axis in "rbl"]
@@ -34,15 +34,11 @@ RUN_TIME = [*STRIDES, "channel_stride", "state_stride", "length", "batch"]
 
 
 @triton.jit
-def load_rows(row, stride, offsets, mask, index, end, length, backwards, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    """ROWS rows of a tile, one a step from step `index`, as stored; past `end` the last one again."""
+def load_rows(row, stride, offsets, mask, step, end, ROWS: tl.constexpr):
+    """ROWS rows of a tile from step `step`, of which `row` is the row, as stored; zeros from step `end`."""
     rows = ()
     for j in tl.static_range(ROWS):
-        here = row_of(row, position(index + j, end, length, backwards), stride)
-        if EVEN:
-            rows = rows + (tl.load(here + offsets),)
-        else:
-            rows = rows + (tl.load(here + offsets, mask=mask, other=0.0),)
+        rows = rows + (tl.load(row_of(row, j, stride) + offsets, mask=both(mask, step + j < end), other=0.0),)
     return rows
 
 
@@ -69,22 +65,25 @@ def scan_forward_kernel(
     h = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
 
     offsets = channel * channel_stride
-    u_row, delta_row = u + r * u_sr + b * u_sb, delta + r * delta_sr + b * delta_sb
-    out_row = out + r * out_sr + b * out_sb
+    u_row, u_step = walk(u + r * u_sr + b * u_sb, u_sl, length, backwards)
+    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, backwards)
+    out_row, out_step = walk(out + r * out_sr + b * out_sb, out_sl, length, backwards)
     if HAS_Z:
-        z_row = z + r * z_sr + b * z_sb
+        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, backwards)
     bc_rows = bc if CONST_B and CONST_C else packed_matrices(bc, sequence, groups, group, length, BLOCK_N)
     states_row = states + sequence * n_states * dim * N
 
     # Rows are fetched one turn ahead, so that the work of a turn hides the latency of the next one's loads.
-    us = load_rows(u_row, u_sl, offsets, exists, 0, length, length, backwards, UNROLL, EVEN)
-    deltas = load_rows(delta_row, delta_sl, offsets, exists, 0, length, length, backwards, UNROLL, EVEN)
+    us = load_rows(u_row, u_step, offsets, exists, 0, length, UNROLL)
+    deltas = load_rows(delta_row, delta_step, offsets, exists, 0, length, UNROLL)
     for i in range(0, length, UNROLL):
-        ahead = i + UNROLL
-        next_us = load_rows(u_row, u_sl, offsets, exists, ahead, length, length, backwards, UNROLL, EVEN)
-        next_deltas = load_rows(delta_row, delta_sl, offsets, exists, ahead, length, length, backwards, UNROLL, EVEN)
+        u_row = row_of(u_row, UNROLL, u_step)
+        delta_row = row_of(delta_row, UNROLL, delta_step)
+        next_us = load_rows(u_row, u_step, offsets, exists, i + UNROLL, length, UNROLL)
+        next_deltas = load_rows(delta_row, delta_step, offsets, exists, i + UNROLL, length, UNROLL)
         if HAS_Z:
-            zs = load_rows(z_row, z_sl, offsets, exists, i, length, length, backwards, UNROLL, EVEN)
+            zs = load_rows(z_row, z_step, offsets, exists, i, length, UNROLL)
+            z_row = row_of(z_row, UNROLL, z_step)
         if SAVE_STATES:
             if i % CHUNK == 0:
                 here = states_row + tl.cast(i // CHUNK, tl.int64) * dim * N
@@ -103,8 +102,9 @@ def scan_forward_kernel(
                 y = y * gate * sigmoid(gate) * scale
             ys = ys + (y,)
         for j in tl.static_range(UNROLL):
-            here = row_of(out_row, position(i + j, length, length, backwards), out_sl)
-            tl.store(here + offsets, ys[j].to(out.dtype.element_ty), mask=both(exists, i + j < length))
+            here = row_of(out_row, j, out_step) + offsets
+            tl.store(here, ys[j].to(out.dtype.element_ty), mask=both(exists, i + j < length))
+        out_row = row_of(out_row, UNROLL, out_step)
         us = next_us
         deltas = next_deltas
 

@@ -20,12 +20,12 @@ from vimamba.ops.triton.elementwise import (
     both,
     matrix_row,
     packed_matrices,
-    position,
     row_of,
     share_of_work,
     sigmoid,
     state_tile,
     step_size,
+    walk,
 )
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("dout", "delta", "z") for axis in "rbl"]
@@ -51,9 +51,10 @@ def segment_kernel(
     C_tile = tl.load(C_const + state_offsets, mask=state_mask, other=0.0) if CONST_C else 0.0
     shift = tl.load(bias + r * dim + channel * state_stride, mask=exists, other=0.0) if HAS_BIAS else 0.0
     offsets = channel * channel_stride
-    dout_row, delta_row = dout + r * dout_sr + b * dout_sb, delta + r * delta_sr + b * delta_sb
+    dout_row, dout_step = walk(dout + r * dout_sr + b * dout_sb, dout_sl, length, backwards)
+    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, backwards)
     if HAS_Z:
-        z_row = z + r * z_sr + b * z_sb
+        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, backwards)
     bc_rows = bc if CONST_C else packed_matrices(bc, sequence, groups, group, length, BLOCK_N) + BLOCK_N
 
     g = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
@@ -62,12 +63,11 @@ def segment_kernel(
         for j in tl.static_range(UNROLL):
             valid = start + j < end
             i = tl.maximum(begin + end - 1 - (start + j), begin)
-            t = position(i, end, length, backwards)
             mask = both(exists, valid)
-            raw = tl.load(row_of(delta_row, t, delta_sl) + offsets, mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(row_of(dout_row, t, dout_sl) + offsets, mask=mask, other=0.0).to(tl.float32)
+            raw = tl.load(row_of(delta_row, i, delta_step) + offsets, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(row_of(dout_row, i, dout_step) + offsets, mask=mask, other=0.0).to(tl.float32)
             if HAS_Z:
-                gate = tl.load(row_of(z_row, t, z_sl) + offsets, mask=mask, other=0.0).to(tl.float32)
+                gate = tl.load(row_of(z_row, i, z_step) + offsets, mask=mask, other=0.0).to(tl.float32)
                 dy = dy * gate * sigmoid(gate) * scale
             dt = step_size(raw, shift, valid, SOFTPLUS)
             Ct = matrix_row(bc_rows, C_tile, i, n, BLOCK_N, CONST_C)

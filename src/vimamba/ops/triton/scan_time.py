@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vimamba.ops.triton.elementwise import LOG2E, PADDING, packed_matrices, sigmoid, step_size
+from vimamba.ops.triton.elementwise import LOG2E, PADDING, packed_matrices, row_of, sigmoid, step_size, walk
 from vimamba.ops.triton.scan_forward import RUN_TIME
 
 
@@ -63,7 +63,6 @@ def scan_time_kernel(
     sequence = (pid // n_blocks).to(tl.int64)
     b, r = sequence % batch, sequence // batch
     backwards = (reverse_mask >> r.to(tl.int32)) & 1
-    sign = (1 - 2 * backwards).to(tl.int64)
 
     shift = tl.load(bias + r * dim + channel, mask=exists, other=0.0) if HAS_BIAS else 0.0
     skip = tl.load(D + r * dim + channel, mask=exists, other=0.0) if HAS_D else 0.0
@@ -71,24 +70,24 @@ def scan_time_kernel(
     A_rows, last_rows = A + r * dim * N, last + sequence * dim * N
     states_rows = states + sequence * n_states * dim * N
     offsets = channel * channel_stride
-    u_row, delta_row = u + r * u_sr + b * u_sb, delta + r * delta_sr + b * delta_sb
-    out_row = out + r * out_sr + b * out_sb
+    u_row, u_step = walk(u + r * u_sr + b * u_sb, u_sl, length, backwards)
+    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, backwards)
+    out_row, out_step = walk(out + r * out_sr + b * out_sb, out_sl, length, backwards)
     if HAS_Z:
-        z_row = z + r * z_sr + b * z_sb
+        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, backwards)
     steps = tl.cdiv(length, PADDING) * PADDING
     bc_columns = bc if CONST_B and CONST_C else packed_matrices(bc, sequence, groups, group, length, BLOCK_N)
 
     for start in range(0, length, TIME * UNROLL):
         i = start + rank * UNROLL
-        t = (backwards * (length - 1) + sign * i).to(tl.int64)
         left = tl.where(exists, length - i, 0)
-        us, deltas = u_row + (t * u_sl + offsets), delta_row + (t * delta_sl + offsets)
+        us, deltas = row_of(u_row, i, u_step) + offsets, row_of(delta_row, i, delta_step) + offsets
         dts, inputs, ys = (), (), ()
         elapsed = tl.zeros([LANES], tl.float32)
         for j in tl.static_range(UNROLL):
             valid = j < left
-            raw = tl.load(deltas + j * (sign * delta_sl), mask=valid, other=0.0).to(tl.float32)
-            x = tl.load(us + j * (sign * u_sl), mask=valid, other=0.0).to(tl.float32)
+            raw = tl.load(row_of(deltas, j, delta_step), mask=valid, other=0.0).to(tl.float32)
+            x = tl.load(row_of(us, j, u_step), mask=valid, other=0.0).to(tl.float32)
             dt = step_size(raw, shift, valid, SOFTPLUS)
             dts, inputs, ys = dts + (dt,), inputs + (dt * x,), ys + (skip * x,)
             elapsed += dt
@@ -126,13 +125,13 @@ def scan_time_kernel(
                 h = decays[j] * h + added[j]
                 new_ys = new_ys + (ys[j] + h * (C_n if CONST_C else Cs[j]),)
             ys = new_ys
-        outs = out_row + (t * out_sl + offsets)
+        outs = row_of(out_row, i, out_step) + offsets
         if HAS_Z:
-            zs = z_row + (t * z_sl + offsets)
+            zs = row_of(z_row, i, z_step) + offsets
         for j in tl.static_range(UNROLL):
             valid = j < left
             opening = scale
             if HAS_Z:
-                gate = tl.load(zs + j * (sign * z_sl), mask=valid, other=0.0).to(tl.float32)
+                gate = tl.load(row_of(zs, j, z_step), mask=valid, other=0.0).to(tl.float32)
                 opening = gate * sigmoid(gate) * scale
-            tl.store(outs + j * (sign * out_sl), (ys[j] * opening).to(out.dtype.element_ty), mask=valid)
+            tl.store(row_of(outs, j, out_step), (ys[j] * opening).to(out.dtype.element_ty), mask=valid)
