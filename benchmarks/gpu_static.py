@@ -277,6 +277,10 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
+UPDATES = {"scan (16, 384, 6085)": 16 * 384 * 6085 * 16}
+"""State updates, each with one exponential, of the cases that are nothing but a forward scan."""
+
+
 def report(arch: str, cases: list[str]) -> tuple[list[dict], int]:
     """Print the table of one architecture; its rows, and how many kernels spill."""
     card, rows, spilling = CARDS.get(arch), [], 0
@@ -299,6 +303,11 @@ def report(arch: str, cases: list[str]) -> tuple[list[dict], int]:
                 line += f", {1e6 * seconds:8.1f} us by {unit} ({load} x {launch.trips:.0f}) {launch.shape}"
             print(line)
             rows.append(row)
+        if card:
+            total = sum(row["predicted_seconds"] for row in rows if row["case"] == case)
+            exponentials = UPDATES.get(case, 0) / (card.lanes["mufu"] * card.processors * card.clock)
+            share = f", {exponentials / total:.0%} of the speed at which exponentials can be taken" * (case in UPDATES)
+            print(f"    together {1e6 * total:.1f} us{share}")
     return rows, spilling
 
 

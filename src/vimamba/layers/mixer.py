@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -188,10 +189,10 @@ class BidirectionalMixer(nn.Module):
         xz = self.in_proj(x)
         if self.conv2d is not None:
             xz = self._convolve_grid(xz, _needed(layout, 'conv="2d"'))
+        keeping: AbstractContextManager = nullcontext()
         if recompute.pays(x) and self.conv2d is None:
-            with recompute.instead_of(xz, self._projection(x, again, xz.dtype)):
-                y = self._merged(xz, self._weights(gates), reverse, layout)
-        else:
+            keeping = recompute.instead_of(xz, self._projection(x, again, xz.dtype))
+        with keeping:
             y = self._merged(xz, self._weights(gates), reverse, layout)
         out = self.out_proj(y)
         if self.pooled_token:
@@ -226,8 +227,10 @@ class BidirectionalMixer(nn.Module):
         if gates_BLG is None or self.gate is None:
             return None
         if self._skips():
-            gates_BLG = gates_BLG * (gates_BLG >= self.gate.threshold)
-            gates_BLG = gates_BLG / gates_BLG.sum(-1, keepdim=True).clamp(min=torch.finfo(gates_BLG.dtype).tiny)
+            kept_BLG = gates_BLG * (gates_BLG >= self.gate.threshold)
+            total_BL1 = kept_BLG.sum(-1, keepdim=True).clamp(min=torch.finfo(gates_BLG.dtype).tiny)
+            all_kept_BL1 = (kept_BLG > 0).all(-1, keepdim=True)
+            gates_BLG = torch.where(all_kept_BL1, gates_BLG, kept_BLG / total_BL1)
         return len(self.ways) * gates_BLG
 
     def _skips(self) -> bool:

@@ -38,9 +38,8 @@ def _load() -> str | None:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         return f"the CPU kernels do not load: {error}"
-    wanted = os.environ.get("VIMAMBA_CPU", "")
-    use_instruction_set(instruction_set())
-    if wanted and (wanted not in INSTRUCTION_SETS or not use_instruction_set(wanted)):
+    wanted = os.environ.get("VIMAMBA_CPU") or instruction_set()
+    if wanted not in INSTRUCTION_SETS or not use_instruction_set(wanted):
         return f"VIMAMBA_CPU={wanted}: this machine runs {', '.join(instruction_sets())}"
     return None
 

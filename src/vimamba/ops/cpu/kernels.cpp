@@ -42,6 +42,7 @@ const Kernels& VIMAMBA_TABLE() {
       .mixer_packed = mixer_packed,
       .mixer_pack = mixer_pack,
       .mixer_scratch = mixer_scratch,
+      .mixer_columns = mixer_columns,
       .mixer_project = mixer_project,
       .mixer_scan = mixer_scan,
   };

@@ -73,7 +73,7 @@ struct NormGradients {
   float* dsum;
 };
 
-struct Product {  // of rows x (M, K) with a packed weight (N, K)
+struct Product {                   // of rows x (M, K) with a packed weight (N, K)
   const float *x, *packed, *bias;  // bias may be null
   float* out;
   int64_t x_stride, out_stride, N, K;
@@ -91,7 +91,7 @@ struct Mixer {
   bool bf16;
   float scale;
   Rows x, z, out;
-  const float* gates;  // (B, L or 1, directions), or null
+  const float* gates;                           // (B, L or 1, directions), or null
   int64_t gate_batch_stride, gate_time_stride;  // the latter 0 for one gate an image
 };
 
@@ -133,6 +133,7 @@ struct Kernels {
   int64_t (*mixer_packed)(const Mixer&);
   void (*mixer_pack)(const Mixer&, const Direction&, float* packed);
   int64_t (*mixer_scratch)(const Mixer&);
+  int64_t (*mixer_columns)(const Mixer&);
   void (*mixer_project)(const Mixer&, const Direction&, float* packed, int64_t b, int64_t step_begin,
                         int64_t step_end, float* projected, float* scratch);
   void (*mixer_scan)(const Mixer&, const Direction&, float* packed, int64_t b, int64_t step_begin,

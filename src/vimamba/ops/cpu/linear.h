@@ -3,7 +3,8 @@
 // Layout: x (M, K) and out (M, N) with features contiguous; the weight (N, K) is packed into panels of kWide
 // vectors of output features, each (K, vectors x W), so that the innermost loop reads it in order. A block of
 // kRows x kWide sums stays in registers: for each k, kWide loads of weights and kRows broadcasts of x feed
-// kRows x kWide multiply-adds. Parallel axes: panels, which need no other's packing, then rows (the caller's).
+// kRows x kWide multiply-adds. Parallel axes: panels, which need no other's packing, then rows (the
+// caller's).
 #pragma once
 
 #include "kernels.h"

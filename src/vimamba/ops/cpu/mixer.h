@@ -15,7 +15,8 @@
 
 namespace {
 
-inline int64_t projected_columns(const Mixer& m) { return (m.dt_rank + 2 * m.state + W - 1) / W * W; }
+// Floats of a step's projection: dt, B and C, up to whole vectors.
+int64_t mixer_columns(const Mixer& m) { return blocks_of(m.dt_rank + 2 * m.state, 1, W) * W; }
 
 // A direction's weights, laid out for the kernels: for each block its vectors, then x_proj in panels.
 struct PackedDirection {
@@ -23,7 +24,8 @@ struct PackedDirection {
 
   static int64_t floats(const Mixer& m) {
     const int64_t blocks = blocks_of(m.dim, 1, W);
-    return blocks * W * (m.width + m.dt_rank + m.state + 3) + linear_packed(linear_panels(projected_columns(m)), m.dim);
+    const int64_t vectors = m.width + m.dt_rank + m.state + 3;
+    return blocks * W * vectors + linear_packed(linear_panels(mixer_columns(m)), m.dim);
   }
 
   PackedDirection(const Mixer& m, float* at) {
@@ -60,7 +62,7 @@ struct MixerScratch {
   float *c, *projected, *delta, *drive, *y;  // (T, D padded), (T, columns), (T, W) x 3
 
   static int64_t padded(const Mixer& m) { return blocks_of(m.dim, 1, W) * W; }
-  static int64_t floats(const Mixer& m) { return kTile * (padded(m) + projected_columns(m) + 3 * W); }
+  static int64_t floats(const Mixer& m) { return kTile * (padded(m) + mixer_columns(m) + 3 * W); }
   MixerScratch(const Mixer& m, float* at) {
     delta = at, drive = delta + kTile * W, y = drive + kTile * W, c = y + kTile * W,
     projected = c + kTile * padded(m);
@@ -93,7 +95,7 @@ void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirec
 
 inline void project_tile(const Mixer& m, const PackedDirection& packed, const float* c, int steps,
                          float* out) {
-  const int64_t columns = projected_columns(m);
+  const int64_t columns = mixer_columns(m);
   linear_multiply({.x = c,
                    .packed = packed.x_proj,
                    .bias = nullptr,
@@ -163,7 +165,7 @@ void mixer_project_typed(const Mixer& m, const Direction& direction, const Packe
   for (int64_t step = step_begin; step < step_end; step += steps) {
     steps = tile_steps(step, step_end);
     convolve_tile<T>(m, direction, packed, b, step, steps, 0, blocks_of(m.dim, 1, W), s.c);
-    project_tile(m, packed, s.c, steps, projected + step * projected_columns(m));
+    project_tile(m, packed, s.c, steps, projected + step * mixer_columns(m));
   }
 }
 
@@ -171,7 +173,7 @@ template <class T>
 void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
                       int64_t step_begin, int64_t step_end, int64_t begin, int64_t end, const float* given,
                       float* state, bool first, bool last, const MixerScratch& s) {
-  const int64_t N = m.state, columns = projected_columns(m);
+  const int64_t N = m.state, columns = mixer_columns(m);
   int steps;
   for (int64_t step = step_begin; step < step_end; step += steps) {
     steps = tile_steps(step, step_end);

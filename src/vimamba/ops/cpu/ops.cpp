@@ -205,9 +205,9 @@ void norm_backward(const Tensor dnormed, const Maybe dresidual, const Tensor sum
                    const Tensor rstd, Tensor dsum, Tensor dweight) {
   const Kernels& k = kernels();
   const int64_t dim = weight.size(0);
-  const NormGradients grad = {sum.numel() / dim,  dim,             is_bf16(dnormed),
-                              dnormed.data_ptr(), data(dresidual), data(sum),
-                              data(weight),       data(rstd),      data(dsum)};
+  const NormGradients grad = {sum.numel() / dim, dim,       is_bf16(dnormed), dnormed.data_ptr(),
+                              data(dresidual),   data(sum), data(weight),     data(rstd),
+                              data(dsum)};
   const int64_t parts = dweight.size(0);
   for_each_task(parts, [&](int64_t part) {
     for_each_stretch(1, grad.rows, part, parts, [&](int64_t, int64_t begin, int64_t end) {
@@ -299,9 +299,9 @@ void mix_by_halves(const MixerCall& call) {
 }
 
 // More threads than that: project all steps in parallel over time, then scan in parallel over channel blocks.
-void mix_by_channels(const MixerCall& call, int64_t columns, float* projected) {
+void mix_by_channels(const MixerCall& call, float* projected) {
   const int64_t count = call.directions.size(), batch = call.mixer.batch, length = call.mixer.length;
-  const int64_t parts = threads();
+  const int64_t columns = call.k.mixer_columns(call.mixer), parts = threads();
   for_each_task(parts, [&](int64_t part) {
     float* memory = scratch<0>(call.k.mixer_scratch(call.mixer));
     for_each_stretch(batch * count, length, part, parts, [&](int64_t at, int64_t begin, int64_t end) {
@@ -321,8 +321,8 @@ void mix_by_channels(const MixerCall& call, int64_t columns, float* projected) {
 }
 
 // weights: seven tensors a direction, in the order of vimamba.ops.mixer.Direction; flags: 1 for conv_reverse
-// plus 2 for scan_reverse; gates: (B, L or 1, directions) or none, the last axis contiguous; states: (directions,
-// B, K, D, N) or none.
+// plus 2 for scan_reverse; gates: (B, L or 1, directions) or none, the last axis contiguous; states:
+// (directions, B, K, D, N) or none.
 void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int64_t> flags, double scale,
                    Maybe gates, Tensor out, Maybe states) {
   const int64_t count = flags.size(), dim = out.size(2);
@@ -353,12 +353,11 @@ void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int
   const Mixer& m = call.mixer;
   call.blocks = blocks_of(dim, 1, call.k.lanes);
   call.packed_floats = call.k.mixer_packed(m), call.state_floats = call.blocks * m.state * call.k.lanes;
-  const int64_t columns = (m.dt_rank + 2 * m.state + call.k.lanes - 1) / call.k.lanes * call.k.lanes;
   const bool opposite = count == 2 && call.directions[0].scan_reverse != call.directions[1].scan_reverse;
   const bool by_batch = m.batch % threads() == 0 || m.batch >= 4 * threads();
   const bool even = 2 * m.batch % threads() == 0 && !call.skips_any();
   const bool by_halves = !by_batch && opposite && even && m.length > 1;
-  const int64_t projected = by_batch || by_halves ? 0 : m.batch * count * m.length * columns;
+  const int64_t projected = by_batch || by_halves ? 0 : m.batch * count * m.length * call.k.mixer_columns(m);
   call.packed = scratch<1>(count * call.packed_floats + m.batch * count * call.state_floats + projected);
   call.state = call.packed + count * call.packed_floats;
   std::memset(call.state, 0, m.batch * count * call.state_floats * sizeof(float));
@@ -372,7 +371,7 @@ void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int
   else if (by_halves)
     mix_by_halves(call);
   else
-    mix_by_channels(call, columns, call.state + m.batch * count * call.state_floats);
+    mix_by_channels(call, call.state + m.batch * count * call.state_floats);
 }
 
 }  // namespace

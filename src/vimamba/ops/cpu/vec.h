@@ -40,7 +40,8 @@ inline vf as_float(vi bits) { return (vf)bits; }
 
 inline vi as_int(vf value) { return (vi)value; }
 
-// NaN in `value` passes through both, as in torch.clamp (x86's instructions return their second operand then).
+// NaN in `value` passes through both, as in torch.clamp (x86's instructions return their second operand
+// then).
 #if defined(VIMAMBA_AVX512)
 inline vf at_least(vf value, float low) { return (vf)_mm512_max_ps((__m512)splat(low), (__m512)value); }
 inline vf at_most(vf value, float high) { return (vf)_mm512_min_ps((__m512)splat(high), (__m512)value); }
