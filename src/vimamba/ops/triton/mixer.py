@@ -33,15 +33,17 @@ class _Weights(NamedTuple):
 
 
 def _stack(directions: list[Direction], dtype: torch.dtype) -> _Weights:
-    """One launch for all weights, where a torch.stack for each, with the casts, would be ten."""
-    types = [torch.float32, torch.float32, dtype, dtype, *[torch.float32] * 3]
+    """One launch for the weights of a type, where a torch.stack for each, with the casts, would be ten in all."""
+    projections = (2, 3)
     stacked = [
-        weight.new_empty((len(directions), *weight.shape), dtype=kind)
-        for weight, kind in zip(directions[0].weights, types, strict=True)
+        weight.new_empty((len(directions), *weight.shape), dtype=dtype if i in projections else torch.float32)
+        for i, weight in enumerate(directions[0].weights)
     ]
-    torch._foreach_copy_(
-        [whole[r] for r in range(len(directions)) for whole in stacked], [w for way in directions for w in way.weights]
-    )
+    for chosen in (projections, tuple(i for i in range(len(stacked)) if i not in projections)):
+        torch._foreach_copy_(
+            [stacked[i][r] for r in range(len(directions)) for i in chosen],
+            [way.weights[i] for way in directions for i in chosen],
+        )
     conv_w, conv_b, x_proj, dt_proj, dt_bias, A_log, D = stacked
     conv_mask, scan_mask = (
         sum(int(flag) << r for r, flag in enumerate(flags)) for flags in zip(*(w[7:] for w in directions), strict=True)
