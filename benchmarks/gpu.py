@@ -99,7 +99,7 @@ def worst_error(run: Callable, truth: Callable, inputs: list[Tensor]) -> float:
     weight = torch.randn_like(out)
     found = torch.autograd.grad(out, leaves, weight)
     wants = torch.autograd.grad(want, doubles, weight.double())
-    return max(map(error, (out, *found), (want, *wants)))
+    return float(torch.tensor(list(map(error, (out, *found), (want, *wants)))).max())  # NaN if there is one
 
 
 def check_kernels(device: str) -> dict[str, float]:
@@ -224,7 +224,7 @@ def largest_batch(entry: Entry) -> int:
         return 0
     assert one is not None
     assert two is not None
-    fitting = int((MEMORY_SHARE * total - one) / max(two - one, images(entry).nbytes)) + 1
+    fitting = int((MEMORY_SHARE * total - one) / (two - one + images(entry).nbytes)) + 1
     return max(1, min(MAX_BATCH, 1 << (fitting.bit_length() - 1)))
 
 
@@ -254,9 +254,10 @@ def run_case(
                 if mode != "graph" or (passes == "forward" and options.device == "cuda"):
                     by_batch.setdefault(batch, []).append(Entry(**{**vars(entry), "batch": batch, "mode": mode}))
     rows, results = [], []
-    for batch, group in sorted(by_batch.items()):
+    for batch, entry in [(batch, entry) for batch, group in sorted(by_batch.items()) for entry in group]:
         torch._dynamo.reset()  # or it would give up compiling after so many models of one class
-        measured = measure(group, options.repeats, options.seconds, with_memory=options.device == "cuda")
+        # One at a time: the inputs and graphs of all together would not fit.
+        measured = measure([entry], options.repeats, options.seconds, with_memory=options.device == "cuda")
         results += measured
         for result in measured:
             row = {"which": which, **report.as_row(result)}
@@ -271,7 +272,8 @@ def run_case(
 
 
 def key(row: dict[str, Any]) -> tuple:
-    return tuple(str(row[k]) for k in ("which", "name", "pass", "batch", "size", "mode"))
+    """What a row is of; a later run of the same takes its place, whatever its largest batch."""
+    return tuple(str(row[k]) for k in ("which", "name", "pass", "size", "mode"))
 
 
 class Reached:
@@ -287,7 +289,8 @@ class Reached:
             return row["name"].removesuffix(f" {row['mode']}") if row["mode"] != "eager" else row["name"]
 
         wanted = (self.names[model], passes, size)
-        return [r for r in self.rows if (plain(r), r["pass"], r["size"]) == wanted and not r["error"]]
+        found = [r for r in self.rows if (plain(r), r["pass"], r["size"]) == wanted]
+        return [] if any(r["error"] for r in found) else found
 
     def speed(self, model: str, passes: str, size: int, batch: int | None = None) -> float:
         """Images a second, by default at the best batch."""
@@ -353,13 +356,19 @@ def main() -> None:
     path = options.out / "results.json"
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+        earlier = json.loads(path.read_text()) if path.exists() else {"rows": []}
     except (OSError, ValueError, KeyError) as problem:
         sys.exit(f"{path}: cannot be continued ({problem})")
     told = machine.describe(options.device)
+    if (before := earlier.get("machine", told)).get("gpu") != told.get("gpu"):
+        sys.exit(f"{path}: was measured on {before.get('gpu')}, not on {told.get('gpu')}; give another --out")
     print(machine.heading(told))
     content: dict[str, Any] = {"schema": report.SCHEMA, "machine": told, "errors": check_kernels(options.device)}
-    content |= {"scan": time_scan(options.device), "first_call": time_first_call(options.device), "rows": earlier}
+    content |= {
+        "scan": time_scan(options.device),
+        "first_call": time_first_call(options.device),
+        "rows": earlier["rows"],
+    }
     results: list[Result] = []
     began = time.perf_counter()
     for which, passes, size in itertools.product(options.models, options.passes, options.sizes):
@@ -369,7 +378,7 @@ def main() -> None:
         content["rows"] = [row for row in content["rows"] if key(row) not in fresh] + rows
         path.with_suffix(".part").write_text(json.dumps(content, indent=1) + "\n")
         path.with_suffix(".part").replace(path)  # so that an interrupted run loses nothing
-    if importlib.util.find_spec("matplotlib") is not None:
+    if results and importlib.util.find_spec("matplotlib") is not None:
         report.plot(options.out / "results.png", machine.heading(told), results)
     print(f"\nreached, by {time.perf_counter() - began:.0f} s of measurements and those of earlier runs:")
     for what, bound, aim, value in goals(content):

@@ -284,11 +284,12 @@ UPDATES = {"scan (16, 384, 6085)": 16 * 384 * 6085 * 16}
 def report(arch: str, cases: list[str]) -> tuple[list[dict], int]:
     """Print the table of one architecture; its rows, and how many kernels spill."""
     card, rows, spilling = CARDS.get(arch), [], 0
-    processors = card.processors if card else 304
+    processors, warp = card.processors if card else 304, TARGETS[arch].warp_size
+    hardware = {"processors": lambda _: processors, "threads_of_warp": lambda _: warp}
     print(f"\n{arch}" + (f", {card.name}: {card.processors} SMs at {card.clock / 1e9:.3f} GHz" if card else ""))
     for case in cases:
         print(f"  {case}")
-        with mock.patch.object(scan, "processors", return_value=processors), recorded() as launches:
+        with mock.patch.multiple(scan, **hardware), recorded() as launches:
             CASES[case]()
         for kernel, grid, args, kwargs in launches:
             launch = analyse(kernel, grid, args, kwargs, arch)

@@ -428,7 +428,7 @@ def test_plan_fills_the_machine():
             for state in (1, 16, 64, 200):
                 forward = plan.forward_tiling(sequences, 1, 384, length, state, 132)
                 if isinstance(forward, plan.TimeTiling):
-                    assert forward.warps <= 4
+                    assert forward.warps() <= 4
                     assert pack.PADDING.value % (forward.time * forward.unroll) == 0
                 else:
                     assert forward.updates <= 32

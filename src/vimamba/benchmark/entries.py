@@ -64,11 +64,13 @@ class Cost:
 
 
 def build(entry: Entry) -> nn.Module:
-    """The model with random weights, on its device, ready for its pass.
+    """The model with random weights, on its device (which becomes the current one), ready for its pass.
 
     Raises:
         UserError: there is no such model, or it does not take such images.
     """
+    if torch.device(entry.device).type == "cuda":
+        torch.cuda.set_device(torch.device(entry.device).index or 0)
     torch.manual_seed(0)
     model = _create(entry)
     for module in model.modules():

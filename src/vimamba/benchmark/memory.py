@@ -92,6 +92,7 @@ def peak_here(entry: Entry) -> int | None:
 
     if torch.device(entry.device).type != "cuda":
         return growth(steps)
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -112,9 +112,15 @@ def _measure_time(group: Sequence[Result], repeats: int, seconds: float) -> None
         if result.error is None and (step := _warm_step(result)) is not None:
             steps.append(step)
             running.append(result)
-    for result, times in zip(running, alternate(steps, repeats, seconds), strict=True):
+    try:
+        measured = alternate(steps, repeats, seconds)
+    except (RuntimeError, MemoryError) as error:  # together they need more memory than each did alone
+        for result in running:
+            result.error = memory.reason(error)
+        return
+    for result, times in zip(running, measured, strict=True):
         result.seconds = times
-        result.relative = ratio(times, running[0].seconds)
+        result.relative = ratio(times, measured[0])
 
 
 def _warm_step(result: Result) -> Callable[[], None] | None:

@@ -52,9 +52,9 @@ def _stack(directions: list[Direction], dtype: torch.dtype) -> _Weights:
     return _Weights(conv_w.flatten(2), conv_b, x_proj, dt_proj, dt_bias, A_RDN, D, conv_mask, scan_mask)
 
 
-def _matrices(bc_RME: Tensor, batch: int, state: int) -> Tensor:
+def _matrices(bc_RME: Tensor, batch: int, length: int, state: int) -> Tensor:
     """B and C side by side, (R, batch * length, 2 * state), seen as (R, batch, 1, length, 2, state)."""
-    return bc_RME.unflatten(1, (batch, -1)).unflatten(-1, (2, state)).unsqueeze(2)
+    return bc_RME.unflatten(1, (batch, length)).unflatten(-1, (2, state)).unsqueeze(2)
 
 
 class _Activations(NamedTuple):
@@ -77,7 +77,7 @@ def _activations(xz_BLE: Tensor, weights: _Weights, z_RBDL: Tensor | None, scale
     x_dbl_RME = torch.bmm(c_RBLD.view(directions, tokens, dim), weights.x_proj_RED.transpose(1, 2))
     dt_RMK = x_dbl_RME[..., :rank]
     delta_RBLD = torch.bmm(dt_RMK, weights.dt_proj_RDK.transpose(1, 2)).view(c_RBLD.shape)
-    B_RBGNL, C_RBGNL = _matrices(x_dbl_RME[..., rank:], batch, state).permute(4, 0, 1, 2, 5, 3)
+    B_RBGNL, C_RBGNL = _matrices(x_dbl_RME[..., rank:], batch, length, state).permute(4, 0, 1, 2, 5, 3)
     inputs = scan.Scan(
         c_RBLD.transpose(2, 3), delta_RBLD.transpose(2, 3), weights.A_RDN, B_RBGNL, C_RBGNL, None, None, weights.D_RD,
         z_RBDL, weights.dt_bias_RD, 1, True, weights.scan_mask, scale,
@@ -123,7 +123,7 @@ def mixer_backward(
     state, rank = weights.A_RDN.shape[2], weights.dt_proj_RDK.shape[2]
     dx_dbl_RME = c_RMD.new_empty(count, tokens, rank + 2 * state)
     dx_dbl_RME[..., :rank] = torch.bmm(ddelta_RMD, weights.dt_proj_RDK)
-    pack.unpack(grads.dbc_PRBGSMN, _matrices(dx_dbl_RME[..., rank:], batch, state), weights.scan_mask)
+    pack.unpack(grads.dbc_PRBGSMN, _matrices(dx_dbl_RME[..., rank:], batch, length, state), weights.scan_mask)
     dx_weight = torch.bmm(dx_dbl_RME.transpose(1, 2), c_RMD)
     dc_RBLD.view(count, tokens, dim).baddbmm_(dx_dbl_RME, weights.x_proj_RED)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vimamba.ops.triton.elementwise import PADDING, packed_matrices, position
+from vimamba.ops.triton.elementwise import PADDING, packed_matrices, position, row_of
 from vimamba.ops.triton.plan import power_of_two
 
 ROWS = 64
@@ -44,7 +44,7 @@ def pack_kernel(
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     step, token, exists, sequence, r, b, group = share_of_steps(groups, length, batch, reverse_mask, ROWS)
-    n = tl.arange(0, BLOCK_N)
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask = exists[:, None] & (n < N)[None, :]
     here = packed_matrices(packed, sequence, groups, group, length, BLOCK_N)
     if COLUMNS:
@@ -75,7 +75,7 @@ def unpack_kernel(
     for m in tl.static_range(2):
         total = tl.load(rows + m * BLOCK_N, mask=mask, other=0.0)
         for k in range(1, n_parts):
-            total += tl.load(rows + k * part_stride + m * BLOCK_N, mask=mask, other=0.0)
+            total += tl.load(row_of(rows, k, part_stride) + m * BLOCK_N, mask=mask, other=0.0)
         here = out + r * out_sr + b * out_sb + group * out_sg + m * out_sm + token[:, None] * out_sl + n[None, :]
         tl.store(here, total.to(out.dtype.element_ty), mask=mask)
 

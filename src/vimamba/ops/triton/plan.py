@@ -53,9 +53,9 @@ class TimeTiling(NamedTuple):
     unroll: int
     block_n: int
 
-    @property
-    def warps(self) -> int:
-        return self.channels * self.time // 32
+    def warps(self, warp: int = 32) -> int:
+        """Warps of a thread block, of `warp` threads: one thread for each channel and stretch of time."""
+        return max(1, self.channels * self.time // warp)
 
 
 def power_of_two(number: int) -> int:
@@ -86,7 +86,7 @@ def forward_tiling(
             channels, warps, steps = tiling.channels * tiling.lanes, 1, length
             step = FORWARD_CYCLES[0] * tiling.updates + FORWARD_CYCLES[1]
         else:
-            channels, warps = tiling.channels, tiling.warps
+            channels, warps = tiling.channels, tiling.warps()
             steps = -(-length // (tiling.time * tiling.unroll)) * tiling.unroll
             step = TIME_CYCLES[0] * state + TIME_CYCLES[1]
         programs = max(1, sequences) * groups * -(-group_dim // channels)

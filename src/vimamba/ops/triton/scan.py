@@ -52,6 +52,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def threads_of_warp(device: torch.device) -> int:
+    """32, or 64 on AMD's data-centre cards."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
 def strides(tensor: Tensor | None) -> tuple[int, int, int]:
     """Strides of directions, batch and length; zeros for an absent tensor."""
     if tensor is None:
@@ -84,7 +89,7 @@ def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Te
         shape = {"CHANNELS": tiling.channels, "LANES": tiling.lanes, "num_warps": 1}
     else:
         kernel, channels = scan_time_kernel, tiling.channels
-        shape = {"CHANNELS": channels, "TIME": tiling.time, "num_warps": tiling.warps}
+        shape = {"CHANNELS": channels, "TIME": tiling.time, "num_warps": tiling.warps(threads_of_warp(u.device))}
         if save_states and scan.z_RBDL is not None:
             unroll //= 2  # both together would spill registers
     blocks = -(-group_dim // channels)
