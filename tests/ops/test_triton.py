@@ -76,7 +76,7 @@ def test_kernels_compile_without_spills(arch, tmp_path):
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     found = json.loads(rows.read_text())
     assert {row["kernel"] for row in found} >= {
-        "scan_forward_kernel", "scan_time_kernel", "scan_backward_kernel", "conv_backward_kernel", "pack_kernel",
+        "scan_forward_kernel", "scan_backward_kernel", "conv_backward_kernel", "pack_kernel",
     }  # fmt: skip
     assert all(row["spilled_bytes"] == 0 for row in found)
 
@@ -149,7 +149,7 @@ CASES = {
 }
 
 
-def forward_in(tiling: plan.Tiling | plan.TimeTiling):
+def forward_in(tiling: plan.ForwardTiling):
     """A plan that always chooses `tiling`, with the blocks of states that the state at hand needs."""
 
     def choose(sequences, groups, group_dim, length, state, processors):
@@ -159,30 +159,30 @@ def forward_in(tiling: plan.Tiling | plan.TimeTiling):
 
 
 @pytest.fixture(params=["channel", "time"])
-def either_kernel(request, monkeypatch):
-    """Both forward kernels: a thread for each channel, and 4 threads a channel along time, 4 or 8 steps each."""
-    tiling = plan.Tiling(2, 32, 4, 0, 0) if request.param == "channel" else plan.TimeTiling(8, 4, 8, 0)
+def either_way(request, monkeypatch):
+    """A thread for each channel, and 4 threads a channel along time; 4 or 8 steps each."""
+    tiling = plan.ForwardTiling(32, 1, 8, 0) if request.param == "channel" else plan.ForwardTiling(8, 4, 8, 0)
     monkeypatch.setattr(plan, "forward_tiling", forward_in(tiling))
 
 
 @interpreted
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_scan(case, reverse, either_kernel):
+def test_scan(case, reverse, either_way):
     check_scan(scan_case(**case), reverse=reverse)
 
 
 @interpreted
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_scan_over_several_chunks(reverse, short_chunks, either_kernel):
+def test_scan_over_several_chunks(reverse, short_chunks, either_way):
     check_scan(scan_case(batch=2, dim=3, length=37, state=3), reverse=reverse)
 
 
 @interpreted
-@pytest.mark.parametrize("time", [2, 8, 16])
+@pytest.mark.parametrize("time", [1, 2, 8, 16])
 def test_threads_along_time(time, monkeypatch):
-    """Turns of 32 to 256 steps, of which the states before every 64 are kept."""
-    monkeypatch.setattr(plan, "forward_tiling", forward_in(plan.TimeTiling(32 // time, time, 16, 0)))
+    """Turns of 16 to 256 steps, of which the states before every 64 are kept."""
+    monkeypatch.setattr(plan, "forward_tiling", forward_in(plan.ForwardTiling(32 // time, time, 16, 0)))
     check_scan(scan_case(dim=3, length=150, state=3) | {"z": None})
 
 
@@ -201,7 +201,7 @@ def test_nothing_passes_from_one_sequence_to_the_next():
     arguments = [u, delta, A, B, C, D, z, bias]
     for tensor in (u, delta, B, C, z):
         tensor[1] = float("nan")
-    for tiling in (plan.Tiling(2, 32, 4, 4, 0), plan.TimeTiling(8, 4, 8, 4)):
+    for tiling in (plan.ForwardTiling(32, 1, 8, 4), plan.ForwardTiling(8, 4, 8, 4)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan, "forward_tiling", lambda *_, tiling=tiling: tiling)
             for reverse in (False, True):
@@ -213,7 +213,7 @@ def test_nothing_passes_from_one_sequence_to_the_next():
 
 @interpreted
 @pytest.mark.parametrize("missing", ["D", "z", "bias", "softplus"])
-def test_scan_options(missing, either_kernel):
+def test_scan_options(missing, either_way):
     case = scan_case()
     if missing in case:
         case[missing] = None
@@ -227,6 +227,7 @@ def test_scan_options(missing, either_kernel):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
 def test_scan_in_segments_of_time(gate, reverse, monkeypatch, short_chunks):
+    monkeypatch.setattr(plan, "forward_tiling", forward_in(plan.ForwardTiling(32, 1, 8, 0)))
     tiling = plan.backward_tiling
     monkeypatch.setattr(plan, "backward_tiling", lambda *args: tiling(*args)._replace(segment=8))
     case = scan_case(dim=2, length=19, state=2)
@@ -417,21 +418,14 @@ def test_refusals_name_the_way_out(monkeypatch):
 
 def test_plan_fills_the_machine():
     """Few channels get threads along time, many none, and every tiling fits in the registers."""
-    one_image = plan.forward_tiling(2, 1, 384, 6085, 16, 132)
-    assert isinstance(one_image, plan.TimeTiling)
-    assert one_image.time >= 8
-    many = plan.forward_tiling(512, 1, 384, 6085, 16, 132)
-    assert isinstance(many, plan.Tiling)
-    assert (many.channels, many.lanes) == (2, 32)
+    assert plan.forward_tiling(2, 1, 384, 6085, 16, 132).time >= 8
+    assert plan.forward_tiling(512, 1, 384, 6085, 16, 132).time == 1
     for sequences in (1, 8, 64, 512):
         for length in (1, 197, 6085):
             for state in (1, 16, 64, 200):
                 forward = plan.forward_tiling(sequences, 1, 384, length, state, 132)
-                if isinstance(forward, plan.TimeTiling):
-                    assert forward.warps() <= 4
-                    assert pack.PADDING.value % (forward.time * forward.unroll) == 0
-                else:
-                    assert forward.updates <= 32
+                assert forward.warps() <= 4
+                assert pack.PADDING.value % (forward.time * forward.unroll) == 0
                 backward = plan.backward_tiling(sequences, 1, 384, length, state, 132)
                 assert backward.updates <= 32
                 assert backward.segment % scan.CHUNK == 0 or backward.segments(length) == 1

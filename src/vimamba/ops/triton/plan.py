@@ -12,7 +12,7 @@ from vimamba.ops.backends import CHUNK
 
 SUB_CORES = 4
 """Schedulers of a multiprocessor: each issues one warp instruction a cycle."""
-FORWARD_CYCLES = (7.5, 35)
+FORWARD_CYCLES = (8, 24)
 TIME_CYCLES = (9.5, 40)
 BACKWARD_CYCLES = (40, 15)
 SEGMENT_CYCLES = (9, 5)
@@ -27,7 +27,20 @@ MAX_THREADS = 128
 """Of a thread block along time: its registers must leave room for others on the multiprocessor."""
 
 
-class Tiling(NamedTuple):
+class ForwardTiling(NamedTuple):
+    """Each thread block owns `channels` channels, each with `time` threads of `unroll` steps a turn."""
+
+    channels: int
+    time: int
+    unroll: int
+    block_n: int
+
+    def warps(self, warp: int = 32) -> int:
+        """Warps of a thread block, of `warp` threads: one thread for each channel and stretch of time."""
+        return max(1, self.channels * self.time // warp)
+
+
+class BackwardTiling(NamedTuple):
     """Each thread block (one warp) owns channels x lanes channels and `segment` steps of time, or all of them."""
 
     channels: int
@@ -45,19 +58,6 @@ class Tiling(NamedTuple):
         return max(1, self.channels * self.block_n * self.lanes // 32)
 
 
-class TimeTiling(NamedTuple):
-    """Each thread block owns `channels` channels, each with `time` threads of `unroll` steps a turn."""
-
-    channels: int
-    time: int
-    unroll: int
-    block_n: int
-
-    def warps(self, warp: int = 32) -> int:
-        """Warps of a thread block, of `warp` threads: one thread for each channel and stretch of time."""
-        return max(1, self.channels * self.time // warp)
-
-
 def power_of_two(number: int) -> int:
     """The smallest power of two that is not below `number`."""
     return 1 << max(0, number - 1).bit_length()
@@ -65,39 +65,29 @@ def power_of_two(number: int) -> int:
 
 def forward_tiling(
     sequences: int, groups: int, group_dim: int, length: int, state: int, processors: int
-) -> Tiling | TimeTiling:
-    """The tiling for `sequences` (batch x directions) scans forward.
-
-    Many sequences: 2 channels a thread, so that a row of B and C is loaded once for 64 channels. Fewer: 1 channel a
-    thread, then 2 to 16 threads a channel along time. Those own a whole sector's channels (a load then wastes no
-    bandwidth), or fewer where that would leave multiprocessors idle.
+) -> ForwardTiling:
+    """The tiling for `sequences` (batch x directions) scans forward: one thread a channel, or 2 to 16 along time where
+    that leaves the machine idle. Those own a whole sector's channels (a load then wastes no bandwidth), or fewer where
+    multiprocessors would have none.
     """
-    block_n = power_of_two(state)
-    best: Tiling | TimeTiling | None = None
-    best_cost = float("inf")
-    tilings: list[Tiling | TimeTiling] = [Tiling(c, 32, 4, block_n, length) for c in (2, 1) if c * block_n <= 32]
-    for time in (2, 4, 8, 16):
-        channels = min(SECTOR_CHANNELS, MAX_THREADS // time)
+    best, best_cost = ForwardTiling(32, 1, 16, power_of_two(state)), float("inf")
+    for time in (1, 2, 4, 8, 16):
+        channels = 32 if time == 1 else min(SECTOR_CHANNELS, MAX_THREADS // time)
         while channels * time > 32 and max(1, sequences) * groups * -(-group_dim // channels) < processors:
             channels //= 2
-        tilings.append(TimeTiling(channels, time, 16, block_n))
-    for tiling in tilings:
-        if isinstance(tiling, Tiling):
-            channels, warps, steps = tiling.channels * tiling.lanes, 1, length
-            step = FORWARD_CYCLES[0] * tiling.updates + FORWARD_CYCLES[1]
-        else:
-            channels, warps = tiling.channels, tiling.warps()
-            steps = -(-length // (tiling.time * tiling.unroll)) * tiling.unroll
-            step = TIME_CYCLES[0] * state + TIME_CYCLES[1]
+        tiling = best._replace(channels=channels, time=time)
+        each, step = FORWARD_CYCLES if time == 1 else TIME_CYCLES
+        steps = -(-length // (time * tiling.unroll)) * tiling.unroll
         programs = max(1, sequences) * groups * -(-group_dim // channels)
-        cost = step * steps * _busiest(programs, warps, processors)
-        if best is None or cost < MIN_GAIN * best_cost:
+        cost = (each * state + step) * steps * _busiest(programs, tiling.warps(), processors)
+        if cost < MIN_GAIN * best_cost:
             best, best_cost = tiling, cost
-    assert best is not None
     return best
 
 
-def backward_tiling(sequences: int, groups: int, group_dim: int, length: int, state: int, processors: int) -> Tiling:
+def backward_tiling(
+    sequences: int, groups: int, group_dim: int, length: int, state: int, processors: int
+) -> BackwardTiling:
     """The tiling for the gradient: 16 updates a thread and step, the states of a channel over 4 threads, and time in
     segments where that leaves the machine idle.
 
@@ -106,7 +96,7 @@ def backward_tiling(sequences: int, groups: int, group_dim: int, length: int, st
     """
     block_n = power_of_two(state)
     lanes = 8 if block_n <= 64 else max(1, 512 // block_n)
-    tiling = Tiling(max(1, min(4, 512 // (block_n * lanes))), lanes, 2, block_n, max(CHUNK, length))
+    tiling = BackwardTiling(max(1, min(4, 512 // (block_n * lanes))), lanes, 2, block_n, max(CHUNK, length))
     programs = max(1, sequences) * groups * -(-group_dim // (tiling.channels * tiling.lanes))
     step, summary = (c[0] * tiling.updates + c[1] for c in (BACKWARD_CYCLES, SEGMENT_CYCLES))
     best_cost = step * length * _busiest(programs, 1, processors)

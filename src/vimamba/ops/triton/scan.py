@@ -18,7 +18,6 @@ from vimamba.ops.triton import pack, plan
 from vimamba.ops.triton.scan_backward import scan_backward_kernel
 from vimamba.ops.triton.scan_forward import scan_forward_kernel
 from vimamba.ops.triton.scan_segments import carry_kernel, segment_kernel
-from vimamba.ops.triton.scan_time import scan_time_kernel
 
 CARRY_BLOCK = 128
 
@@ -83,26 +82,20 @@ def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Te
         return last, states
     group_dim = dim // scan.groups
     tiling = plan.forward_tiling(R * batch, scan.groups, group_dim, length, state, processors(u.device))
-    unroll = tiling.unroll
-    if isinstance(tiling, plan.Tiling):
-        kernel, channels = scan_forward_kernel, tiling.channels * tiling.lanes
-        shape = {"CHANNELS": tiling.channels, "LANES": tiling.lanes, "num_warps": 1}
-    else:
-        kernel, channels = scan_time_kernel, tiling.channels
-        shape = {"CHANNELS": channels, "TIME": tiling.time, "num_warps": tiling.warps(threads_of_warp(u.device))}
-        if save_states and scan.z_RBDL is not None:
-            unroll //= 2  # both together would spill registers
+    channels, unroll = tiling.channels, tiling.unroll
+    if save_states and scan.z_RBDL is not None:
+        unroll //= 2  # both together would spill registers
     blocks = -(-group_dim // channels)
-    bc = pack.pack(scan.B_RBGNL, scan.C_RBGNL, scan.groups, scan.reverse_mask, columns=kernel is scan_time_kernel)
+    bc = pack.pack(scan.B_RBGNL, scan.C_RBGNL, scan.groups, scan.reverse_mask, columns=True)
     with torch.cuda.device_of(u):
-        kernel[(R * batch * scan.groups * blocks,)](
+        scan_forward_kernel[(R * batch * scan.groups * blocks,)](
             u, scan.delta_RBDL, scan.z_RBDL, out_RBDL, scan.A_RDN, bc, scan.B_DN, scan.C_DN, scan.D_RD, scan.bias_RD,
              states, last,
             *strides(u), *strides(scan.delta_RBDL), *strides(scan.z_RBDL), *strides(out_RBDL),
             1, 1, batch, scan.groups, group_dim, blocks, length, n_states, scan.reverse_mask, scan.scale,
-            **shape, **_constants(scan), BLOCK_N=tiling.block_n, UNROLL=unroll, CHUNK=CHUNK,
+            **_constants(scan), BLOCK_N=tiling.block_n, CHANNELS=channels, TIME=tiling.time, UNROLL=unroll, CHUNK=CHUNK,
             HAS_D=scan.D_RD is not None, CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None,
-            EVEN=group_dim % channels == 0, SAVE_STATES=save_states,
+            EVEN=group_dim % channels == 0, SAVE_STATES=save_states, num_warps=tiling.warps(threads_of_warp(u.device)),
         )  # fmt: skip
     return last, states
 
@@ -115,7 +108,7 @@ def _constants(scan: Scan) -> dict[str, object]:
 
 
 def _carries(
-    scan: Scan, bc_RBGSMN: Tensor | None, tiling: plan.Tiling, dout_RBDL: Tensor, dlast_RBDN: Tensor | None
+    scan: Scan, bc_RBGSMN: Tensor | None, tiling: plan.BackwardTiling, dout_RBDL: Tensor, dlast_RBDN: Tensor | None
 ) -> Tensor:
     """The gradient of the state that enters every segment at its end."""
     R, batch, dim, length, state = scan.sizes

@@ -29,10 +29,18 @@ from vimamba.ops.triton.elementwise import (
     step_size,
     walk,
 )
-from vimamba.ops.triton.scan_forward import load_rows
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "dout", "du", "ddelta", "dz") for axis in "rbl"]
 RUN_TIME = [*STRIDES, "channel_stride", "state_stride", "length", "segment_length", "batch", "n_segments", "dbc_part"]
+
+
+@triton.jit
+def load_rows(row, stride, offsets, mask, step, end, ROWS: tl.constexpr):
+    """ROWS rows of a tile from step `step`, of which `row` is the row, as stored; zeros from step `end`."""
+    rows = ()
+    for j in tl.static_range(ROWS):
+        rows = rows + (tl.load(row_of(row, j, stride) + offsets, mask=both(mask, step + j < end), other=0.0),)
+    return rows
 
 
 @triton.jit
