@@ -187,6 +187,14 @@ def test_threads_along_time(time, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("lanes_first", [False, True])
+def test_tiles_of_older_and_newer_compilers(lanes_first, monkeypatch, short_chunks):
+    monkeypatch.setattr(scan, "LANES_FIRST", lanes_first)
+    monkeypatch.setattr(plan, "forward_tiling", forward_in(plan.ForwardTiling(32, 1, 8, 0)))
+    check_scan(scan_case(dim=41, length=19, state=3))
+
+
+@interpreted
 def test_parts_instead_of_atomics(monkeypatch):
     """The deterministic backward pass, of two groups with several blocks of channels each."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)

@@ -47,16 +47,33 @@ def sigmoid(x):
 
 
 @triton.jit
-def channel_tile(block, blocks_per_group, group_dim, CHANNELS: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr):
+def outer(channels, lanes, LANES_FIRST: tl.constexpr):
+    """Numbers of channels and of lanes as a column and a row, or as a row and a column if LANES_FIRST.
+
+    A tile's axes lie as the compiler spreads them over threads, lanes first: from the last one in newer Triton, from
+    the first one in older (see `scan.LANES_FIRST`).
+    """
+    if LANES_FIRST:
+        return channels[None, :], lanes[:, None]
+    else:
+        return channels[:, None], lanes[None, :]
+
+
+@triton.jit
+def channel_tile(
+    block, blocks_per_group, group_dim, CHANNELS: tl.constexpr, LANES: tl.constexpr, LANES_FIRST: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
     """The channels of a block as a (CHANNELS, LANES) tile, which of them exist (all, if EVEN), and their group.
 
     A block never spans two groups, so that one row of B and C serves all of it.
     """
     group = block // blocks_per_group
     local = (block % blocks_per_group) * (CHANNELS * LANES)
-    local = local + tl.arange(0, CHANNELS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    c, lane = outer(tl.arange(0, CHANNELS), tl.arange(0, LANES), LANES_FIRST)
+    local = local + c * LANES + lane
     if EVEN:
-        exists = tl.full([CHANNELS, LANES], 1, tl.int1)
+        exists = tl.full(local.shape, 1, tl.int1)
     else:
         exists = local < group_dim
     return group * group_dim + local, exists, group
@@ -65,14 +82,16 @@ def channel_tile(block, blocks_per_group, group_dim, CHANNELS: tl.constexpr, LAN
 @triton.jit
 def share_of_work(
     groups, group_dim, blocks_per_group, batch, segments, first_segment, segment_length, length, reverse_mask,
-    CHANNELS: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
+    CHANNELS: tl.constexpr, LANES: tl.constexpr, LANES_FIRST: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """What a program works on: its channels (see `channel_tile`), its segment of time from step `begin` to `end`, and
     its sequence, which is batch element b of direction r, and whether that runs backwards.
     """
     n_blocks = groups * blocks_per_group
     pid = tl.program_id(0)
-    channel, exists, group = channel_tile(pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES, EVEN)
+    channel, exists, group = channel_tile(
+        pid % n_blocks, blocks_per_group, group_dim, CHANNELS, LANES, LANES_FIRST, EVEN
+    )  # fmt: skip
     segment = (pid // n_blocks) % segments + first_segment
     sequence = (pid // (n_blocks * segments)).to(tl.int64)
     b, r = sequence % batch, sequence // batch

@@ -20,6 +20,8 @@ from vimamba.ops.triton.scan_forward import scan_forward_kernel
 from vimamba.ops.triton.scan_segments import carry_kernel, segment_kernel
 
 CARRY_BLOCK = 128
+LANES_FIRST = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+"""Whether this Triton's compiler spreads a tile over threads from its first axis; from 3.7 on it is the last."""
 
 
 class Scan(NamedTuple):
@@ -123,6 +125,7 @@ def _carries(
         *strides(dout_RBDL), *strides(scan.delta_RBDL), *strides(scan.z_RBDL),
         1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, scan.reverse_mask, scan.scale,
         **_constants(scan), BLOCK_N=tiling.block_n, CHANNELS=tiling.channels, LANES=tiling.lanes,
+                LANES_FIRST=LANES_FIRST,
         UNROLL=tiling.unroll, CONST_C=scan.C_DN is not None, EVEN=group_dim % channels == 0, num_warps=1,
     )  # fmt: skip
     total = R * batch * dim * state
@@ -191,6 +194,7 @@ def backward(
                 scan.reverse_mask, scan.scale,
                 0 if dbc is None else dbc.stride(0),
                 **_constants(scan), BLOCK_N=tiling.block_n, CHANNELS=tiling.channels, LANES=tiling.lanes,
+                LANES_FIRST=LANES_FIRST,
                 UNROLL=tiling.unroll, CHUNK=CHUNK, HAS_D=dD is not None, CONST_B=dB is not None,
                 CONST_C=dC is not None, EVEN=group_dim % (tiling.channels * tiling.lanes) == 0,
                 HAS_CARRY=carry is not None, ATOMIC=atomic, num_warps=1,

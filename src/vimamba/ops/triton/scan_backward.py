@@ -21,6 +21,7 @@ from vimamba.ops.triton.elementwise import (
     LOG2E,
     both,
     matrix_row,
+    outer,
     packed_matrices,
     row_of,
     share_of_work,
@@ -44,9 +45,9 @@ def load_rows(row, stride, offsets, mask, step, end, ROWS: tl.constexpr):
 
 
 @triton.jit
-def add_row(pointer, tile, valid, n, BLOCK_N: tl.constexpr, ATOMIC: tl.constexpr):
-    """Add a (CHANNELS, BLOCK_N, LANES) tile, summed over channels, to a row of dB or dC."""
-    row = tl.sum(tl.sum(tile, axis=0), axis=1)
+def add_row(pointer, tile, valid, n, BLOCK_N: tl.constexpr, LANES_FIRST: tl.constexpr, ATOMIC: tl.constexpr):
+    """Add a (CHANNELS, BLOCK_N, LANES) tile, summed over channels, first those of a thread, to a row of dB or dC."""
+    row = tl.sum(tl.sum(tile, axis=2), axis=0) if LANES_FIRST else tl.sum(tl.sum(tile, axis=0), axis=1)
     if ATOMIC:
         tl.atomic_add(pointer + n, row, mask=both(n < BLOCK_N, valid), sem="relaxed")
     else:
@@ -63,8 +64,8 @@ def scan_backward_kernel(
     channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments,
     segment_length, n_states,
     reverse_mask, scale, dbc_part,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, LANES_FIRST: tl.constexpr,
+    UNROLL: tl.constexpr, CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr, EVEN: tl.constexpr,
     HAS_CARRY: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +73,7 @@ def scan_backward_kernel(
     dim = groups * group_dim
     channel, exists, group, segment, begin, end, sequence, b, r, backwards = share_of_work(
         groups, group_dim, blocks_per_group, batch, n_segments, 0, segment_length, length, reverse_mask,
-        CHANNELS, LANES, EVEN,
+        CHANNELS, LANES, LANES_FIRST, EVEN,
     )  # fmt: skip
     slot = sequence * n_segments + segment
     n, state_mask, state_offsets, A2 = state_tile(A + r * dim * N, channel, exists, state_stride, N, BLOCK_N)
@@ -83,7 +84,7 @@ def scan_backward_kernel(
     if HAS_CARRY:
         g = tl.load(carry + slot * dim * N + state_offsets, mask=state_mask, other=0.0)
     else:
-        g = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
+        g = tl.zeros(A2.shape, tl.float32)
 
     offsets = channel * channel_stride
     u_row, u_step = walk(u + r * u_sr + b * u_sb, u_sl, length, backwards)
@@ -104,17 +105,18 @@ def scan_backward_kernel(
     states_row = states + sequence * n_states * dim * N
     # The tile's own order in scratch; the run-time stride keeps the layout (see scan_forward).
     # 64-bit indices let the compiler turn all but one address into immediate offsets.
-    flat = tl.arange(0, CHANNELS).to(tl.int64)[:, None, None] * BLOCK_N + n.to(tl.int64)[None, :, None]
-    flat = flat * LANES + (tl.arange(0, LANES) * state_stride).to(tl.int64)[None, None, :]
+    lanes = (tl.arange(0, LANES) * state_stride).to(tl.int64)
+    c, lane = outer(tl.arange(0, CHANNELS).to(tl.int64), lanes, LANES_FIRST)
+    flat = (c[:, None, :] * BLOCK_N + n.to(tl.int64)[None, :, None]) * LANES + lane[:, None, :]
     scratch_row = scratch + tl.program_id(0).to(tl.int64) * (CHUNK // UNROLL) * TILE
 
-    dA_tile = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
+    dA_tile = tl.zeros(A2.shape, tl.float32)
     if CONST_B:
-        dB_tile = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
+        dB_tile = tl.zeros(A2.shape, tl.float32)
     if CONST_C:
-        dC_tile = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
-    dD_tile = tl.zeros([CHANNELS, LANES], tl.float32)
-    dbias_tile = tl.zeros([CHANNELS, LANES], tl.float32)
+        dC_tile = tl.zeros(A2.shape, tl.float32)
+    dD_tile = tl.zeros(channel.shape, tl.float32)
+    dbias_tile = tl.zeros(channel.shape, tl.float32)
 
     for back in range(0, tl.cdiv(end - begin, CHUNK)):
         first = begin + (tl.cdiv(end - begin, CHUNK) - 1 - back) * CHUNK
@@ -175,7 +177,7 @@ def scan_backward_kernel(
                     dC_tile += dy[:, None, :] * h
                 else:
                     dC_here = row_of(dbc_rows, i + j, 2 * BLOCK_N) + BLOCK_N
-                    add_row(dC_here, dy[:, None, :] * h, valid, n, BLOCK_N, ATOMIC)
+                    add_row(dC_here, dy[:, None, :] * h, valid, n, BLOCK_N, LANES_FIRST, ATOMIC)
                 dts = dts + (dt,)
                 dys = dys + (dy,)
             for j in tl.static_range(UNROLL - 1, -1, -1):
@@ -191,7 +193,7 @@ def scan_backward_kernel(
                     dB_tile += g * (dt * x)[:, None, :]
                 else:
                     dB_here = row_of(dbc_rows, i + j, 2 * BLOCK_N)
-                    add_row(dB_here, g * (dt * x)[:, None, :], valid, n, BLOCK_N, ATOMIC)
+                    add_row(dB_here, g * (dt * x)[:, None, :], valid, n, BLOCK_N, LANES_FIRST, ATOMIC)
                 g *= decays[j]
                 through = g * hs[j]
                 dA_tile += through * dt[:, None, :]

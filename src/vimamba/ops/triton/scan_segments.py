@@ -38,14 +38,15 @@ def segment_kernel(
     dout_sr, dout_sb, dout_sl, delta_sr, delta_sb, delta_sl, z_sr, z_sb, z_sl,
     channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_segments, segment_length,
     reverse_mask, scale,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, CONST_C: tl.constexpr, EVEN: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, LANES_FIRST: tl.constexpr,
+    UNROLL: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, CONST_C: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Summaries of all segments but the first, which nothing needs."""
     dim = groups * group_dim
     channel, exists, group, segment, begin, end, sequence, b, r, backwards = share_of_work(
         groups, group_dim, blocks_per_group, batch, n_segments - 1, 1, segment_length, length, reverse_mask,
-        CHANNELS, LANES, EVEN,
+        CHANNELS, LANES, LANES_FIRST, EVEN,
     )  # fmt: skip
     n, state_mask, state_offsets, A2 = state_tile(A + r * dim * N, channel, exists, state_stride, N, BLOCK_N)
     C_tile = tl.load(C_const + state_offsets, mask=state_mask, other=0.0) if CONST_C else 0.0
@@ -57,8 +58,8 @@ def segment_kernel(
         z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, backwards)
     bc_rows = bc if CONST_C else packed_matrices(bc, sequence, groups, group, length, BLOCK_N) + BLOCK_N
 
-    g = tl.zeros([CHANNELS, BLOCK_N, LANES], tl.float32)
-    total = tl.zeros([CHANNELS, LANES], tl.float32)
+    g = tl.zeros(A2.shape, tl.float32)
+    total = tl.zeros(channel.shape, tl.float32)
     for start in range(begin, end, UNROLL):
         for j in tl.static_range(UNROLL):
             valid = start + j < end
