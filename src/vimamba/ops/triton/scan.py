@@ -92,9 +92,9 @@ def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Te
     with torch.cuda.device_of(u):
         scan_forward_kernel[(R * batch * scan.groups * blocks,)](
             u, scan.delta_RBDL, scan.z_RBDL, out_RBDL, scan.A_RDN, bc, scan.B_DN, scan.C_DN, scan.D_RD, scan.bias_RD,
-             states, last,
+            states, last,
             *strides(u), *strides(scan.delta_RBDL), *strides(scan.z_RBDL), *strides(out_RBDL),
-            1, 1, batch, scan.groups, group_dim, blocks, length, n_states, scan.reverse_mask, scan.scale,
+            1, batch, scan.groups, group_dim, blocks, length, n_states, scan.reverse_mask, scan.scale,
             **_constants(scan), BLOCK_N=tiling.block_n, CHANNELS=channels, TIME=tiling.time, UNROLL=unroll, CHUNK=CHUNK,
             HAS_D=scan.D_RD is not None, CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None,
             EVEN=group_dim % channels == 0, SAVE_STATES=save_states, num_warps=tiling.warps(threads_of_warp(u.device)),
@@ -109,6 +109,14 @@ def _constants(scan: Scan) -> dict[str, object]:
     }  # fmt: skip
 
 
+def _tile(tiling: plan.BackwardTiling, group_dim: int) -> dict[str, object]:
+    """The constants of the kernels that walk backwards."""
+    return {
+        "BLOCK_N": tiling.block_n, "CHANNELS": tiling.channels, "LANES": tiling.lanes, "LANES_FIRST": LANES_FIRST,
+        "UNROLL": tiling.unroll, "EVEN": group_dim % (tiling.channels * tiling.lanes) == 0, "num_warps": 1,
+    }  # fmt: skip
+
+
 def _carries(
     scan: Scan, bc_RBGSMN: Tensor | None, tiling: plan.BackwardTiling, dout_RBDL: Tensor, dlast_RBDN: Tensor | None
 ) -> Tensor:
@@ -116,17 +124,14 @@ def _carries(
     R, batch, dim, length, state = scan.sizes
     segments = tiling.segments(length)
     group_dim = dim // scan.groups
-    channels = tiling.channels * tiling.lanes
-    blocks = -(-group_dim // channels)
+    blocks = -(-group_dim // (tiling.channels * tiling.lanes))
     summary = dout_RBDL.new_empty((R, batch, segments, dim, state), dtype=torch.float32)
     decay = summary.new_empty((R, batch, segments, dim))
     segment_kernel[(R * batch * (segments - 1) * scan.groups * blocks,)](
         dout_RBDL, scan.delta_RBDL, scan.z_RBDL, scan.A_RDN, bc_RBGSMN, scan.C_DN, scan.bias_RD, summary, decay,
         *strides(dout_RBDL), *strides(scan.delta_RBDL), *strides(scan.z_RBDL),
         1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, scan.reverse_mask, scan.scale,
-        **_constants(scan), BLOCK_N=tiling.block_n, CHANNELS=tiling.channels, LANES=tiling.lanes,
-                LANES_FIRST=LANES_FIRST,
-        UNROLL=tiling.unroll, CONST_C=scan.C_DN is not None, EVEN=group_dim % channels == 0, num_warps=1,
+        **_constants(scan), **_tile(tiling, group_dim), CONST_C=scan.C_DN is not None,
     )  # fmt: skip
     total = R * batch * dim * state
     carry_kernel[(triton.cdiv(total, CARRY_BLOCK),)](
@@ -193,11 +198,8 @@ def backward(
                 1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, states_RBKDN.shape[2],
                 scan.reverse_mask, scan.scale,
                 0 if dbc is None else dbc.stride(0),
-                **_constants(scan), BLOCK_N=tiling.block_n, CHANNELS=tiling.channels, LANES=tiling.lanes,
-                LANES_FIRST=LANES_FIRST,
-                UNROLL=tiling.unroll, CHUNK=CHUNK, HAS_D=dD is not None, CONST_B=dB is not None,
-                CONST_C=dC is not None, EVEN=group_dim % (tiling.channels * tiling.lanes) == 0,
-                HAS_CARRY=carry is not None, ATOMIC=atomic, num_warps=1,
+                **_constants(scan), **_tile(tiling, group_dim), CHUNK=CHUNK, HAS_D=dD is not None,
+                CONST_B=dB is not None, CONST_C=dC is not None, HAS_CARRY=carry is not None, ATOMIC=atomic,
             )  # fmt: skip
 
     def total(parts: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ import triton.language as tl
 from vimamba.ops.triton.elementwise import LOG2E, PADDING, packed_matrices, row_of, sigmoid, step_size, walk
 
 STRIDES = [f"{tensor}_s{axis}" for tensor in ("u", "delta", "z", "out") for axis in "rbl"]
-RUN_TIME = [*STRIDES, "channel_stride", "state_stride", "length", "batch"]
+RUN_TIME = [*STRIDES, "channel_stride", "length", "batch"]
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def scan_forward_kernel(
     u, delta, z, out, A, bc, B_const, C_const, D, bias, states, last,
     u_sr, u_sb, u_sl, delta_sr, delta_sb, delta_sl,
     z_sr, z_sb, z_sl, out_sr, out_sb, out_sl,
-    channel_stride, state_stride, batch, groups, group_dim, blocks_per_group, length, n_states, reverse_mask, scale,
+    channel_stride, batch, groups, group_dim, blocks_per_group, length, n_states, reverse_mask, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, CHANNELS: tl.constexpr, TIME: tl.constexpr, UNROLL: tl.constexpr,
     CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     CONST_B: tl.constexpr, CONST_C: tl.constexpr, EVEN: tl.constexpr, SAVE_STATES: tl.constexpr,
