@@ -76,6 +76,15 @@ class Floor:
         )
 
 
+def state_updates(model: Any, size: int) -> int:
+    """State updates of a forward pass over one image; none in a model without a scan."""
+    mixers = [module for module in model.modules() if isinstance(module, BidirectionalMixer)]
+    if not mixers:
+        return 0
+    rows, columns = model.patch_embed.grid_size(size, size)
+    return (rows * columns + 1) * sum(way.A_log.numel() for mixer in mixers for way in mixer.directions())
+
+
 def floor_of(entry: Entry) -> Floor:
     """The floor of a forward pass of a Vision Mamba."""
     model: Any = build(entry)
@@ -83,15 +92,13 @@ def floor_of(entry: Entry) -> Floor:
     tokens = entry.batch * (rows * columns + 1)
     patch = model.patch_embed.proj.weight
     products = Counter({(entry.batch * rows * columns, patch[0].numel(), patch.shape[0]): 1})
-    updates = 0
     for module in model.modules():
         if isinstance(module, BidirectionalMixer):
             ways = module.directions()
             weights = [module.in_proj.weight, module.out_proj.weight]
             weights += [weight for way in ways for weight in (way.x_proj_weight, way.dt_proj_weight)]
             products.update((tokens, weight.shape[1], weight.shape[0]) for weight in weights)
-            updates += sum(way.A_log.numel() for way in ways) * tokens
-    return Floor(products, updates, DTYPES[entry.dtype])
+    return Floor(products, entry.batch * state_updates(model, entry.size), DTYPES[entry.dtype])
 
 
 def update_function() -> tuple[Callable[[int], None], str]:

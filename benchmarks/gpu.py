@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from floor import state_updates
 from torch import Tensor
 
 import vimamba
 from vimamba.benchmark import Entry, Result, machine, measure, memory, report
 from vimamba.benchmark.entries import MODES, PASSES, build, images
 from vimamba.benchmark.timing import alternate, quartiles
-from vimamba.layers.mixer import BidirectionalMixer
 from vimamba.ops import backends, reference
 
 SIZES = (224, 512, 1024, 1248, 2048)
@@ -163,12 +163,7 @@ def forward_floor(entry: Entry, flops: int) -> float:
     """The least seconds of a forward pass: its matrix products at the tensor cores' rate, then the exponentials of its
     state updates; nothing else.
     """
-    model = build(Entry(entry.model, entry.size, model_args=entry.model_args))
-    updates = 0
-    for module in model.modules():
-        if isinstance(module, BidirectionalMixer):
-            rows, columns = model.patch_embed.grid_size(entry.size, entry.size)
-            updates += sum(way.A_log.numel() for way in module.directions()) * (rows * columns + 1)
+    updates = state_updates(build(Entry(entry.model, entry.size, model_args=entry.model_args)), entry.size)
     cycles = torch.cuda.get_device_properties(0).multi_processor_count * rate(CLOCK)
     products = (flops - UPDATE_FLOPS * updates) / rate(PRODUCTS)
     return entry.batch * (products + updates / (cycles * EXPONENTIALS_A_CYCLE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -116,7 +117,12 @@ def cost(entry: Entry) -> Cost:
     Raises:
         UserError: there is no such model, or it does not take such images.
     """
-    model = build(dataclasses.replace(entry, device="cpu", passes="forward"))
+    return _cost(Entry(entry.model, entry.size, model_args=entry.model_args))
+
+
+@functools.cache
+def _cost(entry: Entry) -> Cost:
+    model = build(entry)
     try:
         flops = count_flops(model, (3, entry.size, entry.size))
     except (RuntimeError, ValueError, AssertionError) as error:

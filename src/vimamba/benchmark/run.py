@@ -41,17 +41,16 @@ def plan(entries: Sequence[Entry]) -> list[Result]:
     Raises:
         UserError: a model is unknown or does not take images of its size.
     """
-    costs: dict[tuple, Cost] = {}
     results: list[Result] = []
     seen: set[tuple] = set()
     for entry in entries:
         key = (entry.model, str(entry.model_args), entry.size)
-        costs[key] = costs.get(key) or cost(entry)
-        shown = f"{entry.model} {entry.attention}" if costs[key].attends else entry.model
+        own = cost(entry)
+        shown = f"{entry.model} {entry.attention}" if own.attends else entry.model
         mode = "" if entry.mode == "eager" else f" {entry.mode}"
         if (key, shown, mode, entry.combination) not in seen:
             seen.add((key, shown, mode, entry.combination))
-            results.append(Result(entry, (entry.label or shown) + mode, costs[key]))
+            results.append(Result(entry, (entry.label or shown) + mode, own))
     return results
 
 
