@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from vimamba.ops.mixer import Direction
+from vimamba.ops.mixer import Direction, flat
 from vimamba.ops.triton import mixer, norm, scan
 
 TARGETS = {
@@ -241,18 +241,18 @@ def run_scan(
 def run_mixer(batch: int, dim: int, length: int, train: bool = False, count: int = 2) -> None:
     """The mixer of one Vim block."""
     wide, rank = torch.float32, dim // 32
-    directions = [
+    weights, reverse = flat([
         Direction(
             meta(dim, 4, dtype=wide), meta(dim, dtype=wide), meta(rank + 32, dim, dtype=wide),
             meta(dim, rank, dtype=wide), meta(dim, dtype=wide), meta(dim, 16, dtype=wide), meta(dim, dtype=wide),
             bool(i), bool(i),
         )
         for i in range(count)
-    ]  # fmt: skip
+    ])  # fmt: skip
     xz = meta(batch, length, 2 * dim)
-    out, states = mixer.mixer_forward(xz, directions, 0.5, train)
+    out, states = mixer.mixer_forward(xz, weights, reverse, 0.5, train)
     if train:
-        mixer.mixer_backward(out, xz, directions, states, 0.5)
+        mixer.mixer_backward(out, xz, weights, reverse, states, 0.5)
 
 
 def run_norm(rows: int, width: int) -> None:

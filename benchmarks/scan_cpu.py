@@ -23,7 +23,7 @@ from mambapy.pscan import pscan
 from torch import Tensor
 
 from vimamba.ops import cpu
-from vimamba.ops.mixer import Direction
+from vimamba.ops.mixer import Direction, flat
 
 SHAPES = [(8, 384, 197), (1, 384, 6085)]  # Vim-Ti at 224 px, batch 8, and at 1248 px
 STATE = 16
@@ -94,7 +94,7 @@ def mixer(x: dict[str, Tensor], rank: int = 12) -> Callable[[], object]:
         projections = (torch.randn(rank + 2 * STATE, dim) * dim**-0.5, torch.randn(dim, rank) * rank**-0.5)
         conv = (torch.randn(dim, 4), torch.zeros(dim))
         ways.append(Direction(*conv, *projections, x["bias"], (-x["A"]).log(), x["D"], reverse, reverse))
-    return lambda: cpu.mixer_forward(xz, ways, 0.5, save_states=False)
+    return lambda: cpu.mixer_forward(xz, *flat(ways), 0.5, save_states=False)
 
 
 def measure(

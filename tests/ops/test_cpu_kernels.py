@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vimamba.ops import cpu, reference
-from vimamba.ops.mixer import Direction
+from vimamba.ops.mixer import Direction, flat
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -146,7 +146,7 @@ def test_the_mixer_however_its_work_is_divided(batch, length, count, threads, ea
     threads(count)
     xz, ways, truths = mixer_problem(batch, length)
     for some, truth in zip((ways, ways[:1], ways[1:]), truths, strict=True):
-        out, states = cpu.mixer_forward(xz, some, 0.5, save_states=True)
+        out, states = cpu.mixer_forward(xz, *flat(some), 0.5, save_states=True)
         assert error(out, truth) < TOLERANCE
         for way, saved in zip(some, states, strict=True):
             check_states(xz, way, saved)
@@ -166,7 +166,7 @@ def check_states(xz_BLE: Tensor, way: Direction, saved_BKDN: Tensor) -> None:
 
 def test_bfloat16_mixer_is_close(each_set):
     xz, ways, (truth, _, _) = mixer_problem(2, 66)
-    out, _ = cpu.mixer_forward(xz.bfloat16(), ways, 0.5, save_states=False)
+    out, _ = cpu.mixer_forward(xz.bfloat16(), *flat(ways), 0.5, save_states=False)
     assert out.dtype == torch.bfloat16
     assert error(out, truth) < 5e-3
 

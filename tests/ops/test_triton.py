@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 import vimamba  # noqa: E402
 from vimamba.ops import reference  # noqa: E402
 from vimamba.ops import triton as kernels  # noqa: E402
-from vimamba.ops.mixer import Direction  # noqa: E402
+from vimamba.ops.mixer import Direction, flat  # noqa: E402
 from vimamba.ops.triton import pack, plan, scan  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,12 +318,12 @@ def test_mixer(flags):
     wants = torch.autograd.grad(truth, leaves, dout)
     single = [Direction(*(t.detach().float().to(DEVICE) for t in way[:7]), *way[7:]) for way in ways]
     given = xz.detach().float().to(DEVICE)
-    out, states = kernels.mixer_forward(given, single, 0.5, True)
-    dxz, grads = kernels.mixer_backward(dout.float().to(DEVICE), given, single, states, 0.5)
+    out, states = kernels.mixer_forward(given, *flat(single), 0.5, True)
+    dxz, grads = kernels.mixer_backward(dout.float().to(DEVICE), given, *flat(single), states, 0.5)
     assert error(out, truth) < 1e-6
     for got, want in zip([dxz, *grads], wants, strict=True):
         assert error(got, want) < 2e-6
-    assert torch.equal(out, kernels.mixer_forward(given, single, 0.5, False)[0])
+    assert torch.equal(out, kernels.mixer_forward(given, *flat(single), 0.5, False)[0])
 
 
 @pytest.mark.gpu

@@ -22,6 +22,12 @@ from vimamba.errors import nearest
 CHUNK = 64
 """Steps between the states that a forward pass keeps for its backward pass."""
 
+
+def chunks(length: int) -> int:
+    """How many states a forward pass over `length` steps saves."""
+    return (length + CHUNK - 1) // CHUNK
+
+
 MODULES = {"torch": "chunked", "cpu": "cpu", "triton": "triton"}
 NAMES = ("reference", *MODULES)
 
@@ -83,6 +89,17 @@ def values_only(x: Tensor) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow, for which the forward should keep its states.
+
+    An exported or traced graph is run for its values: where it is differentiated after all, the backward pass computes
+    the states again.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def first_derivatives_only(op: str) -> None:

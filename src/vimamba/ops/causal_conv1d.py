@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vimamba.ops import backends, reference
+from vimamba.ops.arguments import check_flags, check_shape, check_tensors, wide
 
 torch.library.define(
     "vimamba::causal_conv1d",
@@ -23,18 +26,26 @@ def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
     activation: str | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Convolve each channel with its own short causal kernel; the signature of `causal_conv1d_fn`.
+    """Convolve each channel with its own short causal kernel.
+
+    The signature is `causal_conv1d_fn`'s. What vision models have no use for, sequences packed into one row (seq_idx)
+    and states carried from one call to the next, is not there, and is refused.
 
     Args:
-        x: (batch, dim, length), any strides; channels contiguous is the fast layout.
+        x: (batch, dim, length), any strides.
         weight: (dim, width); the last column weighs the current step.
         bias: (dim,).
-        activation: None or "silu".
+        seq_idx, initial_states, return_final_states, final_states_out: not supported; leave them out.
+        activation: None, "silu" or "swish", which is the same.
         reverse: look at later steps instead, with the same weights.
         backend: None (choose), "reference", "torch", "cpu" or "triton".
 
@@ -43,24 +54,36 @@ def causal_conv1d(
 
     Raises:
         ValueError: a shape, type or device does not fit; the message names the argument.
+        NotImplementedError: seq_idx or a state is given.
     """
     backends.check(backend)
+    if isinstance(seq_idx, str):  # version 0.1 had no seq_idx, and the activation in its place
+        warnings.warn(
+            "causal_conv1d takes causal_conv1d_fn's arguments in its order: give activation by name",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        seq_idx, activation = None, seq_idx
+    refused = {"seq_idx": seq_idx, "initial_states": initial_states, "final_states_out": final_states_out}
+    for name, value in (refused | {"return_final_states": return_final_states or None}).items():
+        if value is not None:
+            raise NotImplementedError(
+                f"causal_conv1d has no {name}: each row of the batch is one whole sequence that starts from nothing"
+            )
+    check_flags(reverse=reverse)
     if activation not in (None, "silu", "swish"):
         raise ValueError(f'activation must be None or "silu", got {activation!r}')
-    if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point (batch, dim, length), got {x.dtype} {tuple(x.shape)}")
-    if weight.dim() != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] == 0:
+    check_tensors("causal_conv1d", {"x": x, "weight": weight}, {"bias": bias})
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape (batch, dim, length), got {tuple(x.shape)}")
+    if weight.dim() != 2 or weight.shape[0] != x.shape[1] or 0 in weight.shape:
         raise ValueError(f"weight must have shape (dim, width) = ({x.shape[1]}, width), got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape (dim,) = ({x.shape[1]},), got {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
+    check_shape("bias", bias, (x.shape[1],), "(dim,)")
     if backend == "reference":
         return reference.causal_conv1d(x, weight, bias, activation and "silu", reverse=reverse)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    bias = None if bias is None else bias.to(wide)
-    return torch.ops.vimamba.causal_conv1d(x, weight.to(wide), bias, activation is not None, reverse, backend or "")
+    dtype = wide(x.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return torch.ops.vimamba.causal_conv1d(x, weight.to(dtype), bias, activation is not None, reverse, backend or "")
 
 
 @torch.library.impl("vimamba::causal_conv1d", "CompositeExplicitAutograd")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimamba.ops import backends
+from vimamba.ops.arguments import check_shape, check_tensors
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,7 +23,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         (..., out_features).
+
+    Raises:
+        ValueError: a shape or device does not fit; the message names the argument.
     """
+    check_tensors("linear", {"x": x, "weight": weight}, {"bias": bias})
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape (out_features, in_features), got {tuple(weight.shape)}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must have shape (..., in_features) = (..., {weight.shape[1]}), got {tuple(x.shape)}")
+    check_shape("bias", bias, weight.shape[:1], "(out_features,)")
     if backends.values_only(x) and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         module = backends.resolve("", x.device, x.dtype)
         same_types = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vimamba.ops import backends, reference
+from vimamba.ops.arguments import check_number, check_shape, check_tensors, wide
 
 torch.library.define(
     "vimamba::rms_norm",
@@ -44,19 +45,21 @@ def rms_norm(
         ValueError: a shape or device does not fit; the message names the argument.
     """
     backends.check(backend)
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight must have shape (channels,) = {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
+    check_tensors("rms_norm", {"x": x, "weight": weight}, {"residual": residual})
+    check_number("eps", eps, low=0)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have shape (..., channels) with at least one channel, got {tuple(x.shape)}")
+    check_shape("weight", weight, x.shape[-1:], "(channels,)")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    for name, tensor in (("weight", weight), ("residual", residual)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise ValueError(f"out_dtype must be a floating type, got {out_dtype}")
     if backend == "reference":
         return reference.rms_norm(x, weight, residual, eps, out_dtype=out_dtype)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    residual = None if residual is None else residual.to(wide)
+    dtype = wide(x.dtype)
+    residual = None if residual is None else residual.to(dtype)
     run = _forward if backends.values_only(x) else torch.ops.vimamba.rms_norm
-    normed, total, _ = run(x, weight.to(wide), residual, eps, out_dtype or x.dtype, backend or "")
+    normed, total, _ = run(x, weight.to(dtype), residual, eps, out_dtype or x.dtype, backend or "")
     return normed, total
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vimamba.ops import backends, reference
+from vimamba.ops.arguments import check_flags, check_shape, check_tensors, wide
 
 torch.library.define(
     "vimamba::selective_scan",
@@ -65,18 +66,19 @@ def selective_scan(
         ValueError: a shape, type or device does not fit; the message names the argument.
     """
     backends.check(backend)
+    check_flags(delta_softplus=delta_softplus, return_last_state=return_last_state, reverse=reverse)
+    required = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
+    check_tensors("selective_scan", required, {"D": D, "z": z, "delta_bias": delta_bias})
     u, delta, B, C, z = _under_autocast(u, delta, B, C, z)
-    _validate(u, delta, A, B, C, D, z, delta_bias)
+    _check_shapes(u, delta, A, B, C, D, z, delta_bias)
     if backend == "reference":
         return reference.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reverse=reverse
         )
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-    A, D, delta_bias = A.to(wide), _to(D, wide), _to(delta_bias, wide)
-    B, C = (m.to(wide) if m.dim() == 2 else m[:, None] if m.dim() == 3 else m for m in (B, C))
-    save_states = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (u, delta, A, B, C, D, z, delta_bias)
-    )
+    dtype = wide(u.dtype)
+    A, D, delta_bias = A.to(dtype), _to(D, dtype), _to(delta_bias, dtype)
+    B, C = (m.to(dtype) if m.dim() == 2 else m[:, None] if m.dim() == 3 else m for m in (B, C))
+    save_states = backends.differentiates(u, delta, A, B, C, D, z, delta_bias)
     out, last_state, _ = torch.ops.vimamba.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states, backend or ""
     )
@@ -98,7 +100,7 @@ def _under_autocast(u: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return (u.to(dtype), *(t if t is None or t.dim() == 2 else t.to(dtype) for t in others))
 
 
-def _validate(
+def _check_shapes(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -108,18 +110,6 @@ def _validate(
     z: Tensor | None,
     delta_bias: Tensor | None,
 ) -> None:
-    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    for name, tensor in given.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.is_complex():
-            raise ValueError(f"{name} is {tensor.dtype}, but the scan is real: complex A, B, C are not supported")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.device != u.device:
-            raise ValueError(f"{name} is on {tensor.device}, but u is on {u.device}")
     if u.dim() != 3:
         raise ValueError(f"u must have shape (batch, dim, length), got {tuple(u.shape)}")
     batch, dim, length = u.shape
@@ -127,23 +117,19 @@ def _validate(
         raise ValueError(f"u must have at least one channel and one step, got shape {tuple(u.shape)}")
     if A.dim() != 2 or A.shape[0] != dim or A.shape[1] == 0:
         raise ValueError(f"A must have shape (dim, state) = ({dim}, state), got {tuple(A.shape)}")
-    for name in ("delta", "z"):
-        tensor = given[name]
+    for name, tensor in (("delta", delta), ("z", z)):
         if tensor is not None and tensor.shape != u.shape:
             raise ValueError(f"{name} must have u's shape {tuple(u.shape)}, got {tuple(tensor.shape)}")
-    for name in ("D", "delta_bias"):
-        tensor = given[name]
-        if tensor is not None and tensor.shape != (dim,):
-            raise ValueError(f"{name} must have shape (dim,) = ({dim},), got {tuple(tensor.shape)}")
+    check_shape("D", D, (dim,), "(dim,)")
+    check_shape("delta_bias", delta_bias, (dim,), "(dim,)")
     for name, matrix in (("B", B), ("C", C)):
-        _validate_matrix(name, matrix, batch, dim, length, A.shape[1])
-    for name in ("delta", "z", "B", "C"):
-        tensor = given[name]
+        _check_matrix(name, matrix, batch, dim, length, A.shape[1])
+    for name, tensor in (("delta", delta), ("z", z), ("B", B), ("C", C)):
         if tensor is not None and tensor.dim() > 2 and tensor.dtype != u.dtype:
             raise ValueError(f"{name} must have u's type {u.dtype}, got {tensor.dtype}")
 
 
-def _validate_matrix(name: str, matrix: Tensor, batch: int, dim: int, length: int, state: int) -> None:
+def _check_matrix(name: str, matrix: Tensor, batch: int, dim: int, length: int, state: int) -> None:
     shape = tuple(matrix.shape)
     if matrix.dim() == 2:
         fits = shape == (dim, state)
@@ -163,11 +149,6 @@ def _validate_matrix(name: str, matrix: Tensor, batch: int, dim: int, length: in
 _MATRICES = (2, 3, 4)  # the gradients of A, B and C are contiguous; the others have their tensors' layout
 
 
-def saved_chunks(length: int) -> int:
-    """How many states a forward pass over `length` steps saves."""
-    return (length + backends.CHUNK - 1) // backends.CHUNK
-
-
 @torch.library.impl("vimamba::selective_scan", "CompositeExplicitAutograd")
 def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states, backend):
     module = backends.resolve(backend, u.device, u.dtype)
@@ -177,7 +158,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_
 @torch.library.register_fake("vimamba::selective_scan")
 def _forward_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states, backend):
     batch, dim, length = u.shape
-    states = (batch, saved_chunks(length), dim, A.shape[1]) if save_states else (0,)
+    states = (batch, backends.chunks(length), dim, A.shape[1]) if save_states else (0,)
     return torch.empty_like(u), A.new_empty(batch, dim, A.shape[1]), A.new_empty(states)
 
 
@@ -200,18 +181,18 @@ def _backward_fake(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, del
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.delta_softplus, ctx.reverse, save_states, ctx.backend = inputs
     ctx.given = [t is not None for t in tensors]
-    if save_states:
-        ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, output[2] if save_states else None)
     ctx.set_materialize_grads(False)
 
 
 def _backward_rule(ctx, dout, dlast, _dstates):
     *tensors, states = ctx.saved_tensors
+    options = ctx.delta_softplus, ctx.reverse
+    if states is None:  # a graph that was exported for its values alone
+        states = torch.ops.vimamba.selective_scan(*tensors, *options, True, ctx.backend)[2]
     if dout is None:
         dout = torch.zeros_like(tensors[0])
-    grads = torch.ops.vimamba.selective_scan_backward(
-        dout, dlast, *tensors, states, ctx.delta_softplus, ctx.reverse, ctx.backend
-    )
+    grads = torch.ops.vimamba.selective_scan_backward(dout, dlast, *tensors, states, *options, ctx.backend)
     return *(g if given else None for g, given in zip(grads, ctx.given, strict=True)), None, None, None, None
 
 

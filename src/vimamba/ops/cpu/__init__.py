@@ -1,7 +1,7 @@
 """The CPU backend: C++ kernels (AVX-512, AVX2 or portable, chosen at run time) behind the operators vimamba_cpu.*.
 
-The kernels take channels contiguous and every other stride as it is; this file allocates the outputs, copies
-what lies otherwise, and sums partial gradients. VIMAMBA_CPU=avx512|avx2|portable forces an instruction set.
+The kernels of scan and convolution take activations of any strides; this file allocates the outputs and sums partial
+gradients. VIMAMBA_CPU=avx512|avx2|portable forces an instruction set.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ import torch
 from torch import Tensor
 
 from vimamba.ops import chunked
-from vimamba.ops.backends import CHUNK
+from vimamba.ops.backends import CHUNK, chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from vimamba.ops.mixer import Direction
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
 mixer_takes_gates = True
 _FEW_ROWS = 16
-_MOST_TAPS = 16  # kMaxWidth in kernels.h
 _wide_vectors = False
 _LIBRARY = Path(__file__).parent / "_kernels.so"
 
@@ -36,8 +33,11 @@ def _load() -> str | None:
         return "the CPU kernels were not built (no C++20 compiler when vimamba was installed)"
     try:
         torch.ops.load_library(str(_LIBRARY))
-    except OSError as error:
-        return f"the CPU kernels do not load: {error}"
+        chunk = torch.ops.vimamba_cpu.chunk()
+    except (OSError, AttributeError) as error:  # the latter: a library that an earlier version left
+        return f"the CPU kernels do not load, install vimamba again: {error}"
+    if chunk != CHUNK:
+        return f"the CPU kernels keep a state every {chunk} steps, this vimamba every {CHUNK}: install vimamba again"
     wanted = os.environ.get("VIMAMBA_CPU") or instruction_set()
     if wanted not in INSTRUCTION_SETS or not use_instruction_set(wanted):
         return f"VIMAMBA_CPU={wanted}: this machine runs {', '.join(instruction_sets())}"
@@ -78,26 +78,6 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16)
 
 
-def _channels_contiguous(x_BDL: Tensor) -> Tensor:
-    if x_BDL.stride(1) == 1 or x_BDL.shape[1] == 1:
-        return x_BDL
-    return x_BDL.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _like(x_BDL: Tensor) -> Tensor:
-    """A new tensor in x's layout if that has channels contiguous, else in the layout that has."""
-    y_BDL = torch.empty_like(x_BDL)
-    if y_BDL.stride(1) == 1 or y_BDL.shape[1] == 1:
-        return y_BDL
-    B, D, L = x_BDL.shape
-    return x_BDL.new_empty(B, L, D).transpose(1, 2)
-
-
-def _in_layout_of(y_BDL: Tensor, x_BDL: Tensor) -> Tensor:
-    wanted = torch.empty_like(x_BDL)
-    return y_BDL if y_BDL.stride() == wanted.stride() else wanted.copy_(y_BDL)
-
-
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -118,40 +98,20 @@ def scan_forward(
     """out (B, D, L), last_state (B, D, N), and if wanted the states before each chunk (B, K, D, N)."""
     batch, dim, length = u_BDL.shape
     state = A_DN.shape[1]
-    out_BDL = _like(u_BDL)
+    out_BDL = torch.empty_like(u_BDL)
     last_BDN = A_DN.new_empty(batch, dim, state)
-    states_BKDN = A_DN.new_empty((batch, -(-length // CHUNK), dim, state) if save_states else (0,))
+    states_BKDN = A_DN.new_empty((batch, chunks(length), dim, state) if save_states else (0,))
     torch.ops.vimamba_cpu.scan_forward(
-        *_scan_inputs(u_BDL, delta_BDL, A_DN, B, C, D_D, z_BDL, delta_bias_D),
-        delta_softplus,
-        reverse,
-        out_BDL,
-        last_BDN,
-        states_BKDN if save_states else None,
+        *(u_BDL, delta_BDL, *_weights(A_DN, B, C, D_D), z_BDL, _contiguous(delta_bias_D)),
+        *(delta_softplus, reverse, out_BDL, last_BDN, states_BKDN if save_states else None),
     )
-    return _in_layout_of(out_BDL, u_BDL), last_BDN, states_BKDN
+    return out_BDL, last_BDN, states_BKDN
 
 
-def _scan_inputs(
-    u_BDL: Tensor,
-    delta_BDL: Tensor,
-    A_DN: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D_D: Tensor | None,
-    z_BDL: Tensor | None,
-    delta_bias_D: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    return (
-        _channels_contiguous(u_BDL),
-        _channels_contiguous(delta_BDL),
-        A_DN.contiguous(),
-        B.contiguous() if B.dim() == 2 else B,
-        C.contiguous() if C.dim() == 2 else C,
-        _contiguous(D_D),
-        None if z_BDL is None else _channels_contiguous(z_BDL),
-        _contiguous(delta_bias_D),
-    )
+def _weights(A_DN: Tensor, B: Tensor, C: Tensor, D_D: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The activations come as they are; what is read channel by channel is small and contiguous."""
+    B, C = (m.contiguous() if m.dim() == 2 else m for m in (B, C))
+    return A_DN.contiguous(), B, C, _contiguous(D_D)
 
 
 def scan_backward(
@@ -171,32 +131,27 @@ def scan_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias; None where the input was None."""
     batch, dim, _ = u_BDL.shape
-    groups = next((x.shape[1] for x in (B, C) if x.dim() == 4), 1)
-    parts = torch.ops.vimamba_cpu.scan_backward_parts(batch, dim, groups)
-    du_BDL, ddelta_BDL = _like(u_BDL), _like(delta_BDL)
-    dz_BDL = None if z_BDL is None else _like(z_BDL)
+    parts = torch.ops.vimamba_cpu.scan_backward_parts(u_BDL, B, C)
+    du_BDL, ddelta_BDL = torch.empty_like(u_BDL), torch.empty_like(delta_BDL)
+    dz_BDL = None if z_BDL is None else torch.empty_like(z_BDL)
     dA_BDN = A_DN.new_empty(batch, *A_DN.shape)
     dB, dC = (_projection_gradient(x, batch, parts) for x in (B, C))
     dD_BD = None if D_D is None else D_D.new_empty(batch, dim)
     dbias_BD = None if delta_bias_D is None else delta_bias_D.new_empty(batch, dim)
     torch.ops.vimamba_cpu.scan_backward(
-        _channels_contiguous(dout_BDL),
-        _contiguous(dlast_BDN),
-        *_scan_inputs(u_BDL, delta_BDL, A_DN, B, C, D_D, z_BDL, delta_bias_D),
-        states_BKDN,
-        delta_softplus,
-        reverse,
-        parts,
+        *(dout_BDL, _contiguous(dlast_BDN)),
+        *(u_BDL, delta_BDL, *_weights(A_DN, B, C, D_D), z_BDL, _contiguous(delta_bias_D)),
+        *(states_BKDN.contiguous(), delta_softplus, reverse, parts),
         *(du_BDL, ddelta_BDL, dA_BDN, dB, dC, dD_BD, dz_BDL, dbias_BD),
     )
     return (
-        _in_layout_of(du_BDL, u_BDL),
-        _in_layout_of(ddelta_BDL, delta_BDL),
+        du_BDL,
+        ddelta_BDL,
         dA_BDN.sum(0),
         _sum_projection_gradient(dB, B),
         _sum_projection_gradient(dC, C),
         None if dD_BD is None else dD_BD.sum(0),
-        None if dz_BDL is None or z_BDL is None else _in_layout_of(dz_BDL, z_BDL),
+        dz_BDL,
         None if dbias_BD is None else dbias_BD.sum(0),
     )
 
@@ -206,8 +161,8 @@ def _projection_gradient(x: Tensor, batch: int, parts: int) -> Tensor:
     if x.dim() == 2:
         return x.new_empty(batch, *x.shape)
     _, groups, state, length = x.shape
-    allocate = torch.empty if parts == 1 or groups == 1 else torch.zeros
-    return allocate(parts, batch, groups, length, state)
+    allocate = x.new_empty if parts == 1 or groups == 1 else x.new_zeros  # a part has not every group's channels
+    return allocate((parts, batch, groups, length, state), dtype=torch.float32)
 
 
 def _sum_projection_gradient(gradient: Tensor, x: Tensor) -> Tensor:
@@ -217,35 +172,28 @@ def _sum_projection_gradient(gradient: Tensor, x: Tensor) -> Tensor:
 
 def conv_forward(x_BDL: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     """Depthwise causal convolution, and SiLU."""
-    if weight_DW.shape[1] > _MOST_TAPS:
+    if weight_DW.shape[1] > torch.ops.vimamba_cpu.max_width():
         return chunked.conv_forward(x_BDL, weight_DW, bias_D, silu, reverse)
-    y_BDL = _like(x_BDL)
-    torch.ops.vimamba_cpu.conv_forward(
-        _channels_contiguous(x_BDL), weight_DW.contiguous(), _contiguous(bias_D), silu, reverse, y_BDL
-    )
-    return _in_layout_of(y_BDL, x_BDL)
+    y_BDL = torch.empty_like(x_BDL)
+    torch.ops.vimamba_cpu.conv_forward(x_BDL, weight_DW.contiguous(), _contiguous(bias_D), silu, reverse, y_BDL)
+    return y_BDL
 
 
 def conv_backward(
     dy_BDL: Tensor, x_BDL: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, the weight and the bias."""
-    if weight_DW.shape[1] > _MOST_TAPS:
+    if weight_DW.shape[1] > torch.ops.vimamba_cpu.max_width():
         return chunked.conv_backward(dy_BDL, x_BDL, weight_DW, bias_D, silu, reverse)
-    dx_BDL = _like(x_BDL)
+    dx_BDL = torch.empty_like(x_BDL)
     parts = torch.get_num_threads()
     dweight_SDW = weight_DW.new_zeros(parts, *weight_DW.shape)
     dbias_SD = None if bias_D is None else bias_D.new_zeros(parts, *bias_D.shape)
     torch.ops.vimamba_cpu.conv_backward(
-        _channels_contiguous(dy_BDL),
-        _channels_contiguous(x_BDL),
-        weight_DW.contiguous(),
-        _contiguous(bias_D),
-        silu,
-        reverse,
+        *(dy_BDL, x_BDL, weight_DW.contiguous(), _contiguous(bias_D), silu, reverse),
         *(dx_BDL, dweight_SDW, dbias_SD),
     )
-    return _in_layout_of(dx_BDL, x_BDL), dweight_SDW.sum(0), None if dbias_SD is None else dbias_SD.sum(0)
+    return dx_BDL, dweight_SDW.sum(0), None if dbias_SD is None else dbias_SD.sum(0)
 
 
 def norm_forward(
@@ -290,7 +238,12 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 
 
 def mixer_forward(
-    xz_BLE: Tensor, directions: Sequence[Direction], scale: float, save_states: bool, gates: Tensor | None = None
+    xz_BLE: Tensor,
+    weights: Sequence[Tensor],
+    reverse: Sequence[int],
+    scale: float,
+    save_states: bool,
+    gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mixer between its linear layers: out (B, L, D), and if wanted the states (directions, B, K, D, N).
 
@@ -300,12 +253,12 @@ def mixer_forward(
         xz_BLE = xz_BLE.contiguous()
     batch, length, width = xz_BLE.shape
     out_BLD = xz_BLE.new_empty(batch, length, width // 2)
-    A_DN, count = directions[0].A_log, len(directions)
-    states = A_DN.new_empty((count, batch, -(-length // CHUNK), *A_DN.shape) if save_states else (count, 0))
+    A_DN, count = weights[5], len(reverse)
+    states = A_DN.new_empty((count, batch, chunks(length), *A_DN.shape) if save_states else (count, 0))
     torch.ops.vimamba_cpu.mixer_forward(
         xz_BLE,
-        [weight.contiguous() for direction in directions for weight in direction.weights],
-        [int(direction.conv_reverse) + 2 * int(direction.scan_reverse) for direction in directions],
+        [weight.contiguous() for weight in weights],
+        reverse,
         scale,
         _contiguous(gates),
         out_BLD,

@@ -2,9 +2,8 @@
 // and a table of functions, one table an instruction set. Every function works on the part of the task it is
 // given, on the calling thread.
 //
-// Letters: B batch, D channels, L time, N state, G groups, W conv width, R dt_rank, K chunks. Channels are
-// contiguous in every activation; strides are in elements. "Step" counts in the order of the recurrence,
-// "position" along the sequence.
+// Letters: B batch, D channels, L time, N state, G groups, R dt_rank, K chunks. Strides are in elements.
+// "Step" counts in the order of the recurrence, "position" along the sequence.
 #pragma once
 
 #include <stdint.h>
@@ -15,19 +14,20 @@ constexpr int64_t kChunk = 64;  // steps between two saved states; vimamba.ops.b
 
 constexpr int kMaxWidth = 16;  // of a convolution
 
-struct Rows {  // a (B, L, D) activation, channels contiguous
+struct Rows {  // a (B, L, D) activation; the mixer and the norm take contiguous channels only
   void* data;
-  int64_t batch_stride, time_stride;
+  int64_t batch_stride, time_stride, channel_stride = 1;
 };
 
-struct Projection {  // B or C: (B, G, N, L) with any strides, or constant: (D, N) float32
+struct Projection {  // B or C: (B, groups of its own, N, L) with any strides, or constant: (D, N) float32
   const void* data;
   int64_t batch_stride, group_stride, state_stride, time_stride;
   bool constant;
+  int64_t share = 1;  // how many of the scan's groups read one group of it
 };
 
 struct Scan {
-  int64_t batch, dim, length, state, groups;
+  int64_t batch, dim, length, state, groups;  // groups: as many as serve both B and C
   bool bf16, softplus, reverse;
   Rows u, delta, z;  // z.data may be null
   Projection B, C;
@@ -40,7 +40,7 @@ struct ScanGradients {
   Rows dout, du, ddelta, dz;
   const float* dlast;      // (B, D, N) or null
   float *dA, *dD, *dbias;  // (B, D, N), (B, D), (B, D): one for each batch element; dD and dbias may be null
-  float *dB, *dC;          // (S, B, G, L, N) for split s of the channels, or (B, D, N) where constant
+  float *dB, *dC;  // (S, B, own groups, L, N) for split s of the channels, or (B, D, N) where constant
 };
 
 struct Conv {

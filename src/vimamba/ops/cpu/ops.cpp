@@ -4,23 +4,20 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstring>
 #include <numeric>
-#include <optional>
 #include <vector>
 
+#include "checks.h"
 #include "kernels.h"
+#include "mixer_call.h"
 #include "parallel.h"
 
 namespace {
 
 using namespace vimamba;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
 
 enum InstructionSet : int64_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
@@ -60,6 +57,10 @@ int64_t instruction_set(int64_t wanted) {
   return active_set();
 }
 
+// What Python must know of kernels.h.
+int64_t chunk() { return kChunk; }
+int64_t max_width() { return kMaxWidth; }
+
 template <class T = float>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
@@ -69,31 +70,63 @@ float* data(const Maybe& tensor) { return tensor ? data(*tensor) : nullptr; }
 
 bool is_bf16(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
 
-// (B, D, L), channels contiguous.
+// (B, D, L).
 Rows rows(const Maybe& tensor_BDL) {
   if (!tensor_BDL) return {nullptr, 0, 0};
-  return {tensor_BDL->data_ptr(), tensor_BDL->stride(0), tensor_BDL->stride(2)};
+  const int64_t channel_stride = tensor_BDL->size(1) == 1 ? 1 : tensor_BDL->stride(1);
+  return {tensor_BDL->data_ptr(), tensor_BDL->stride(0), tensor_BDL->stride(2), channel_stride};
 }
 
-Projection projection(const Tensor& tensor) {
-  if (tensor.dim() == 2) return {tensor.data_ptr(), 0, 0, 0, 0, true};
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3), false};
+int64_t groups(const Tensor& matrix) { return matrix.dim() == 4 ? matrix.size(1) : 1; }
+
+Projection projection(const char* name, const Tensor& matrix, const Tensor& u, int64_t state,
+                      int64_t groups_of_scan) {
+  if (matrix.dim() == 2) {
+    check_floats(name, matrix, {u.size(1), state});
+    return {matrix.data_ptr(), 0, 0, 0, 0, true};
+  }
+  check_rows(name, matrix, {u.size(0), groups(matrix), state, u.size(2)}, u);
+  return {matrix.data_ptr(),
+          matrix.stride(0),
+          matrix.stride(1),
+          matrix.stride(2),
+          matrix.stride(3),
+          false,
+          groups_of_scan / groups(matrix)};
 }
 
-int64_t groups(const Tensor& B, const Tensor& C) {
-  return B.dim() == 4 ? B.size(1) : C.dim() == 4 ? C.size(1) : 1;
+// How many groups serve both B and C.
+int64_t groups_of(const Tensor& B, const Tensor& C, int64_t dim) {
+  const bool some = groups(B) > 0 && groups(C) > 0;
+  const int64_t both = some ? std::lcm(groups(B), groups(C)) : 1;
+  STD_TORCH_CHECK(some && dim > 0 && dim % both == 0,
+                  "vimamba_cpu: the groups of B and C do not divide the channels");
+  return both;
 }
 
 Scan scan_of(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
              const Maybe& D, const Maybe& z, const Maybe& bias, bool softplus, bool reverse) {
+  STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2 && A.size(1) > 0,
+                  "vimamba_cpu: u is not (B, D, L) or A not (D, N)");
+  const int64_t batch = u.size(0), dim = u.size(1), length = u.size(2), state = A.size(1);
+  check_rows("u", u, {batch, dim, length}, u);
+  check_rows("delta", delta, {batch, dim, length}, u);
+  check_rows("z", z, {batch, dim, length}, u);
+  check_floats("A", A, {dim, state});
+  check_floats("D", D, {dim});
+  check_floats("delta_bias", bias, {dim});
   Scan scan = {};
-  scan.batch = u.size(0), scan.dim = u.size(1), scan.length = u.size(2), scan.state = A.size(1);
-  scan.groups = groups(B, C);
+  scan.batch = batch, scan.dim = dim, scan.length = length, scan.state = state;
+  scan.groups = groups_of(B, C, dim);
   scan.bf16 = is_bf16(u), scan.softplus = softplus, scan.reverse = reverse;
   scan.u = rows(u), scan.delta = rows(delta), scan.z = rows(z);
-  scan.B = projection(B), scan.C = projection(C);
+  scan.B = projection("B", B, u, state, scan.groups), scan.C = projection("C", C, u, state, scan.groups);
   scan.A = data(A), scan.D = data(D), scan.bias = data(bias);
   return scan;
+}
+
+void check_states(const Maybe& states, const Scan& scan) {
+  check_floats("states", states, {scan.batch, (scan.length + kChunk - 1) / kChunk, scan.dim, scan.state});
 }
 
 void scan_forward(const Tensor u, const Tensor delta, const Tensor A, const Tensor B, const Tensor C,
@@ -101,6 +134,9 @@ void scan_forward(const Tensor u, const Tensor delta, const Tensor A, const Tens
                   Tensor last, Maybe states) {
   const Kernels& k = kernels();
   Scan scan = scan_of(u, delta, A, B, C, D, z, bias, softplus, reverse);
+  check_rows("out", out, {scan.batch, scan.dim, scan.length}, u);
+  check_floats("last", last, {scan.batch, scan.dim, scan.state});
+  check_states(states, scan);
   scan.out = rows(out), scan.last = data(last), scan.states = data(states);
   const int64_t blocks = blocks_of(scan.dim, scan.groups, k.lanes);
   const int64_t parts = parts_of_each(scan.batch, blocks);
@@ -122,8 +158,16 @@ int64_t inner_loop(int64_t tiles) {
 }
 
 // How many parts of dB and dC scan_backward fills.
-int64_t scan_backward_parts(int64_t batch, int64_t dim, int64_t groups) {
-  return parts_of_each(batch, blocks_of(dim, groups, kernels().lanes));
+int64_t scan_backward_parts(const Tensor u, const Tensor B, const Tensor C) {
+  return parts_of_each(u.size(0), blocks_of(u.size(1), groups_of(B, C, u.size(1)), kernels().lanes));
+}
+
+void check_projection_gradient(const char* name, const Tensor& gradient, const Tensor& matrix,
+                               const Scan& scan, int64_t parts) {
+  if (matrix.dim() == 2)
+    check_floats(name, gradient, {scan.batch, scan.dim, scan.state});
+  else
+    check_floats(name, gradient, {parts, scan.batch, groups(matrix), scan.length, scan.state});
 }
 
 void scan_backward(const Tensor dout, const Maybe dlast, const Tensor u, const Tensor delta, const Tensor A,
@@ -132,6 +176,18 @@ void scan_backward(const Tensor dout, const Maybe dlast, const Tensor u, const T
                    Tensor dA, Tensor dB, Tensor dC, Maybe dD, Maybe dz, Maybe dbias) {
   const Kernels& k = kernels();
   Scan scan = scan_of(u, delta, A, B, C, D, z, bias, softplus, reverse);
+  check_states(states, scan);
+  check_rows("dout", dout, {scan.batch, scan.dim, scan.length}, u);
+  check_rows("du", du, {scan.batch, scan.dim, scan.length}, u);
+  check_rows("ddelta", ddelta, {scan.batch, scan.dim, scan.length}, u);
+  check_rows("dz", dz, {scan.batch, scan.dim, scan.length}, u);
+  check_floats("dlast", dlast, {scan.batch, scan.dim, scan.state});
+  check_floats("dA", dA, {scan.batch, scan.dim, scan.state});
+  check_projection_gradient("dB", dB, B, scan, parts);
+  check_projection_gradient("dC", dC, C, scan, parts);
+  check_floats("dD", dD, {scan.batch, scan.dim});
+  check_floats("ddelta_bias", dbias, {scan.batch, scan.dim});
+  STD_TORCH_CHECK(parts > 0 && z.has_value() == dz.has_value(), "vimamba_cpu: scan_backward lacks an output");
   scan.states = data(states);
   const ScanGradients grad = {rows(dout), rows(du), rows(ddelta), rows(dz), data(dlast),
                               data(dA),   data(dD), data(dbias),  data(dB), data(dC)};
@@ -145,8 +201,12 @@ void scan_backward(const Tensor dout, const Maybe dlast, const Tensor u, const T
 
 Conv conv_of(const Tensor& x, const Tensor& y, const Tensor& weight, const Maybe& bias, bool silu,
              bool reverse) {
-  STD_TORCH_CHECK(weight.size(1) <= kMaxWidth, "the CPU kernels take convolutions of width 1 to ", kMaxWidth,
-                  ", got ", weight.size(1));
+  STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2 && weight.size(1) >= 1 && weight.size(1) <= kMaxWidth,
+                  "vimamba_cpu: a convolution takes x (B, D, L) and a width of 1 to ", kMaxWidth);
+  check_rows("x", x, {x.size(0), x.size(1), x.size(2)}, x);
+  check_rows("y", y, {x.size(0), x.size(1), x.size(2)}, x);
+  check_floats("weight", weight, {x.size(1), weight.size(1)});
+  check_floats("bias", bias, {x.size(1)});
   return {x.size(0), x.size(1), x.size(2), weight.size(1), is_bf16(x), silu,
           reverse,   rows(x),   rows(y),   data(weight),   data(bias)};
 }
@@ -166,8 +226,11 @@ void conv_backward(const Tensor dy, const Tensor x, const Tensor weight, const M
                    bool reverse, Tensor dx, Tensor dweight, Maybe dbias) {
   const Kernels& k = kernels();
   const Conv conv = conv_of(x, dy, weight, bias, silu, reverse);
-  const ConvGradients grad = {rows(dx), data(dweight), data(dbias)};
   const int64_t parts = dweight.size(0);
+  check_rows("dx", dx, {conv.batch, conv.dim, conv.length}, x);
+  check_floats("dweight", dweight, {parts, conv.dim, conv.width});
+  check_floats("dbias", dbias, {parts, conv.dim});
+  const ConvGradients grad = {rows(dx), data(dweight), data(dbias)};
   for_each_task(parts, [&](int64_t part) {
     float* memory = scratch<0>(k.conv_backward_scratch(conv));
     for_each_stretch(conv.batch, conv.length, part, parts, [&](int64_t b, int64_t begin, int64_t end) {
@@ -180,8 +243,13 @@ void conv_backward(const Tensor dy, const Tensor x, const Tensor weight, const M
 void norm_forward(const Tensor x, const Maybe residual, const Tensor weight, double eps, Tensor normed,
                   Tensor sum, Tensor rstd) {
   const Kernels& k = kernels();
-  const int64_t dim = weight.size(0);
-  const Norm norm = {x.numel() / dim,
+  const int64_t dim = weight.dim() == 1 ? weight.size(0) : 0, count = rows_of("x", x, dim);
+  check_floats("weight", weight, {dim});
+  check_same_rows("residual", residual, count, dim);
+  check_same_rows("normed", normed, count, dim);
+  check_count("sum", sum, count * dim);
+  check_count("rstd", rstd, count);
+  const Norm norm = {count,
                      dim,
                      is_bf16(x),
                      residual && is_bf16(*residual),
@@ -204,11 +272,16 @@ void norm_forward(const Tensor x, const Maybe residual, const Tensor weight, dou
 void norm_backward(const Tensor dnormed, const Maybe dresidual, const Tensor sum, const Tensor weight,
                    const Tensor rstd, Tensor dsum, Tensor dweight) {
   const Kernels& k = kernels();
-  const int64_t dim = weight.size(0);
-  const NormGradients grad = {sum.numel() / dim, dim,       is_bf16(dnormed), dnormed.data_ptr(),
-                              data(dresidual),   data(sum), data(weight),     data(rstd),
-                              data(dsum)};
+  const int64_t dim = weight.dim() == 1 ? weight.size(0) : 0, count = rows_of("dnormed", dnormed, dim);
   const int64_t parts = dweight.size(0);
+  check_floats("weight", weight, {dim});
+  if (dresidual) check_count("dresidual", *dresidual, count * dim);
+  check_count("sum", sum, count * dim);
+  check_count("rstd", rstd, count);
+  check_count("dsum", dsum, count * dim);
+  check_floats("dweight", dweight, {parts, dim});
+  const NormGradients grad = {count,     dim,          is_bf16(dnormed), dnormed.data_ptr(), data(dresidual),
+                              data(sum), data(weight), data(rstd),       data(dsum)};
   for_each_task(parts, [&](int64_t part) {
     for_each_stretch(1, grad.rows, part, parts, [&](int64_t, int64_t begin, int64_t end) {
       k.norm_backward(grad, begin, end, data(dweight) + part * grad.dim);
@@ -221,8 +294,13 @@ constexpr int64_t kCachedFloats = 1 << 17;  // half a megabyte of a core's secon
 // x (..., K), weight (N, K), bias (N,) and out (..., N), all contiguous.
 void linear(const Tensor x, const Tensor weight, const Maybe bias, Tensor out) {
   const Kernels& k = kernels();
-  const int64_t N = weight.size(0), K = weight.size(1);
-  const int64_t rows = x.numel() / K, panels = k.linear_panels(N);
+  STD_TORCH_CHECK(weight.dim() == 2, "vimamba_cpu: weight is not (N, K)");
+  const int64_t N = weight.size(0), K = weight.size(1), rows = rows_of("x", x, K),
+                panels = k.linear_panels(N);
+  check_count("x", x, rows * K);
+  check_floats("weight", weight, {N, K});
+  check_floats("bias", bias, {N});
+  check_count("out", out, rows * N);
   const int64_t across = std::gcd(panels, threads()), along = threads() / across;
   for_each_task(across * along, [&](int64_t task) {
     const int64_t first = task % across * panels / across, last = (task % across + 1) * panels / across;
@@ -238,94 +316,31 @@ void linear(const Tensor x, const Tensor weight, const Maybe bias, Tensor out) {
   });
 }
 
-// One call of the fused mixer: the directions, their packed weights, and their states between phases.
-struct MixerCall {
-  const Kernels& k;
-  Mixer mixer;
-  std::vector<Direction> directions;
-  int64_t blocks, packed_floats, state_floats;
-  float *packed, *state;
+constexpr int64_t kWeights = 7;  // tensors a direction, in the order of vimamba.ops.mixer.Direction
 
-  float* packed_of(int64_t direction) const { return packed + direction * packed_floats; }
-  float* state_of(int64_t b, int64_t direction) const {
-    return state + (b * static_cast<int64_t>(directions.size()) + direction) * state_floats;
-  }
-  bool skips(int64_t b, int64_t d) const {
-    return mixer.gates && mixer.gate_time_stride == 0 && mixer.gates[b * mixer.gate_batch_stride + d] == 0;
-  }
-  // Whether there are directions [begin, end) and an image skips all of them.
-  bool skips_all(int64_t b, int64_t begin, int64_t end) const {
-    for (int64_t d = begin; d < end; ++d)
-      if (!skips(b, d)) return false;
-    return begin < end;
-  }
-  bool skips_any() const {
-    for (int64_t b = 0; b < mixer.batch; ++b)
-      for (size_t d = 0; d < directions.size(); ++d)
-        if (skips(b, d)) return true;
-    return false;
-  }
-  // `first` and `last` say how the directions follow each other if none is skipped.
-  void scan(int64_t b, int64_t d, int64_t step_begin, int64_t step_end, int64_t begin, int64_t end,
-            const float* projected, bool first, bool last) const {
-    if (skips(b, d)) return;
-    first = first || skips_all(b, 0, d);
-    last = last || skips_all(b, d + 1, directions.size());
-    k.mixer_scan(mixer, directions[d], packed_of(d), b, step_begin, step_end, begin, end, projected,
-                 state_of(b, d), first, last, scratch<0>(k.mixer_scratch(mixer)));
-  }
-};
-
-// A batch element a task, its directions one after the other.
-void mix_by_batch(const MixerCall& call) {
-  const int64_t count = call.directions.size();
-  for_each_task(call.mixer.batch, [&](int64_t b) {
-    for (int64_t d = 0; d < count; ++d)
-      call.scan(b, d, 0, call.mixer.length, 0, call.blocks, nullptr, d == 0, d + 1 == count);
-  });
+void check_direction(const Tensor* w, const Mixer& m) {
+  const int64_t projected = m.dt_rank + 2 * m.state;
+  STD_TORCH_CHECK(w[0].dim() > 1, "vimamba_cpu: conv_weight is not (D, width)");
+  check_count("conv_weight", w[0], m.dim * m.width);
+  check_floats("conv_bias", w[1], {m.dim});
+  check_floats("x_proj_weight", w[2], {projected, m.dim});
+  check_floats("dt_proj_weight", w[3], {m.dim, m.dt_rank});
+  check_floats("dt_bias", w[4], {m.dim});
+  check_floats("A_log", w[5], {m.dim, m.state});
+  check_floats("D", w[6], {m.dim});
 }
 
-// Two opposite directions at once, each over its own first half of the sequence; then each over the half the
-// other has been through.
-void mix_by_halves(const MixerCall& call) {
-  const int64_t length = call.mixer.length, forward = length / 2;
-  for (const bool second : {false, true})
-    for_each_task(call.mixer.batch * 2, [&](int64_t task) {
-      const int64_t d = task % 2;
-      const int64_t meet = call.directions[d].scan_reverse ? length - forward : forward;
-      call.scan(task / 2, d, second ? meet : 0, second ? length : meet, 0, call.blocks, nullptr, !second,
-                second);
-    });
-}
-
-// More threads than that: project all steps in parallel over time, then scan in parallel over channel blocks.
-void mix_by_channels(const MixerCall& call, float* projected) {
-  const int64_t count = call.directions.size(), batch = call.mixer.batch, length = call.mixer.length;
-  const int64_t columns = call.k.mixer_columns(call.mixer), parts = threads();
-  for_each_task(parts, [&](int64_t part) {
-    float* memory = scratch<0>(call.k.mixer_scratch(call.mixer));
-    for_each_stretch(batch * count, length, part, parts, [&](int64_t at, int64_t begin, int64_t end) {
-      const int64_t d = at % count;
-      if (call.skips(at / count, d)) return;
-      call.k.mixer_project(call.mixer, call.directions[d], call.packed_of(d), at / count, begin, end,
-                           projected + at * length * columns, memory);
-    });
-  });
-  const int64_t pieces = parts_of_each(batch, call.blocks);
-  for_each_task(batch * pieces, [&](int64_t task) {
-    const int64_t b = task / pieces, piece = task % pieces;
-    for (int64_t d = 0; d < count; ++d)
-      call.scan(b, d, 0, length, piece * call.blocks / pieces, (piece + 1) * call.blocks / pieces,
-                projected + (b * count + d) * length * columns, d == 0, d + 1 == count);
-  });
-}
-
-// weights: seven tensors a direction, in the order of vimamba.ops.mixer.Direction; flags: 1 for conv_reverse
-// plus 2 for scan_reverse; gates: (B, L or 1, directions) or none, the last axis contiguous; states:
-// (directions, B, K, D, N) or none.
-void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int64_t> flags, double scale,
+// weights: kWeights tensors for each of `reverse`: 1 for a reversed convolution plus 2 for a reversed scan;
+// gates: (B, L or 1, directions) or none, the last axis contiguous; states: (directions, B, K, D, N) or none.
+void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int64_t> reverse, double scale,
                    Maybe gates, Tensor out, Maybe states) {
-  const int64_t count = flags.size(), dim = out.size(2);
+  const int64_t count = reverse.size(), dim = out.dim() == 3 ? out.size(2) : 0;
+  STD_TORCH_CHECK(count > 0 && dim > 0 && static_cast<int64_t>(weights.size()) == kWeights * count,
+                  "vimamba_cpu: the mixer needs ", kWeights, " weights for each of one direction or more");
+  STD_TORCH_CHECK(weights[3].dim() == 2 && weights[5].dim() == 2 && weights[5].size(1) > 0 &&
+                      out.is_contiguous() && xz.dim() == 3 && xz.stride(2) == 1,
+                  "vimamba_cpu: the mixer's weights or activations have not the expected layout");
+  check_rows("xz", xz, {out.size(0), out.size(1), 2 * dim}, out);
   MixerCall call = {.k = kernels()};
   const int64_t element = is_bf16(xz) ? 2 : 4;
   const Rows x = {xz.data_ptr(), xz.stride(0), xz.stride(1)};
@@ -344,10 +359,15 @@ void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int
                 .gates = data(gates),
                 .gate_batch_stride = gates ? gates->stride(0) : 0,
                 .gate_time_stride = gates && gates->size(1) > 1 ? gates->stride(1) : 0};
+  if (gates)
+    check_floats("gates", gates, {call.mixer.batch, gates->size(1) > 1 ? call.mixer.length : 1, count});
+  check_floats("states", states,
+               {count, call.mixer.batch, (call.mixer.length + kChunk - 1) / kChunk, dim, call.mixer.state});
   for (int64_t d = 0; d < count; ++d) {
-    const Tensor* w = &weights[7 * d];
+    const Tensor* w = &weights[kWeights * d];
+    check_direction(w, call.mixer);
     call.directions.push_back({d, data(w[0]), data(w[1]), data(w[2]), data(w[3]), data(w[4]), data(w[5]),
-                               data(w[6]), (flags[d] & 1) != 0, (flags[d] & 2) != 0,
+                               data(w[6]), (reverse[d] & 1) != 0, (reverse[d] & 2) != 0,
                                states ? data(*states) + d * states->stride(0) : nullptr});
   }
   const Mixer& m = call.mixer;
@@ -376,46 +396,41 @@ void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int
 
 }  // namespace
 
+// clang-format off
 STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
   m.def("instruction_set(int wanted) -> int");
+  m.def("chunk() -> int");
+  m.def("max_width() -> int");
   m.def("inner_loop(int tiles) -> int");
-  m.def("scan_backward_parts(int batch, int dim, int groups) -> int");
-  m.def(
-      "scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? "
-      "bias, bool softplus, "
-      "bool reverse, Tensor(a!) out, Tensor(b!) last, Tensor(c!)? states) -> ()");
-  m.def(
-      "scan_backward(Tensor dout, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
-      "Tensor? D, Tensor? z, "
-      "Tensor? bias, Tensor states, bool softplus, bool reverse, int parts, Tensor(a!) du, Tensor(b!) "
-      "ddelta, Tensor(c!) dA, "
-      "Tensor(d!) dB, Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? dbias) -> ()");
+  m.def("scan_backward_parts(Tensor u, Tensor B, Tensor C) -> int");
+  m.def("scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias,"
+        " bool softplus, bool reverse, Tensor(a!) out, Tensor(b!) last, Tensor(c!)? states) -> ()");
+  m.def("scan_backward(Tensor dout, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D,"
+        " Tensor? z, Tensor? bias, Tensor states, bool softplus, bool reverse, int parts, Tensor(a!) du,"
+        " Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz,"
+        " Tensor(h!)? dbias) -> ()");
   m.def("conv_forward(Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, Tensor(a!) y) -> ()");
-  m.def(
-      "conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, Tensor(a!) "
-      "dx, "
-      "Tensor(b!) dweight, Tensor(c!)? dbias) -> ()");
-  m.def(
-      "norm_forward(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor(a!) normed, Tensor(b!) sum, "
-      "Tensor(c!) rstd) "
-      "-> ()");
-  m.def(
-      "norm_backward(Tensor dnormed, Tensor? dresidual, Tensor sum, Tensor weight, Tensor rstd, Tensor(a!) "
-      "dsum, "
-      "Tensor(b!) dweight) -> ()");
+  m.def("conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, Tensor(a!) dx,"
+        " Tensor(b!) dweight, Tensor(c!)? dbias) -> ()");
+  m.def("norm_forward(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor(a!) normed, Tensor(b!) sum,"
+        " Tensor(c!) rstd) -> ()");
+  m.def("norm_backward(Tensor dnormed, Tensor? dresidual, Tensor sum, Tensor weight, Tensor rstd, Tensor(a!) dsum,"
+        " Tensor(b!) dweight) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
-  m.def(
-      "mixer_forward(Tensor xz, Tensor[] weights, int[] flags, float scale, Tensor? gates, Tensor(a!) out, "
-      "Tensor(b!)? states) -> ()");
+  m.def("mixer_forward(Tensor xz, Tensor[] weights, int[] reverse, float scale, Tensor? gates, Tensor(a!) out,"
+        " Tensor(b!)? states) -> ()");
 }
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("chunk", TORCH_BOX(&chunk));
+  m.impl("max_width", TORCH_BOX(&max_width));
   m.impl("inner_loop", TORCH_BOX(&inner_loop));
-  m.impl("scan_backward_parts", TORCH_BOX(&scan_backward_parts));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CPU, m) {
+  m.impl("scan_backward_parts", TORCH_BOX(&scan_backward_parts));
   m.impl("scan_forward", TORCH_BOX(&scan_forward));
   m.impl("scan_backward", TORCH_BOX(&scan_backward));
   m.impl("conv_forward", TORCH_BOX(&conv_forward));

@@ -23,7 +23,7 @@ float* scratch(int64_t floats) {
   static thread_local Memory memory;
   if (memory.floats < floats) {
     ::operator delete(memory.data, std::align_val_t(64));
-    memory.data = nullptr;
+    memory.data = nullptr, memory.floats = 0;  // as it stays if the allocation throws
     memory.data = static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64)));
     memory.floats = floats;
   }

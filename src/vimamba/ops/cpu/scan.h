@@ -1,8 +1,9 @@
 // The selective scan, forward: delta' = softplus(delta + bias), h = exp(delta' A) h + delta' B u, out = (C.h
 // + D u) silu(z).
 //
-// Layout: u, delta, z, out (B, L, D) with channels contiguous, read and written once, 4 activations of 2 or 4
-// bytes each; B and C any strides, read once a group. Parallel axis: batch x channel blocks (the caller's).
+// Layout: u, delta, z, out (B, D, L) of any strides, read and written once, 4 activations of 2 or 4 bytes
+// each; vectors of contiguous channels are loaded as they are, contiguous steps are turned in registers, W x
+// W at a time. B and C any strides, read once a group. Parallel axis: batch x channel blocks (the caller's).
 // Time is walked in tiles of kTile steps over all the task's channels, so that every cache line of a row is
 // used while it is near, with the states parked between tiles.
 #pragma once
@@ -18,65 +19,154 @@ inline T* row(const Rows& rows, int64_t b, int64_t position) {
   return (T*)rows.data + b * rows.batch_stride + position * rows.time_stride;
 }
 
-// B or C of one group and of `steps` steps from `step` on, as float32 (T, N) in the order of the recurrence.
+// A stretch of the sequence: `steps` steps whose positions rise by `sense` (1 or -1) from `position` on.
+struct Stretch {
+  int64_t position;
+  int steps, sense;
+  int64_t lowest() const { return sense > 0 ? position : position - steps + 1; }
+};
+
+inline Stretch stretch_of(const Scan& scan, int64_t step, int steps) {
+  return scan.reverse ? Stretch{scan.length - 1 - step, steps, -1} : Stretch{step, steps, 1};
+}
+
+// `lanes` neighbours, `lane_stride` apart, at every step of a stretch, into (T, `tile_stride`) float32,
+// `width` of which are written. Vectors lie along the lanes or, turned in registers, along time; else it is
+// element by element.
 template <class T>
-inline void pack_projection(const Projection& from, const Scan& scan, int64_t b, int64_t group, int64_t step,
-                            int steps, float* tile) {
-  const T* base = (const T*)from.data + b * from.batch_stride + group * from.group_stride;
-  for (int t = 0; t < steps; ++t) {
-    const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
-    for (int64_t n = 0; n < scan.state; ++n)
-      tile[t * scan.state + n] = scalar(base + n * from.state_stride + position * from.time_stride);
+inline void load_tile(const T* from, int64_t lane_stride, int64_t time_stride, int lanes, const Stretch& at,
+                      float* tile, int64_t tile_stride, int width) {
+  if (lane_stride == 1) {
+    for (int t = 0; t < at.steps; ++t)
+      store(tile + t * tile_stride, load(from + (at.position + t * at.sense) * time_stride, lanes), width);
+  } else if (time_stride == 1) {
+    for (int t = 0; t < at.steps; t += W) {
+      const int count = at.steps - t < W ? at.steps - t : W;
+      const int64_t lowest = Stretch{at.position + t * at.sense, count, at.sense}.lowest();
+      vf square[W];
+      for (int i = 0; i < W; ++i) square[i] = i < lanes ? load(from + i * lane_stride + lowest, count) : vf{};
+      transpose(square);
+      for (int i = 0; i < count; ++i)
+        store(tile + (t + (at.sense > 0 ? i : count - 1 - i)) * tile_stride, square[i], width);
+    }
+  } else {
+    for (int t = 0; t < at.steps; ++t) {
+      const T* here = from + (at.position + t * at.sense) * time_stride;
+      for (int i = 0; i < width; ++i)
+        tile[t * tile_stride + i] = i < lanes ? scalar(here + i * lane_stride) : 0.0f;
+    }
+  }
+}
+
+// The inverse for a block of channels: (T, W) to where it belongs.
+template <class T>
+inline void store_tile(T* to, int64_t lane_stride, int64_t time_stride, int lanes, const Stretch& at,
+                       const float* tile) {
+  if (lane_stride == 1) {
+    for (int t = 0; t < at.steps; ++t)
+      store(to + (at.position + t * at.sense) * time_stride, load(tile + t * W), lanes);
+  } else if (time_stride == 1) {
+    for (int t = 0; t < at.steps; t += W) {
+      const int count = at.steps - t < W ? at.steps - t : W;
+      const int64_t lowest = Stretch{at.position + t * at.sense, count, at.sense}.lowest();
+      vf square[W];
+      for (int i = 0; i < W; ++i)
+        square[i] = i < count ? load(tile + (t + (at.sense > 0 ? i : count - 1 - i)) * W) : vf{};
+      transpose(square);
+      for (int i = 0; i < lanes; ++i) store(to + i * lane_stride + lowest, square[i], count);
+    }
+  } else {
+    for (int t = 0; t < at.steps; ++t) {
+      T lane[W];
+      store(lane, load(tile + t * W));
+      for (int i = 0; i < lanes; ++i)
+        to[(at.position + t * at.sense) * time_stride + i * lane_stride] = lane[i];
+    }
+  }
+}
+
+// One block's channels at every step of a stretch, as (T, W) float32; lanes beyond the block are zero.
+inline void load_rows(const Rows& from, bool is_bf16, int64_t b, const Stretch& at, const Block& block,
+                      float* tile) {
+  const int64_t offset = b * from.batch_stride + block.channel * from.channel_stride;
+  if (is_bf16)
+    load_tile((const bf16*)from.data + offset, from.channel_stride, from.time_stride, block.lanes, at, tile,
+              W, W);
+  else
+    load_tile((const float*)from.data + offset, from.channel_stride, from.time_stride, block.lanes, at, tile,
+              W, W);
+}
+
+inline void store_rows(const Rows& to, bool is_bf16, int64_t b, const Stretch& at, const Block& block,
+                       const float* tile) {
+  const int64_t offset = b * to.batch_stride + block.channel * to.channel_stride;
+  if (is_bf16)
+    store_tile((bf16*)to.data + offset, to.channel_stride, to.time_stride, block.lanes, at, tile);
+  else
+    store_tile((float*)to.data + offset, to.channel_stride, to.time_stride, block.lanes, at, tile);
+}
+
+// B or C for one of the scan's groups, (T, N) float32 in the order of the recurrence.
+inline void pack_projection(const Projection& from, const Scan& scan, int64_t b, int64_t group,
+                            const Stretch& at, float* tile) {
+  const int64_t offset = b * from.batch_stride + group / from.share * from.group_stride;
+  for (int64_t n = 0; n < scan.state; n += W) {
+    const int lanes = scan.state - n < W ? (int)(scan.state - n) : W;
+    const int64_t here = offset + n * from.state_stride;
+    if (scan.bf16)
+      load_tile((const bf16*)from.data + here, from.state_stride, from.time_stride, lanes, at, tile + n,
+                scan.state, lanes);
+    else
+      load_tile((const float*)from.data + here, from.state_stride, from.time_stride, lanes, at, tile + n,
+                scan.state, lanes);
   }
 }
 
 struct ScanScratch {
   float *decay, *state, *constant_B, *constant_C;  // (blocks, N, W) each
   float *B, *C;                                    // (T, N)
-  float *delta, *drive, *u, *y;                    // (T, W)
+  float *delta, *drive, *u, *z, *y;                // (T, W)
 
   static int64_t floats(const Scan& scan, int64_t blocks) {
-    return 4 * blocks * scan.state * W + 4 * kTile * W + 2 * kTile * scan.state;
+    return 4 * blocks * scan.state * W + 5 * kTile * W + 2 * kTile * scan.state;
   }
 
   ScanScratch(const Scan& scan, int64_t blocks, float* at) {
     auto take = [&at](int64_t floats, auto&... each) { ((each = at, at += floats), ...); };
     take(blocks * scan.state * W, decay, state, constant_B, constant_C);
-    take(kTile * W, delta, drive, u, y);
+    take(kTile * W, delta, drive, u, z, y);
     take(kTile * scan.state, B, C);
   }
 };
 
-// One block's rows of the tile: delta', delta' u and u.
-template <class T>
-inline void load_tile(const Scan& scan, int64_t b, int64_t step, int steps, const Block& block,
-                      const ScanScratch& tile) {
+// One block's rows of the tile: delta', delta' u, u and z.
+inline void load_inputs(const Scan& scan, int64_t b, const Stretch& at, const Block& block,
+                        const ScanScratch& tile) {
+  load_rows(scan.u, scan.bf16, b, at, block, tile.u);
+  load_rows(scan.delta, scan.bf16, b, at, block, tile.delta);
+  if (scan.z.data) load_rows(scan.z, scan.bf16, b, at, block, tile.z);
   const vf bias = scan.bias ? load(scan.bias + block.channel, block.lanes) : vf{};
-  for (int t = 0; t < steps; ++t) {
-    const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
-    vf delta = load(row<const T>(scan.delta, b, position) + block.channel, block.lanes) + bias;
+  for (int t = 0; t < at.steps; ++t) {
+    vf delta = load(tile.delta + t * W) + bias;
     if (scan.softplus) delta = softplus(delta);
-    const vf u = load(row<const T>(scan.u, b, position) + block.channel, block.lanes);
-    store(tile.u + t * W, u);
-    store(tile.drive + t * W, delta * u);
+    store(tile.drive + t * W, delta * load(tile.u + t * W));
     store(tile.delta + t * W, at_most(at_least(delta, -kFinite), kFinite));
   }
 }
 
-template <class T>
-inline void store_tile(const Scan& scan, int64_t b, int64_t step, int steps, const Block& block,
-                       const ScanScratch& tile) {
+inline void store_output(const Scan& scan, int64_t b, const Stretch& at, const Block& block,
+                         const ScanScratch& tile) {
   const vf skip = scan.D ? load(scan.D + block.channel, block.lanes) : vf{};
-  for (int t = 0; t < steps; ++t) {
-    const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
+  for (int t = 0; t < at.steps; ++t) {
     vf y = load(tile.y + t * W);
     if (scan.D) y += skip * load(tile.u + t * W);
-    if (scan.z.data) y *= silu(load(row<const T>(scan.z, b, position) + block.channel, block.lanes));
-    store(row<T>(scan.out, b, position) + block.channel, y, block.lanes);
+    if (scan.z.data) y *= silu(load(tile.z + t * W));
+    store(tile.y + t * W, y);
   }
+  store_rows(scan.out, scan.bf16, b, at, block, tile.y);
 }
 
-template <class T, bool constant_B, bool constant_C>
+template <bool constant_B, bool constant_C>
 void scan_forward_task(const Scan& scan, int64_t b, int64_t begin, int64_t end, float* memory) {
   const int64_t N = scan.state, size = N * W;
   const ScanScratch tile(scan, end - begin, memory);
@@ -91,12 +181,13 @@ void scan_forward_task(const Scan& scan, int64_t b, int64_t begin, int64_t end, 
   }
   for (int64_t step = 0; step < scan.length; step += kTile) {
     const int steps = (int)(scan.length - step < kTile ? scan.length - step : kTile);
+    const Stretch at = stretch_of(scan, step, steps);
     int64_t packed_group = -1;
     for (int64_t i = 0; i < end - begin; ++i) {
       const Block block = block_at(begin + i, scan.dim, scan.groups);
       if (block.group != packed_group) {
-        if (!constant_B) pack_projection<T>(scan.B, scan, b, block.group, step, steps, tile.B);
-        if (!constant_C) pack_projection<T>(scan.C, scan, b, block.group, step, steps, tile.C);
+        if (!constant_B) pack_projection(scan.B, scan, b, block.group, at, tile.B);
+        if (!constant_C) pack_projection(scan.C, scan, b, block.group, at, tile.C);
         packed_group = block.group;
       }
       float* state = tile.state + i * size;
@@ -104,12 +195,12 @@ void scan_forward_task(const Scan& scan, int64_t b, int64_t begin, int64_t end, 
         const int64_t chunk = b * chunks_of(scan.length) + step / kChunk;
         unpack_rows(state, N, block.lanes, scan.states + (chunk * scan.dim + block.channel) * N);
       }
-      load_tile<T>(scan, b, step, steps, block, tile);
+      load_inputs(scan, b, at, block, tile);
       advance_all<constant_B, constant_C>({steps, tile.delta, tile.drive}, N, tile.decay + i * size,
                                           {constant_B ? tile.constant_B + i * size : tile.B, N},
                                           {constant_C ? tile.constant_C + i * size : tile.C, N}, state,
                                           tile.y);
-      store_tile<T>(scan, b, step, steps, block, tile);
+      store_output(scan, b, at, block, tile);
     }
   }
   for (int64_t i = 0; i < end - begin; ++i) {
@@ -118,22 +209,13 @@ void scan_forward_task(const Scan& scan, int64_t b, int64_t begin, int64_t end, 
   }
 }
 
-template <class T>
-void scan_forward_typed(const Scan& scan, int64_t b, int64_t begin, int64_t end, float* scratch) {
-  const int kind = (scan.B.constant ? 1 : 0) + (scan.C.constant ? 2 : 0);
-  if (kind == 0) return scan_forward_task<T, false, false>(scan, b, begin, end, scratch);
-  if (kind == 1) return scan_forward_task<T, true, false>(scan, b, begin, end, scratch);
-  if (kind == 2) return scan_forward_task<T, false, true>(scan, b, begin, end, scratch);
-  return scan_forward_task<T, true, true>(scan, b, begin, end, scratch);
-}
-
 int64_t scan_scratch(const Scan& scan, int64_t blocks) { return ScanScratch::floats(scan, blocks); }
 
 void scan_forward(const Scan& scan, int64_t b, int64_t begin, int64_t end, float* scratch) {
-  if (scan.bf16)
-    scan_forward_typed<bf16>(scan, b, begin, end, scratch);
-  else
-    scan_forward_typed<float>(scan, b, begin, end, scratch);
+  if (scan.B.constant && scan.C.constant) return scan_forward_task<true, true>(scan, b, begin, end, scratch);
+  if (scan.B.constant) return scan_forward_task<true, false>(scan, b, begin, end, scratch);
+  if (scan.C.constant) return scan_forward_task<false, true>(scan, b, begin, end, scratch);
+  scan_forward_task<false, false>(scan, b, begin, end, scratch);
 }
 
 }  // namespace

@@ -20,16 +20,17 @@ constexpr int kBackward = 4;
 
 struct BackwardScratch {
   float *decay, *carry, *dA, *state, *constant_B, *constant_C, *dB_constant,
-      *dC_constant;                                           // (blocks, N, W) each
-  float *dD, *dbias;                                          // (blocks, W)
-  float *B, *C;                                               // (T, N)
-  float *dB, *dC;                                             // (T, N, W)
-  float *kept_decay, *kept_state;                             // (T, kBackward, W)
-  float *raw, *delta, *drive, *u, *dy, *y, *ddelta, *ddrive;  // (T, W)
+      *dC_constant;                           // (blocks, N, W) each
+  float *dD, *dbias;                          // (blocks, W)
+  float *B, *C;                               // (T, N)
+  float *dB, *dC;                             // (T, N, W)
+  float *kept_decay, *kept_state;             // (T, kBackward, W)
+  float *raw, *delta, *drive, *u, *z, *dout;  // (T, W)
+  float *dy, *y, *ddelta, *ddrive;            // (T, W)
 
   static int64_t floats(const Scan& scan, int64_t blocks) {
     const int64_t T = kChunk, N = scan.state;
-    return 8 * blocks * N * W + 2 * blocks * W + 2 * T * N * W + 2 * T * kBackward * W + 8 * T * W +
+    return 8 * blocks * N * W + 2 * blocks * W + 2 * T * N * W + 2 * T * kBackward * W + 10 * T * W +
            2 * T * N;
   }
 
@@ -40,7 +41,7 @@ struct BackwardScratch {
     take(blocks * W, dD, dbias);
     take(T * N * W, dB, dC);
     take(T * kBackward * W, kept_decay, kept_state);
-    take(T * W, raw, delta, drive, u, dy, y, ddelta, ddrive);
+    take(T * W, raw, delta, drive, u, z, dout, dy, y, ddelta, ddrive);
     take(T * N, B, C);
   }
 };
@@ -112,33 +113,31 @@ inline void retreat_all(const BackwardScratch& s, int steps, int64_t N, const fl
   for (; n < N; ++n) retreat<1>(s, steps, n, N, decay, state, carry, dA, B, C, dB, dC);
 }
 
-template <class T>
-inline void load_backward_tile(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t step,
-                               int steps, const Block& block, const BackwardScratch& s) {
+inline void load_backward_inputs(const Scan& scan, const ScanGradients& grad, int64_t b, const Stretch& at,
+                                 const Block& block, const BackwardScratch& s) {
+  load_rows(scan.delta, scan.bf16, b, at, block, s.raw);
+  load_rows(scan.u, scan.bf16, b, at, block, s.u);
+  load_rows(grad.dout, scan.bf16, b, at, block, s.dout);
+  if (scan.z.data) load_rows(scan.z, scan.bf16, b, at, block, s.z);
   const vf bias = scan.bias ? load(scan.bias + block.channel, block.lanes) : vf{};
-  for (int t = 0; t < steps; ++t) {
-    const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
-    const vf raw = load(row<const T>(scan.delta, b, position) + block.channel, block.lanes) + bias;
+  for (int t = 0; t < at.steps; ++t) {
+    const vf raw = load(s.raw + t * W) + bias;
     const vf delta = scan.softplus ? softplus(raw) : raw;
-    const vf u = load(row<const T>(scan.u, b, position) + block.channel, block.lanes);
-    vf dy = load(row<const T>(grad.dout, b, position) + block.channel, block.lanes);
-    if (scan.z.data) dy *= silu(load(row<const T>(scan.z, b, position) + block.channel, block.lanes));
+    vf dy = load(s.dout + t * W);
+    if (scan.z.data) dy *= silu(load(s.z + t * W));
     store(s.raw + t * W, raw);
-    store(s.u + t * W, u);
-    store(s.drive + t * W, delta * u);
+    store(s.drive + t * W, delta * load(s.u + t * W));
     store(s.delta + t * W, at_most(at_least(delta, -kFinite), kFinite));
     store(s.dy + t * W, dy);
   }
 }
 
-template <class T>
-inline void store_backward_tile(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t step,
-                                int steps, const Block& block, const BackwardScratch& s, float* dD,
-                                float* dbias) {
+// The gradients of the block's activations take the places of what they no longer need: u, delta' and z.
+inline void store_backward_outputs(const Scan& scan, const ScanGradients& grad, int64_t b, const Stretch& at,
+                                   const Block& block, const BackwardScratch& s, float* dD, float* dbias) {
   const vf skip = scan.D ? load(scan.D + block.channel, block.lanes) : vf{};
   vf dD_sum = {}, dbias_sum = {};
-  for (int t = 0; t < steps; ++t) {
-    const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
+  for (int t = 0; t < at.steps; ++t) {
     const vf u = load(s.u + t * W), delta = load(s.delta + t * W), dy = load(s.dy + t * W);
     const vf ddrive = load(s.ddrive + t * W);
     vf du = ddrive * delta, y = load(s.y + t * W);
@@ -146,27 +145,42 @@ inline void store_backward_tile(const Scan& scan, const ScanGradients& grad, int
     vf ddelta = load(s.ddelta + t * W) * kLn2 + ddrive * u;
     if (scan.softplus) ddelta *= sigmoid(load(s.raw + t * W));
     dbias_sum += ddelta;
-    store(row<T>(grad.du, b, position) + block.channel, du, block.lanes);
-    store(row<T>(grad.ddelta, b, position) + block.channel, ddelta, block.lanes);
-    if (scan.z.data) {
-      const vf dout = load(row<const T>(grad.dout, b, position) + block.channel, block.lanes);
-      const vf z = load(row<const T>(scan.z, b, position) + block.channel, block.lanes);
-      store(row<T>(grad.dz, b, position) + block.channel, dout * y * silu_slope(z), block.lanes);
-    }
+    store(s.u + t * W, du);
+    store(s.delta + t * W, ddelta);
+    if (scan.z.data) store(s.z + t * W, load(s.dout + t * W) * y * silu_slope(load(s.z + t * W)));
   }
+  store_rows(grad.du, scan.bf16, b, at, block, s.u);
+  store_rows(grad.ddelta, scan.bf16, b, at, block, s.delta);
+  if (scan.z.data) store_rows(grad.dz, scan.bf16, b, at, block, s.z);
   store(dD, load(dD) + dD_sum);
   store(dbias, load(dbias) + dbias_sum);
 }
 
-// The vectors (T, N, W) of one group and chunk, summed over the lanes, into (L, N).
-inline void reduce_projection(const Scan& scan, const float* vectors, int64_t step, int steps,
-                              float* gradient_LN) {
-  for (int t = 0; t < steps; ++t) {
-    const int64_t position = scan.reverse ? scan.length - 1 - (step + t) : step + t;
-    for (int64_t n = 0; n < scan.state; ++n)
-      gradient_LN[position * scan.state + n] = sum(load(vectors + (t * scan.state + n) * W));
+// dB or dC of one of its own groups while the group's blocks pass: cleared before the first of them, summed
+// over the lanes after the last. vectors (T, N, W); gradient (S, B, own groups, L, N).
+struct ProjectionGradient {
+  const Projection& of;
+  float *vectors, *gradient;
+  int64_t blocks;  // that read one own group
+
+  ProjectionGradient(const Projection& of, const Scan& scan, float* vectors, float* gradient)
+      : of(of),
+        vectors(vectors),
+        gradient(gradient),
+        blocks(of.share * (blocks_of(scan.dim, scan.groups, W) / scan.groups)) {}
+
+  void begin(const Scan& scan, const Stretch& at) const {
+    memset(vectors, 0, at.steps * scan.state * W * sizeof(float));
   }
-}
+  void end(const Scan& scan, int64_t split, int64_t b, int64_t group, const Stretch& at) const {
+    const int64_t own_groups = scan.groups / of.share;
+    float* to =
+        gradient + ((split * scan.batch + b) * own_groups + group / of.share) * scan.length * scan.state;
+    for (int t = 0; t < at.steps; ++t)
+      for (int64_t n = 0; n < scan.state; ++n)
+        to[(at.position + t * at.sense) * scan.state + n] = sum(load(vectors + (t * scan.state + n) * W));
+  }
+};
 
 template <bool constant_B, bool constant_C>
 void begin_backward(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t begin, int64_t end,
@@ -203,50 +217,41 @@ void finish_backward(const Scan& scan, const ScanGradients& grad, int64_t b, int
   }
 }
 
-template <class T, bool constant_B, bool constant_C>
+template <bool constant_B, bool constant_C>
 void scan_backward_task(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t split, int64_t begin,
                         int64_t end, float* memory) {
   const int64_t N = scan.state, size = N * W, chunks = chunks_of(scan.length);
-  const int64_t per_group = blocks_of(scan.dim, scan.groups, W) / scan.groups;
   const BackwardScratch s(scan, end - begin, memory);
+  const ProjectionGradient dB(scan.B, scan, s.dB, grad.dB), dC(scan.C, scan, s.dC, grad.dC);
   begin_backward<constant_B, constant_C>(scan, grad, b, begin, end, s);
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     const int64_t step = chunk * kChunk;
     const int steps = (int)(scan.length - step < kChunk ? scan.length - step : kChunk);
-    for (int64_t i = 0; i < end - begin; ++i) {
-      const Block block = block_at(begin + i, scan.dim, scan.groups);
-      if (i == 0 || (begin + i) % per_group == 0) {
-        if (!constant_B) pack_projection<T>(scan.B, scan, b, block.group, step, steps, s.B);
-        if (!constant_C) pack_projection<T>(scan.C, scan, b, block.group, step, steps, s.C);
-        memset(s.dB, 0, steps * size * sizeof(float));
-        memset(s.dC, 0, steps * size * sizeof(float));
+    const Stretch at = stretch_of(scan, step, steps);
+    int64_t packed_group = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      const Block block = block_at(i, scan.dim, scan.groups);
+      const int64_t o = (i - begin) * size;
+      if (block.group != packed_group) {
+        if (!constant_B) pack_projection(scan.B, scan, b, block.group, at, s.B);
+        if (!constant_C) pack_projection(scan.C, scan, b, block.group, at, s.C);
+        packed_group = block.group;
       }
+      if (!constant_B && (i == begin || i % dB.blocks == 0)) dB.begin(scan, at);
+      if (!constant_C && (i == begin || i % dC.blocks == 0)) dC.begin(scan, at);
       pack_rows(scan.states + ((b * chunks + chunk) * scan.dim + block.channel) * N, N, block.lanes, 1,
                 s.state);
-      load_backward_tile<T>(scan, grad, b, step, steps, block, s);
+      load_backward_inputs(scan, grad, b, at, block, s);
       retreat_all<constant_B, constant_C>(
-          s, steps, N, s.decay + i * size, s.state, s.carry + i * size, s.dA + i * size,
-          {constant_B ? s.constant_B + i * size : s.B, N}, {constant_C ? s.constant_C + i * size : s.C, N},
-          constant_B ? s.dB_constant + i * size : s.dB, constant_C ? s.dC_constant + i * size : s.dC);
-      store_backward_tile<T>(scan, grad, b, step, steps, block, s, s.dD + i * W, s.dbias + i * W);
-      if (i + 1 == end - begin || (begin + i + 1) % per_group == 0) {
-        const int64_t at = ((split * scan.batch + b) * scan.groups + block.group) * scan.length * N;
-        if (!constant_B) reduce_projection(scan, s.dB, step, steps, grad.dB + at);
-        if (!constant_C) reduce_projection(scan, s.dC, step, steps, grad.dC + at);
-      }
+          s, steps, N, s.decay + o, s.state, s.carry + o, s.dA + o, {constant_B ? s.constant_B + o : s.B, N},
+          {constant_C ? s.constant_C + o : s.C, N}, constant_B ? s.dB_constant + o : s.dB,
+          constant_C ? s.dC_constant + o : s.dC);
+      store_backward_outputs(scan, grad, b, at, block, s, s.dD + (i - begin) * W, s.dbias + (i - begin) * W);
+      if (!constant_B && (i + 1 == end || (i + 1) % dB.blocks == 0)) dB.end(scan, split, b, block.group, at);
+      if (!constant_C && (i + 1 == end || (i + 1) % dC.blocks == 0)) dC.end(scan, split, b, block.group, at);
     }
   }
   finish_backward<constant_B, constant_C>(scan, grad, b, begin, end, s);
-}
-
-template <class T>
-void scan_backward_typed(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t split, int64_t begin,
-                         int64_t end, float* scratch) {
-  const int kind = (scan.B.constant ? 1 : 0) + (scan.C.constant ? 2 : 0);
-  if (kind == 0) return scan_backward_task<T, false, false>(scan, grad, b, split, begin, end, scratch);
-  if (kind == 1) return scan_backward_task<T, true, false>(scan, grad, b, split, begin, end, scratch);
-  if (kind == 2) return scan_backward_task<T, false, true>(scan, grad, b, split, begin, end, scratch);
-  return scan_backward_task<T, true, true>(scan, grad, b, split, begin, end, scratch);
 }
 
 int64_t scan_backward_scratch(const Scan& scan, int64_t blocks) {
@@ -255,10 +260,11 @@ int64_t scan_backward_scratch(const Scan& scan, int64_t blocks) {
 
 void scan_backward(const Scan& scan, const ScanGradients& grad, int64_t b, int64_t split, int64_t begin,
                    int64_t end, float* scratch) {
-  if (scan.bf16)
-    scan_backward_typed<bf16>(scan, grad, b, split, begin, end, scratch);
-  else
-    scan_backward_typed<float>(scan, grad, b, split, begin, end, scratch);
+  if (scan.B.constant && scan.C.constant)
+    return scan_backward_task<true, true>(scan, grad, b, split, begin, end, scratch);
+  if (scan.B.constant) return scan_backward_task<true, false>(scan, grad, b, split, begin, end, scratch);
+  if (scan.C.constant) return scan_backward_task<false, true>(scan, grad, b, split, begin, end, scratch);
+  scan_backward_task<false, false>(scan, grad, b, split, begin, end, scratch);
 }
 
 }  // namespace

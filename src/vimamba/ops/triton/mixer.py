@@ -7,15 +7,12 @@ and the states every 64 steps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vimamba.ops.triton import conv, gate, pack, scan
-
-if TYPE_CHECKING:
-    from vimamba.ops.mixer import Direction
 
 
 class _Weights(NamedTuple):
@@ -32,22 +29,22 @@ class _Weights(NamedTuple):
     scan_mask: int
 
 
-def _stack(directions: list[Direction], dtype: torch.dtype) -> _Weights:
+def _stack(flat: list[Tensor], reverse: list[int], dtype: torch.dtype) -> _Weights:
     """One launch for the weights of a type, where a torch.stack for each, with the casts, would be ten in all."""
+    kinds = len(flat) // len(reverse)
+    of_directions = [flat[i : i + kinds] for i in range(0, len(flat), kinds)]
     projections = (2, 3)
     stacked = [
-        weight.new_empty((len(directions), *weight.shape), dtype=dtype if i in projections else torch.float32)
-        for i, weight in enumerate(directions[0].weights)
+        weight.new_empty((len(reverse), *weight.shape), dtype=dtype if i in projections else torch.float32)
+        for i, weight in enumerate(of_directions[0])
     ]
-    for chosen in (projections, tuple(i for i in range(len(stacked)) if i not in projections)):
+    for chosen in (projections, tuple(i for i in range(kinds) if i not in projections)):
         torch._foreach_copy_(
-            [stacked[i][r] for r in range(len(directions)) for i in chosen],
-            [way.weights[i] for way in directions for i in chosen],
+            [stacked[i][r] for r in range(len(reverse)) for i in chosen],
+            [weights[i] for weights in of_directions for i in chosen],
         )
     conv_w, conv_b, x_proj, dt_proj, dt_bias, A_log, D = stacked
-    conv_mask, scan_mask = (
-        sum(int(flag) << r for r, flag in enumerate(flags)) for flags in zip(*(w[7:] for w in directions), strict=True)
-    )
+    conv_mask, scan_mask = (sum(bool(flags & bit) << r for r, flags in enumerate(reverse)) for bit in (1, 2))
     A_RDN = A_log.exp_().neg_()
     return _Weights(conv_w.flatten(2), conv_b, x_proj, dt_proj, dt_bias, A_RDN, D, conv_mask, scan_mask)
 
@@ -90,24 +87,24 @@ def _channels_last(xz_BLE: Tensor) -> Tensor:
 
 
 def mixer_forward(
-    xz_BLE: Tensor, directions: list[Direction], scale: float, save_states: bool
+    xz_BLE: Tensor, weights: list[Tensor], reverse: list[int], scale: float, save_states: bool
 ) -> tuple[Tensor, Tensor]:
     """The mixed tokens (batch, length, dim) and the states (R, batch, chunks, dim, state), or (R, 0) if not saved."""
     xz_BLE = _channels_last(xz_BLE)
-    a = _activations(xz_BLE, _stack(directions, xz_BLE.dtype), None, 1.0)
+    a = _activations(xz_BLE, _stack(weights, reverse, xz_BLE.dtype), None, 1.0)
     y_RBLD = torch.empty_like(a.c_RBLD)
     _, states = scan.forward(a.scan, y_RBLD.transpose(2, 3), save_states)
     return gate.gate(y_RBLD, xz_BLE[..., xz_BLE.shape[-1] // 2 :], scale), states
 
 
 def mixer_backward(
-    dout_BLD: Tensor, xz_BLE: Tensor, directions: list[Direction], states_RBKDN: Tensor, scale: float
+    dout_BLD: Tensor, xz_BLE: Tensor, flat: list[Tensor], reverse: list[int], states_RBKDN: Tensor, scale: float
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of xz and, direction after direction, of its seven weights."""
     xz_BLE, dout_BLD = _channels_last(xz_BLE), _channels_last(dout_BLD)
     batch, length, width = xz_BLE.shape
-    dim, tokens, count = width // 2, batch * length, len(directions)
-    weights = _stack(directions, xz_BLE.dtype)
+    dim, tokens, count = width // 2, batch * length, len(reverse)
+    weights = _stack(flat, reverse, xz_BLE.dtype)
     z_RBDL = xz_BLE[..., dim:].transpose(1, 2).expand(count, -1, -1, -1)
     a = _activations(xz_BLE, weights, z_RBDL, scale)
     dc_RBLD, ddelta_RBLD, dz_RBLD = (torch.empty_like(a.c_RBLD) for _ in range(3))
@@ -134,7 +131,7 @@ def mixer_backward(
     )  # fmt: skip
     torch.sum(dz_RBLD, 0, out=dxz_BLE[..., dim:])
     stacked = (
-        dconv_weight.view(count, *directions[0].conv_weight.shape), dconv_bias, dx_weight.float(), ddt_weight.float(),
+        dconv_weight.view(count, *flat[0].shape), dconv_bias, dx_weight.float(), ddt_weight.float(),
         grads.dbias_RD, grads.dA_RDN * weights.A_RDN, grads.dD_RD,
     )  # fmt: skip
     return dxz_BLE, [gradient[r] for r in range(count) for gradient in stacked]
