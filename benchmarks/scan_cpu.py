@@ -3,8 +3,9 @@
     python benchmarks/scan_cpu.py [--rounds 9] [--threads 2] [--json scan.json]
 
 Every round times each contestant once, one after the other, so that a busy machine slows all alike; the table
-shows medians. The floor of a scan is the larger of its state updates at the rate of our innermost loop on data in
-the first-level cache, and its activations at the bandwidth of a copy: both measured here, on all threads.
+shows medians. "steps" is the same scan on tensors whose steps, not channels, are contiguous. The floor of a scan is
+the larger of its state updates at the rate of our innermost loop on data in the first-level cache, and its
+activations at the bandwidth of a copy: both measured here, on all threads.
 Rates are in state updates (one exp, two multiply-adds) a second and a thread.
 """
 
@@ -78,9 +79,14 @@ def contestants(x: dict[str, Tensor], peer: bool) -> dict[str, Callable[[], obje
     arguments = tuple(x.values())
     out, _, states = cpu.scan_forward(*arguments, True, False, True)
     dout = torch.randn_like(out)
+    # As mamba_ssm's callers pass them.
+    steps_contiguous = tuple(t.contiguous() if t.dim() > 2 else t for t in arguments)
+    dout_steps = dout.contiguous()
     runs: dict[str, Callable[[], object]] = {
         "forward": lambda: cpu.scan_forward(*arguments, True, False, False),
+        "forward, steps": lambda: cpu.scan_forward(*steps_contiguous, True, False, False),
         "backward": lambda: cpu.scan_backward(dout, None, *arguments, states, True, False),
+        "backward, steps": lambda: cpu.scan_backward(dout_steps, None, *steps_contiguous, states, True, False),
     }
     return runs | ({"mambapy forward": lambda: mambapy_scan(x)} if peer else {})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vimamba.ops import Direction, backends, causal_conv1d, mixer, reference, rms_norm
+from vimamba.ops import Direction, backends, causal_conv1d, linear, mixer, reference, rms_norm
 
 USABLE = [name for name, reason in backends.status("cpu").items() if reason is None and name != "reference"]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
@@ -202,6 +202,143 @@ def test_mixer_registration(backend):
     xz, weights = rand(2, 70, 48).float(), direction_weights(24, 16, 3, 2)
     args = (xz, weights, [0, 3], 0.5, None, True, backend)
     torch.library.opcheck(torch.ops.vimamba.mixer.default, args)
+
+
+def x_of(*shape: int) -> torch.Tensor:
+    return rand(*shape).float()
+
+
+def spoilt(**weights: object) -> list[Direction]:
+    """Two directions of 8 channels, the second with some weights replaced."""
+    way = Direction(*direction_weights(8, 4, 2, 1))
+    return [way, way._replace(**weights)]
+
+
+BAD = {
+    "norm of a list": (lambda: rms_norm([1.0], x_of(1)), "x must be a tensor, got list"),
+    "norm without a weight": (lambda: rms_norm(x_of(2, 3), None), "weight must be a tensor, got NoneType"),
+    "norm of an array": (lambda: rms_norm(x_of(2, 3).numpy(), x_of(3)), "x must be a tensor, got ndarray"),
+    "norm of whole numbers": (lambda: rms_norm(x_of(2, 3).long(), x_of(3)), "x must be a floating-point tensor"),
+    "norm of no channels": (
+        lambda: rms_norm(x_of(2, 0), x_of(0)),
+        r"x must have .* at least one channel, got \(2, 0\)",
+    ),
+    "norm of a scalar": (lambda: rms_norm(torch.tensor(1.0), x_of(1)), r"x must have shape \(\.\.\., channels\)"),
+    "norm with eps below 0": (
+        lambda: rms_norm(x_of(2, 3), x_of(3), eps=-1),
+        "eps must be a finite number of at least 0",
+    ),
+    "norm with eps NaN": (lambda: rms_norm(x_of(2, 3), x_of(3), eps=float("nan")), "eps must be .* got nan"),
+    "norm to whole numbers": (
+        lambda: rms_norm(x_of(2, 3), x_of(3), out_dtype=torch.int32),
+        "out_dtype must be a floating type, got torch.int32",
+    ),
+    "norm of two devices": (lambda: rms_norm(x_of(2, 3), x_of(3).to("meta")), "weight is on meta, but x is on cpu"),
+    "linear of complex": (lambda: linear(x_of(2, 3).cfloat(), x_of(4, 3)), "x is torch.complex64, but linear is real"),
+    "linear of other sizes": (
+        lambda: linear(x_of(40, 4), x_of(3, 5)),
+        r"x must have shape .*\(\.\.\., 5\), got \(40, 4\)",
+    ),
+    "linear of a vector": (
+        lambda: linear(x_of(40, 4), x_of(4)),
+        r"weight must have shape \(out_features, in_features\)",
+    ),
+    "linear with a short bias": (
+        lambda: linear(x_of(40, 4), x_of(3, 4), x_of(2)),
+        r"bias must have .*\(3,\), got \(2,\)",
+    ),
+    "convolution of no width": (lambda: causal_conv1d(x_of(1, 3, 5), x_of(3, 0)), r"weight must have .* got \(3, 0\)"),
+    "convolution of a text": (lambda: causal_conv1d("x", x_of(3, 4)), "x must be a tensor, got str"),
+    "convolution, reverse a text": (
+        lambda: causal_conv1d(x_of(1, 3, 5), x_of(3, 4), reverse="yes"),
+        "reverse must be True or False, got 'yes'",
+    ),
+    "mixer of no directions": (lambda: mixer(x_of(1, 5, 16), []), r"directions must be .* got \[\]"),
+    "mixer of None": (lambda: mixer(x_of(1, 5, 16), None), "directions must be a sequence"),
+    "mixer of a list": (lambda: mixer([1], spoilt()), "xz must be a tensor, got list"),
+    "mixer of tensors": (lambda: mixer(x_of(1, 5, 16), [x_of(3)]), r"directions\[0\] must be a Direction, got Tensor"),
+    "mixer of no steps": (lambda: mixer(x_of(1, 0, 16), spoilt()), "xz must have .* at least one step"),
+    "mixer with an infinite scale": (lambda: mixer(x_of(1, 5, 16), spoilt(), float("inf")), "scale must be a finite"),
+    **{
+        f"mixer with a wrong {name}": (
+            lambda name=name, shape=shape: mixer(x_of(1, 5, 16), spoilt(**{name: x_of(*shape)})),
+            rf"directions\[1\]\.{name} must have .* got {shape}".replace("(", r"\(").replace(")", r"\)"),
+        )
+        for name, shape in {
+            "conv_weight": (8, 0), "conv_bias": (1,), "x_proj_weight": (1, 8), "dt_proj_weight": (7, 2),
+            "dt_bias": (1,), "A_log": (8, 3), "D": (1,),
+        }.items()
+    },
+    "mixer with a None among the weights": (
+        lambda: mixer(x_of(1, 5, 16), spoilt(D=None)),
+        r"directions\[1\]\.D must be a tensor, got NoneType",
+    ),
+    "mixer with directions of other widths": (
+        lambda: mixer(x_of(1, 5, 16), spoilt(conv_weight=x_of(8, 3))),
+        r"conv_weight must have the first direction's shape \(8, 4\), got \(8, 3\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("grad", [True, False])
+def test_bad_arguments_are_named(case, grad):
+    call, message = BAD[case]
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seq_idx", torch.zeros(1, 5)), ("initial_states", torch.zeros(1, 3, 3)), ("return_final_states", True),
+        ("final_states_out", torch.zeros(1, 3, 3)),
+    ],
+)  # fmt: skip
+def test_what_the_convolution_does_not_have_is_refused(name, value):
+    with pytest.raises(NotImplementedError, match=f"causal_conv1d has no {name}"):
+        causal_conv1d(x_of(1, 3, 5), x_of(3, 4), **{name: value})
+
+
+def test_the_convolution_takes_causal_conv1d_fns_arguments_in_its_order():
+    x, weight, bias = x_of(2, 3, 9), x_of(3, 4), x_of(3)
+    want = causal_conv1d(x, weight, bias, activation="swish")
+    assert torch.equal(causal_conv1d(x, weight, bias, None, None, False, None, "silu"), want)
+    with pytest.warns(DeprecationWarning, match="give activation by name"):
+        assert torch.equal(causal_conv1d(x, weight, bias, "silu"), want)
+
+
+def test_forward_mode_is_refused():
+    weights = direction_weights(8, 4, 2, 1)
+    for call in (
+        lambda x: rms_norm(x, x_of(16)),
+        lambda x: causal_conv1d(x, x_of(5, 4)),
+        lambda x: mixer(x, [Direction(*weights)]),
+    ):
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            torch.func.jvp(call, (x_of(1, 5, 16),), (torch.ones(1, 5, 16),))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_type_changes_nothing(dtype):
+    xz, weights = rand(2, 70, 48).float(), direction_weights(24, 16, 3, 2)
+
+    def run() -> list[torch.Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in (xz, *weights)]
+        out = mixer(leaves[0], directions_of(leaves[1:], FLAGS["ssm_conv"]), 0.5)
+        normed, total = rms_norm(out, leaves[5])
+        conv = causal_conv1d(normed.transpose(1, 2), leaves[1], activation="silu")
+        return [out, total, *torch.autograd.grad((conv.square().mean() + total.mean()), leaves[:6])]
+
+    want = run()
+    torch.set_default_dtype(dtype)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got, wanted in zip(found, want, strict=True):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_wrong_shapes_are_named():

@@ -36,9 +36,9 @@ def make_inputs(
         )
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    matrix = (batch, length, state) if groups is None else (batch, groups, length, state)
     inputs = {"u": sequence(), "delta": sequence(), "A": -rand(dim, state).exp().to(wide)}
-    for name in "BC":
+    for name, own in zip("BC", groups if isinstance(groups, tuple) else (groups, groups), strict=True):
+        matrix = (batch, length, state) if own is None else (batch, own, length, state)
         inputs[name] = rand(dim, state).to(wide) if name in constant else rand(*matrix).to(dtype).transpose(-1, -2)
     inputs |= {"D": rand(dim).to(wide), "delta_bias": (rand(dim) - 2).to(wide)}
     return inputs | {"z": sequence()} if gate else inputs
@@ -101,6 +101,10 @@ SHAPES = {
     "one state": dict(state=1),
     "two groups": dict(groups=2),
     "three groups": dict(groups=3, batch=1),
+    "one and two groups": dict(groups=(1, 2)),
+    "four and two groups": dict(groups=(4, 2)),
+    "two and three groups": dict(groups=(2, 3), batch=1),
+    "groups of B alone": dict(groups=(12, None)),
     "constant B": dict(constant="B"),
     "constant C": dict(constant="C"),
     "constant B and C": dict(constant="BC"),
@@ -276,3 +280,31 @@ def test_complex_and_integer_and_unknown_backend_are_refused():
         vimamba.selective_scan(**inputs | {"u": inputs["u"].long()})
     with pytest.raises(ValueError, match=r"backend must be None or one of .*'tritn'.*did you mean triton"):
         vimamba.selective_scan(**inputs, backend="tritn")
+
+
+def test_forward_mode_is_refused():
+    inputs = make_inputs()
+
+    def scan(u: Tensor) -> Tensor:
+        return vimamba.selective_scan(**inputs | {"u": u})
+
+    with pytest.raises(NotImplementedError, match="selective_scan has no forward-mode derivative"):
+        torch.func.jvp(scan, (inputs["u"],), (torch.ones_like(inputs["u"]),))
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_an_exported_graph_keeps_no_states_and_can_be_differentiated_all_the_same(backend):
+    class Scan(torch.nn.Module):
+        def forward(self, u: Tensor, rest: dict[str, Tensor]) -> Tensor:
+            return vimamba.selective_scan(u, **rest, delta_softplus=True, backend=backend)
+
+    rest = make_inputs()
+    u = rest.pop("u").requires_grad_()
+    program = torch.export.export(Scan(), (u, rest))
+    (call,) = (node for node in program.graph.nodes if "selective_scan" in str(node.target))
+    assert call.args[10] is False  # save_states
+    want = vimamba.selective_scan(u, **rest, delta_softplus=True, backend=backend)
+    found = program.module()(u, rest)
+    torch.testing.assert_close(found, want)
+    (wanted,), (got,) = (torch.autograd.grad(y.square().sum(), u) for y in (want, found))
+    torch.testing.assert_close(got, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,11 +21,10 @@ def check_tensors(op: str, required: dict[str, Any], optional: dict[str, Any] | 
     for name, tensor in (required | {k: v for k, v in (optional or {}).items() if v is not None}).items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype.is_complex:
+            raise ValueError(f"{name} is {tensor.dtype}, but {op} is real: complex {name} is not supported")
         if not tensor.dtype.is_floating_point:
-            why = (
-                f"{op} is real: complex tensors are not supported" if tensor.dtype.is_complex else "it must be floating"
-            )
-            raise ValueError(f"{name} is {tensor.dtype}, but {why}")
+            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
         if tensor.device != required[first].device:
             raise ValueError(f"{name} is on {tensor.device}, but {first} is on {required[first].device}")
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -33,10 +33,10 @@ def check_tensors(op: str, required: dict[str, Any], optional: dict[str, Any] | 
             )
 
 
-def check_shape(name: str, tensor: Tensor | None, sizes: tuple[int, ...], axes: str) -> None:
+def check_shape(name: str, tensor: Tensor | None, sizes: Sequence[int], axes: str) -> None:
     """Raise ValueError unless a tensor has these sizes, called `axes` in the message, or is None."""
-    if tensor is not None and tensor.shape != sizes:
-        raise ValueError(f"{name} must have shape {axes} = {sizes}, got {tuple(tensor.shape)}")
+    if tensor is not None and tensor.shape != tuple(sizes):
+        raise ValueError(f"{name} must have shape {axes} = {tuple(sizes)}, got {tuple(tensor.shape)}")
 
 
 def check_flags(**flags: Any) -> None:

@@ -254,4 +254,4 @@ def norm_backward(dnormed, dtotal, total, weight, rstd):
     grad = _wide(dnormed)
     dunit = grad * weight
     dsum = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * rstd
-    return dsum if dtotal is None else dsum.add_(dtotal), (grad * unit).flatten(0, -2).sum(0)
+    return dsum if dtotal is None else dsum.add_(dtotal), (grad * unit).reshape(-1, grad.shape[-1]).sum(0)

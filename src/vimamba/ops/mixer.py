@@ -61,7 +61,7 @@ class Direction(NamedTuple):
 
 
 def flat(directions: Sequence[Direction]) -> tuple[list[Tensor], list[int]]:
-    """Directions as the operators and the backends take them: all weights in one list, and which way round each runs."""
+    """Directions as the operators and the backends take them: all weights in a list, and which way round each runs."""
     return [weight for d in directions for weight in d.weights], [d.reverse for d in directions]
 
 
@@ -153,14 +153,14 @@ def _check_direction(names: Sequence[str], direction: Direction, first: Directio
     for name, weight, axes in ((names[3], dt_proj, "(dim, rank)"), (names[5], A_log, "(dim, state)")):
         if weight.dim() != 2 or weight.shape[0] != dim or weight.shape[1] == 0:
             raise ValueError(f"{name} must have shape {axes} with dim = {dim}, got {tuple(weight.shape)}")
-    check_shape(names[2], x_proj, (dt_proj.shape[1] + 2 * A_log.shape[1], dim), "(rank + 2 * state, dim)")
-    for i, vector in ((1, conv_bias), (4, dt_bias), (6, D)):
-        check_shape(names[i], vector, (dim,), "(dim,)")
     for i, (weight, of_first) in enumerate(zip(direction.weights, first.weights, strict=True)):
         if weight.shape != of_first.shape:
             raise ValueError(
                 f"{names[i]} must have the first direction's shape {tuple(of_first.shape)}, got {tuple(weight.shape)}"
             )
+    check_shape(names[2], x_proj, (dt_proj.shape[1] + 2 * A_log.shape[1], dim), "(rank + 2 * state, dim)")
+    for i, vector in ((1, conv_bias), (4, dt_bias), (6, D)):
+        check_shape(names[i], vector, (dim,), "(dim,)")
 
 
 def _one_by_one(

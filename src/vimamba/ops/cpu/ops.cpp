@@ -337,6 +337,7 @@ void mixer_forward(const Tensor xz, std::vector<Tensor> weights, std::vector<int
   const int64_t count = reverse.size(), dim = out.dim() == 3 ? out.size(2) : 0;
   STD_TORCH_CHECK(count > 0 && dim > 0 && static_cast<int64_t>(weights.size()) == kWeights * count,
                   "vimamba_cpu: the mixer needs ", kWeights, " weights for each of one direction or more");
+  if (out.numel() == 0) return;
   STD_TORCH_CHECK(weights[3].dim() == 2 && weights[5].dim() == 2 && weights[5].size(1) > 0 &&
                       out.is_contiguous() && xz.dim() == 3 && xz.stride(2) == 1,
                   "vimamba_cpu: the mixer's weights or activations have not the expected layout");

@@ -44,7 +44,12 @@ inline void load_tile(const T* from, int64_t lane_stride, int64_t time_stride, i
       const int count = at.steps - t < W ? at.steps - t : W;
       const int64_t lowest = Stretch{at.position + t * at.sense, count, at.sense}.lowest();
       vf square[W];
-      for (int i = 0; i < W; ++i) square[i] = i < lanes ? load(from + i * lane_stride + lowest, count) : vf{};
+      for (int i = 0; i < W; ++i) {
+        square[i] = i < lanes ? load(from + i * lane_stride + lowest, count) : vf{};
+        // The stretch after this one, which comes when all blocks have passed: too many streams for the
+        // hardware.
+        if (i < lanes) __builtin_prefetch(from + i * lane_stride + lowest + at.sense * at.steps, 0, 2);
+      }
       transpose(square);
       for (int i = 0; i < count; ++i)
         store(tile + (t + (at.sense > 0 ? i : count - 1 - i)) * tile_stride, square[i], width);

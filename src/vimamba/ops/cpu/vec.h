@@ -97,23 +97,32 @@ template <class T>
 inline vf load(const T* from, int lanes) {
   if (__builtin_expect(lanes == W, 1)) return load(from);
 #if defined(VIMAMBA_AVX512)
-  if constexpr (sizeof(T) == 4) return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << lanes) - 1), from);
-#endif
+  const __mmask16 some = (__mmask16)((1u << lanes) - 1);
+  if constexpr (sizeof(T) == 4)
+    return (vf)_mm512_maskz_loadu_ps(some, from);
+  else
+    return widen((vh)_mm256_maskz_loadu_epi16(some, from));
+#else
   T padded[W] = {};
   memcpy(padded, from, lanes * sizeof(T));
   return load(padded);
+#endif
 }
 
 template <class T>
 inline void store(T* to, vf value, int lanes) {
   if (__builtin_expect(lanes == W, 1)) return store(to, value);
 #if defined(VIMAMBA_AVX512)
+  const __mmask16 some = (__mmask16)((1u << lanes) - 1);
   if constexpr (sizeof(T) == 4)
-    return _mm512_mask_storeu_ps(to, (__mmask16)((1u << lanes) - 1), (__m512)value);
-#endif
+    return _mm512_mask_storeu_ps(to, some, (__m512)value);
+  else
+    return _mm256_mask_storeu_epi16(to, some, (__m256i)narrow(value));
+#else
   T padded[W];
   store(padded, value);
   memcpy(to, padded, lanes * sizeof(T));
+#endif
 }
 
 // Rows and columns of a W x W square change places: swaps of halves, quarters, ..., single lanes.
