@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: install demo test lint types bench clean
+.PHONY: install demo test test-sanitized lint types bench clean
 
 install: $(VENV)/installed
 
@@ -24,6 +24,16 @@ demo: install
 
 test: lint types
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops/interpreted
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a library beside the installed one.
+SANITIZERS = $(shell for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done)
+test-sanitized: install
+	$(BIN)/cmake -S . -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DVIMAMBA_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitized
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 VIMAMBA_CPU_LIBRARY=build/sanitized/_kernels.so FUZZ_CASES=400 \
+	  $(BIN)/python -m pytest tests/ops/test_cpu_kernels.py tests/ops/test_fuzz.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -232,12 +232,19 @@ def test_growth_that_overflows_is_infinite(each_set):
     assert torch.equal(found.isfinite(), truth.isfinite())
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z", "A", "bias", "D"])
+NAN, INF = float("nan"), float("inf")
+# Not A = -inf: an infinite decay is taken as a very large one, 0 instead of the NaN of exp(0 * -inf).
+BAD_NUMBERS = [
+    (name, bad)
+    for name in ("u", "delta", "B", "C", "z", "A", "bias", "D")
+    for bad in (NAN, INF, -INF)
+    if (name, bad) != ("A", -INF)
+]
+
+
+@pytest.mark.parametrize(("name", "bad"), BAD_NUMBERS)
 def test_bad_numbers_come_out_where_the_reference_has_them(name, bad, each_set):
     x = inputs(batch=1, dim=20, length=40)
-    if name == "A" and bad == -float("inf"):
-        pytest.skip("an infinite decay is taken as a very large one: 0 instead of exp(0 * -inf)")
     x[name] = x[name].clone(memory_format=torch.preserve_format)
     x[name][(0,) * x[name].dim()] = bad
     found, truth = forward(x)[0], reference.selective_scan(*x.values(), True)
@@ -308,3 +315,27 @@ def test_the_operators_themselves_refuse_sizes_that_they_would_read_beyond():
             torch.ops.vimamba_cpu.mixer_forward(xz, spoilt, reverse, 1.0, None, mixed, None)
     with pytest.raises(RuntimeError, match="vimamba_cpu: the mixer needs"):
         torch.ops.vimamba_cpu.mixer_forward(xz, [], [], 1.0, None, mixed, None)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux does")
+def test_a_failed_allocation_leaves_nothing_behind():
+    """Working memory that cannot be had is an error, and the next call, smaller or larger, has its own."""
+    script = """
+import resource, torch
+from vimamba.ops import cpu
+
+def scan(dim, state):
+    x, matrix = torch.ones(1, dim, 1), torch.ones(1, 1, state, 1)
+    return cpu.scan_forward(x, x, -torch.ones(dim, state), matrix, matrix, None, None, None, False, False, False)[0]
+
+torch.set_num_threads(1)
+small = scan(64, 16)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20,) * 2)
+try:
+    scan(4096, 2048)
+except (RuntimeError, MemoryError):
+    print("refused", torch.equal(scan(64, 16), small), bool(scan(128, 256).isfinite().all()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["refused", "True", "True"], done.stdout + done.stderr

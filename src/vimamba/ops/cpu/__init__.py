@@ -1,7 +1,8 @@
 """The CPU backend: C++ kernels (AVX-512, AVX2 or portable, chosen at run time) behind the operators vimamba_cpu.*.
 
 The kernels of scan and convolution take activations of any strides; this file allocates the outputs and sums partial
-gradients. VIMAMBA_CPU=avx512|avx2|portable forces an instruction set.
+gradients. VIMAMBA_CPU=avx512|avx2|portable forces an instruction set,
+VIMAMBA_CPU_LIBRARY=FILE takes another build of the kernels, such as the sanitized one of `make test-sanitized`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 mixer_takes_gates = True
 _FEW_ROWS = 16
 _wide_vectors = False
-_LIBRARY = Path(__file__).parent / "_kernels.so"
+_LIBRARY = Path(os.environ.get("VIMAMBA_CPU_LIBRARY") or Path(__file__).parent / "_kernels.so").resolve()
 
 
 def _load() -> str | None:
