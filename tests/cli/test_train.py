@@ -121,7 +121,7 @@ def test_fine_tuning_takes_the_body_and_leaves_the_head(vimamba, trained, tmp_pa
         (["--schedule", "cosinus"], "--schedule: expected cosine or constant, got cosinus"),
         (["--in_chans", "4"], "--in_chans is 4"),
         (["--img_size", "0"], "--img_size is 0"),
-        (["--precision", "8-bit"], "--precision 8-bit"),
+        (["--precision", "8-bit"], "--precision: expected 32-true or bf16-mixed or 16-mixed, got 8-bit"),
         (["--devices", "none"], "--devices none"),
         (["--model_args.dept", "3"], "--model_args"),
         (["--auto_augment", "rand-x9-nonsense"], "--auto_augment rand-x9-nonsense"),

@@ -105,7 +105,8 @@ SWITCHES = {
 def test_every_switch_of_the_official_constructor(config):
     weights = official_state(config)
     for stride, size in ((8, 32), (4, 20)):
-        full = config | {"img_size": size, "stride": stride}
+        told = {"use_middle_cls_token": True, "if_divide_out": True, "img_size": size, "stride": stride}
+        full = told | config
         model = vimamba.load_hustvl({k: v.float() for k, v in weights.items()}, **full).double()
         images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         loaded = weights | {k: v for k, v in model.state_dict().items() if not k.startswith("rope.")}

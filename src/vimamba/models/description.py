@@ -199,7 +199,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 class _RatesOnCpu(TorchFunctionMode):
-    """The values of torch.linspace are read while a model is built (drop path rates), so they cannot be meta tensors."""
+    """Drop path rates, from torch.linspace, are read while a model is built: they cannot be meta tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **({**(kwargs or {}), "device": "cpu"} if func is torch.linspace else kwargs or {}))

@@ -116,7 +116,7 @@ def _untold(tensors: dict[str, Tensor], told: dict[str, Any], source: Any) -> di
 
 
 def _stride(tensors: dict[str, Tensor], told: dict[str, Any]) -> tuple[int, bool]:
-    """The stride for which the position embedding covers img_size, else 224, and whether other readings are far-fetched.
+    """The stride for which the position embedding covers img_size, else 224, and whether that is plain.
 
     Whole patches on 224 pixels are what the published models have; 27 × 27 are strides of 8 there, or of 16 on 432.
     """
@@ -126,7 +126,8 @@ def _stride(tensors: dict[str, Tensor], told: dict[str, Any]) -> tuple[int, bool
         return patch, "img_size" in told
     classes = len(tensors.keys() & {"cls_token", "cls_token_head", "cls_token_tail"})
     side = math.isqrt(max(0, tensors["pos_embed"].shape[1] - classes))
-    fitting = [stride for stride in range(patch, 0, -1) if (size - patch) // stride + 1 == side]
+    likely = range(patch, 0, -1) if "img_size" in told else [max(1, patch // part) for part in (1, 2, 4)]
+    fitting = [stride for stride in likely if (size - patch) // stride + 1 == side]
     return (fitting[0], "img_size" in told or fitting[0] == patch) if fitting else (patch, False)
 
 
