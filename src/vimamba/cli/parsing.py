@@ -64,6 +64,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     require(path.exists(), f"--config: there is no file {path}")
     require(path.is_file(), f"--config {path}: is no regular file")
+    require(path.stat().st_size > 0, f"--config {path}: is empty (0 bytes)")  # as files of /proc that wait for ever
     require(path.stat().st_size <= MAX_CONFIG, f"--config {path}: is larger than {MAX_CONFIG // 2**20} MB")
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:

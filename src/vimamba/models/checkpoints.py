@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pickle
@@ -83,7 +84,7 @@ def _first_call(path: Path) -> str | None:
     strings: list[str] = []
     try:
         with path.open("rb") as file:
-            for instruction, argument, _ in pickletools.genops(file):
+            for instruction, argument, _ in itertools.islice(pickletools.genops(file), 100_000):
                 named = strings[-2:] if instruction.name == "STACK_GLOBAL" else str(argument).split(" ")
                 if instruction.name in ("STACK_GLOBAL", "GLOBAL") and len(named) == 2:
                     return ".".join(named) if all(re.fullmatch(r"[\w.]{1,80}", part) for part in named) else None
