@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -239,6 +240,7 @@ def test_the_commands_say_so_and_exit_with_2(stranger, capsys, command, kind):
 
 
 def test_the_real_command_does_not_trace_back(stranger):
+    signal.alarm(60)  # Python and PyTorch have to start
     path = stranger(json.dumps(REFUSED["checkpoint_path"][0]))
     command = [sys.executable, "-m", "vimamba", "predict", str(path), "image.png"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import timm
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -28,7 +27,7 @@ from vimamba.tasks import run_folder
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.optim import OptimOptions
 from vimamba.tasks.run_folder import RunFolder, SkippedFiles, StoppedBySignal
-from vimamba.tasks.weights import ModelCard, architecture, build_model, check_model_name, load_start
+from vimamba.tasks.weights import Architecture, ModelCard, architecture, build_model, check_model_name, load_start
 
 OF_THE_CALL = ("config", "print_config", "resume", "overwrite")  # not part of a run's config.yaml
 
@@ -161,8 +160,9 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
         optim.lr = 2e-4  # trained weights are lost at the rate that new ones need
     if augment.augment == "auto":
         augment.augment = "crop" if data.photographs else "affine"
-    prep = choose_preprocessing(run_options, data)
-    card = describe_model(run_options, data.class_names, prep)
+    behind = architecture(run_options.model)
+    prep = choose_preprocessing(run_options, data, behind)
+    card = describe_model(run_options, data.class_names, prep, behind)
     folder = Path(run_options.output or default_output(run_options))
     if options.resume:
         run_folder.check_resumable(folder, card)
@@ -202,10 +202,9 @@ def default_output(options: RunOptions) -> str:
     return f"runs/{Path(options.data.rstrip('/')).name}-{options.model.replace('/', '_').replace(':', '_')}"
 
 
-def choose_preprocessing(options: RunOptions, data: ImageData) -> Preprocessing:
+def choose_preprocessing(options: RunOptions, data: ImageData, behind: Architecture) -> Preprocessing:
     """What the options say, else what the data know of themselves, else what the model was made for."""
-    config = timm.models.get_pretrained_cfg(options.model, allow_unregistered=True)
-    own = resolve_data_config(pretrained_cfg=config.to_dict() if config else {}, verbose=False)
+    own = resolve_data_config(args={"crop_pct": None}, pretrained_cfg=behind.pretrained_cfg, verbose=False)
     in_chans = options.in_chans or data.in_chans
     size = options.img_size or data.img_size or tuple(own["input_size"][-2:])
     size = (size, size) if isinstance(size, int) else size
@@ -220,15 +219,15 @@ def choose_preprocessing(options: RunOptions, data: ImageData) -> Preprocessing:
     return Preprocessing(size, in_chans, mean, std, interpolation, crop_pct, own["crop_mode"])
 
 
-def describe_model(options: RunOptions, class_names: list[str], prep: Preprocessing) -> ModelCard:
+def describe_model(options: RunOptions, class_names: list[str], prep: Preprocessing, behind: Architecture) -> ModelCard:
     """What the run's files will say of its model; refused now where they could not be opened again."""
-    name, model_args = architecture(options.model, options.model_args)
+    model_args = {**behind.model_args, **options.model_args}
     model_args = {key: value for key, value in model_args.items() if key not in BUILDING}
     if model_args:
         with naming("--model_args"):
             check_plain(model_args)
-            check_arguments(name, model_args)
-    return ModelCard(name, model_args, class_names, prep)
+            check_arguments(behind.name, model_args)
+    return ModelCard(behind.name, model_args, class_names, prep)
 
 
 def build_task(

@@ -8,7 +8,7 @@ import os
 import sys
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -109,22 +109,31 @@ def build_model(
         raise UserError(f"--model {what}: cannot be built: {one_line(error)}") from error
 
 
-def architecture(name: str, model_args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A model's registered name and arguments, which is all that its file may say; a hub model's are read off its page.
+class Architecture(NamedTuple):
+    """What `--model` stands for: a registered model, arguments besides those typed, its publisher's configuration."""
+
+    name: str
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+
+
+def architecture(name: str) -> Architecture:
+    """The registered model behind a name, which is all that a file may say; a hub model's is read off its page.
 
     Raises:
-        UserError: the hub's page cannot be read.
+        UserError: the hub's page, or the folder, cannot be read.
     """
     source, colon, place = name.partition(":")
     if not colon:
-        return name, model_args
+        config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+        return Architecture(name, {}, config.to_dict() if config else {})
     reader = {"hf-hub": "load_model_config_from_hf", "local-dir": "load_model_config_from_path"}.get(source, "")
     require(hasattr(_hub, reader), f"--model {name}: give a name, hf-hub:OWNER/NAME or local-dir:FOLDER")
     try:
-        _, registered, own_args = getattr(_hub, reader)(place)
+        config, registered, model_args = getattr(_hub, reader)(place)
     except Exception as error:  # no network, no such page, no configuration on it
         raise UserError(f"--model {name}: cannot be read: {one_line(error)}") from error
-    return registered, {**(own_args or {}), **model_args}
+    return Architecture(registered, dict(model_args or {}), dict(config or {}))
 
 
 def save_model(path: Path, model: nn.Module, card: ModelCard) -> None:
@@ -194,8 +203,7 @@ def load_start(model: nn.Module, path: Path) -> str:
 
     Returns a note on what was done.
     """
-    with naming("--checkpoint"):
-        contents = read_checkpoint(path)
+    contents = read_checkpoint(path)
     with naming(f"--checkpoint {path}"):
         tensors = convert_checkpoint({**contents, "model": _evaluated(contents)}, model)
     # timm's convention: a model's module adapts the names and sizes of its published checkpoints.
