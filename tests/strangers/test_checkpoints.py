@@ -167,6 +167,13 @@ def test_a_pipe_is_not_waited_for(guarded, suffix):
             load(guarded / f"pipe{suffix}")
 
 
+@pytest.mark.parametrize("name", ["bomb", "bomb in the pickle"])
+def test_a_bomb_is_not_unpacked(guarded, name):
+    (guarded / "bomb.pth").write_bytes(FILES[name])
+    with pytest.raises(UserError, match="its archive is compressed or holds more than the file"):
+        load_model(guarded / "bomb.pth")
+
+
 def checkpoint(weights, described, **more):
     """As `vimamba train` leaves it."""
     return {"state_dict": {f"model.{k}": v for k, v in weights.items()}, "vimamba": described, "loops": {}, **more}
