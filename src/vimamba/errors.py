@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxstring, _SHORT.maxother = 2, 8, 8, 80, 80
 
 
 class UserError(ValueError):
@@ -21,3 +27,24 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def shown(value: Any) -> str:
+    """A value from a file as it may stand in a sentence: short, on one line, nothing in it that moves a terminal."""
+    return _SHORT.repr(value)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, as a clause: its words on one line, at most 200 characters, printable."""
+    words = " ".join(str(error)[:1000].split())
+    text = "".join(letter if letter.isprintable() else "?" for letter in words)
+    return (text if len(text) <= 200 else f"{text[:197]}...") or type(error).__name__
+
+
+@contextmanager
+def naming(source: Any) -> Iterator[None]:
+    """A UserError from inside, with `source` named in front."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None

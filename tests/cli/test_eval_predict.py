@@ -153,8 +153,8 @@ def swap_description(weights, old, new):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("truncated", "is truncated, damaged"),
-        ("text", "is truncated, damaged or no safetensors file"),
+        ("truncated", "not a PyTorch or safetensors checkpoint, or a damaged one"),
+        ("text", "not a PyTorch or safetensors checkpoint"),
         ("empty", "0 bytes"),
         ("missing", "holds no model.safetensors"),
         ("bare", "not vimamba's description"),

@@ -1,6 +1,7 @@
 """vimamba train: what it leaves, how it stops and resumes, what it refuses."""
 
 import csv
+import json
 import os
 import signal
 
@@ -108,6 +109,41 @@ def test_fine_tuning_takes_the_body_and_leaves_the_head(vimamba, trained, tmp_pa
     assert "with a new head" in out
 
 
+def test_a_model_of_a_folder_is_known_by_its_registered_name_afterwards(vimamba, photos, tmp_path):
+    (tmp_path / "own").mkdir()
+    config = {"architecture": "vim_nano", "num_classes": 5, "model_args": {"depth": 1, "embed_dim": 16, "d_state": 4}}
+    config["pretrained_cfg"] = {"input_size": [3, 16, 16], "mean": [0.25, 0.5, 0.75], "std": [0.5, 0.5, 0.5]}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    model = ("--model", f"local-dir:{tmp_path}/own", "--model_args.depth", 2, "--epochs", 1)
+    status, _, err = vimamba(*train_arguments(photos, tmp_path / "run", *model))
+    assert (status, err) == (0, "")
+    assert vimamba("predict", tmp_path / "run", photos / "val" / "red")[0] == 0
+    with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
+        described = json.loads(file.metadata()["vimamba"])
+    assert described["model"] == "vim_nano"
+    assert described["preprocessing"]["mean"] == [0.25, 0.5, 0.75]
+    assert described["model_args"] == {"depth": 2, "embed_dim": 16, "d_state": 4}
+    status, _, err = vimamba("train", "--resume", tmp_path / "run", "--epochs", 2)
+    assert status == 2
+    assert "names a model to be fetched; type --model local-dir:" in err
+    assert vimamba("train", "--resume", tmp_path / "run", "--epochs", 2, *model[:2])[0] == 0
+
+
+@pytest.mark.parametrize("argument", ["norm_layer: [1]", "block_args: {a: 1}", "nothing: 1"])
+def test_arguments_that_a_file_could_not_say_are_not_trained_with(vimamba, photos, tmp_path, argument):
+    more = ["--model", "resnet18", "--model_args", f"{{{argument}}}"]
+    status, _, err = vimamba(*train_arguments(photos, tmp_path / "run", *more))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--model_args" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_typed_for_timm_is_left_out_of_the_file(vimamba, photos, tmp_path):
+    run = tmp_path / "run"
+    assert vimamba(*train_arguments(photos, run, "--model_args.exportable", "true", "--epochs", 1))[0] == 0
+    assert vimamba("predict", run, photos / "val" / "red")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -121,7 +157,7 @@ def test_fine_tuning_takes_the_body_and_leaves_the_head(vimamba, trained, tmp_pa
         (["--schedule", "cosinus"], "--schedule: expected cosine or constant, got cosinus"),
         (["--in_chans", "4"], "--in_chans is 4"),
         (["--img_size", "0"], "--img_size is 0"),
-        (["--precision", "8-bit"], "--precision 8-bit"),
+        (["--precision", "8-bit"], "--precision: expected 32-true or bf16-mixed or 16-mixed, got 8-bit"),
         (["--devices", "none"], "--devices none"),
         (["--model_args.dept", "3"], "--model_args"),
         (["--auto_augment", "rand-x9-nonsense"], "--auto_augment rand-x9-nonsense"),

@@ -5,8 +5,11 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tests.cli.runs import train_arguments
+from vimamba.cli import main
 from vimamba.data import sample
 from vimamba.data.loaders import ImageDataModule
 from vimamba.data.sources import open_data
@@ -125,7 +128,6 @@ def test_batches_depend_on_seed_and_epoch_alone(workers):
 
 
 def test_a_hub_data_set(tmp_path):
-    pytest.importorskip("datasets")
     make(tmp_path, {"train/cat": 3, "train/dog": 3, "validation/cat": 1, "validation/dog": 1})
     data = open_data(f"hfds/{tmp_path}")
     assert data.class_names == ["cat", "dog"]
@@ -134,22 +136,31 @@ def test_a_hub_data_set(tmp_path):
     assert sorted(data.train.target(i) for i in range(6)) == [0, 0, 0, 1, 1, 1]
 
 
-def test_shards(tmp_path):
-    pytest.importorskip("webdataset")
-    make(tmp_path / "pictures", {"a": 6})
-    splits = {}
-    for split, count in (("train", 6), ("validation", 4)):
-        with tarfile.open(tmp_path / f"{split}-0.tar", "w") as tar:
-            for i in range(count):
-                (tmp_path / "label").write_text(str(i % 2))
-                tar.add(tmp_path / "pictures" / "a" / f"{i}.png", f"{i:04}.png")
-                tar.add(tmp_path / "label", f"{i:04}.cls")
-        splits[split] = {
-            "name": split, "num_samples": count, "filenames": [f"{split}-0.tar"], "shard_lengths": [count],
+def write_shards(root, splits, info=None):
+    """write_shards(root, {"train": (shards, samples in each)}): grey pictures, each of its own brightness."""
+    index = {}
+    (root / "label").parent.mkdir(parents=True, exist_ok=True)
+    for split, (shards, count) in splits.items():
+        names = [f"{split}-{shard}.tar" for shard in range(shards)]
+        for shard, name in enumerate(names):
+            with tarfile.open(root / name, "w") as tar:
+                for i in range(count):
+                    value = shard * count + i
+                    Image.new("L", (28, 28), value).save(root / "image.png")
+                    (root / "label").write_text(str(value % 2))
+                    tar.add(root / "image.png", f"{value:04}.png")
+                    tar.add(root / "label", f"{value:04}.cls")
+        index[split] = {
+            "name": split, "num_samples": shards * count, "filenames": names, "shard_lengths": [count] * shards,
         }  # fmt: skip
+    (root / "_info.json").write_text(json.dumps({"splits": index, "class_names": ["even", "odd"], **(info or {})}))
+    return root
+
+
+def test_shards(tmp_path):
     with pytest.raises(UserError, match=r"_info.json is missing"):
         open_data(f"wds/{tmp_path}")
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
+    write_shards(tmp_path, {"train": (1, 6), "validation": (1, 4)}, {"class_names": None})
     with pytest.raises(UserError, match="--class_names"):
         open_data(f"wds/{tmp_path}")
     (tmp_path / "names.txt").write_text("even\nodd\n")
@@ -158,3 +169,41 @@ def test_shards(tmp_path):
     batches = list(module.val_dataloader())
     assert [batch.targets.tolist() for batch in batches] == [[0, 1], [0, 1]]
     assert sum(len(batch.images) for batch in module.train_dataloader()) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_order_of_shards_depends_on_seed_and_epoch_alone(tmp_path, workers):
+    data = open_data(f"wds/{write_shards(tmp_path, {'train': (8, 4), 'validation': (1, 2)})}")
+
+    def epochs(seed, *numbers):
+        module = ImageDataModule(data, GREY, AugmentOptions(augment="affine"), 4, workers, seed)
+        loader = module.train_dataloader()
+        for number in numbers:
+            module.set_epoch(number)
+            yield torch.cat([batch.images for batch in loader])
+
+    first, second, again = epochs(3, 0, 1, 0)
+    (alone,), (other,) = epochs(3, 1), epochs(4, 0)
+    assert first.equal(again)
+    assert second.equal(alone)  # as a run that resumes at this epoch
+    for different in (second, other):
+        assert not first.equal(different)
+    assert sorted(first.amax((1, 2, 3)).tolist()) != first.amax((1, 2, 3)).tolist()  # shuffled
+
+
+def test_training_tells_the_shards_of_each_epoch(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ImageDataModule, "set_epoch", lambda self, epoch: seen.append(epoch))
+    root = write_shards(tmp_path / "shards", {"train": (2, 4), "validation": (1, 2)})
+    assert main(list(map(str, train_arguments(f"wds/{root}", tmp_path / "run", "--epochs", 3)))) == 0
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("shard", ["/etc/passwd", "../secret.tar", "pipe:touch canary", "https://example.org/a.tar", 7])
+def test_an_index_may_list_files_of_its_folder_only(tmp_path, shard):
+    write_shards(tmp_path, {"train": (1, 2), "validation": (1, 2)})
+    index = json.loads((tmp_path / "_info.json").read_text())
+    index["splits"]["train"]["filenames"] = [shard]
+    (tmp_path / "_info.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="which is no file in that folder"):
+        open_data(f"wds/{tmp_path}")

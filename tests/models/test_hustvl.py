@@ -84,7 +84,7 @@ SWITCHES = {
     "misspelt": dict(bimamba_type="v2", if_devide_out=False),
     "head": dict(bimamba_type="v2", use_middle_cls_token=False),
     "double": dict(bimamba_type="v2", use_double_cls_token=True),
-    "last token": dict(bimamba_type="v2", if_cls_token=False),
+    "last token": dict(bimamba_type="v2", if_cls_token=False, final_pool_type="none"),
     "mean": dict(bimamba_type="v2", if_cls_token=False, final_pool_type="mean"),
     "max": dict(bimamba_type="v2", if_cls_token=False, final_pool_type="max"),
     "all": dict(bimamba_type="v2", if_cls_token=False, final_pool_type="all"),
@@ -105,7 +105,8 @@ SWITCHES = {
 def test_every_switch_of_the_official_constructor(config):
     weights = official_state(config)
     for stride, size in ((8, 32), (4, 20)):
-        full = config | {"img_size": size, "stride": stride}
+        told = {"use_middle_cls_token": True, "if_divide_out": True, "img_size": size, "stride": stride}
+        full = told | config
         model = vimamba.load_hustvl({k: v.float() for k, v in weights.items()}, **full).double()
         images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         loaded = weights | {k: v for k, v in model.state_dict().items() if not k.startswith("rope.")}
@@ -134,6 +135,65 @@ def test_arguments_that_contradict_the_tensors_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             vimamba.load_hustvl(weights, **kwargs)
+
+
+NAME = "vim_tiny_patch16_{}224_bimambav2_final_pool_{}_abs_pos_embed_with_{}_div2"
+
+
+@pytest.mark.parametrize("pool", ["mean", "max", "all", "none"])
+@pytest.mark.parametrize("stride", ["", "stride8_"])
+def test_the_official_name_tells_pooling_and_stride(tmp_path, recwarn, pool, stride):
+    config = dict(bimamba_type="v2", if_cls_token=False)
+    weights = {k: v.float() for k, v in official_state(config, patch=16).items()}
+    args = argparse.Namespace(model=NAME.format(stride, pool, "noclstok"))
+    torch.save({"model": weights, "args": args}, tmp_path / "vim.pth")
+    model = vimamba.load_hustvl(tmp_path / "vim.pth")
+    size = model.img_size[0]
+    assert (size, model.patch_embed.stride) == ((40, (8, 8)) if stride else (64, (16, 16)))
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    want = official.forward(x, weights, config | {"final_pool_type": pool, "stride": 8 if stride else 16}, depth=2)
+    assert relative(model(x), want) < 1e-4
+    assert not recwarn.list
+
+
+def test_what_is_pooled_is_asked_for_where_nothing_tells():
+    weights = {k: v.float() for k, v in official_state(dict(bimamba_type="v2", if_cls_token=False)).items()}
+    with pytest.raises(UserError, match="no class token, and does not tell what is pooled: give final_pool_type"):
+        vimamba.load_hustvl(weights)
+
+
+def test_rotary_frequencies_are_asked_about():
+    weights = {k: v.float() for k, v in official_state(SWITCHES["rope"]).items()}
+    with pytest.raises(UserError, match="has rotary frequencies: give if_rope"):
+        vimamba.load_hustvl(weights, use_middle_cls_token=True, if_divide_out=True, stride=8)
+
+
+@pytest.mark.parametrize(
+    ("side", "kwargs", "stride", "warned"),
+    [
+        (14, {}, 16, False),  # whole patches on 224 pixels
+        (27, {}, 8, True),  # 224 pixels, or 432 by 16
+        (27, {"stride": 16}, 16, False),
+        (27, {"img_size": 224}, 8, False),
+        (27, {"img_size": 432}, 16, False),
+        (24, {}, 16, True),  # 384 pixels, or others
+    ],
+)
+def test_the_stride_of_a_bare_state_dict_is_checked_or_said(recwarn, side, kwargs, stride, warned):
+    weights = {k: v.float() for k, v in official_state(dict(bimamba_type="v2"), patch=16, side=side).items()}
+    model = vimamba.load_hustvl(weights, use_middle_cls_token=True, if_divide_out=True, **kwargs)
+    assert model.patch_embed.stride == (stride, stride)
+    assert [f"stride={stride}" in str(warning.message) for warning in recwarn] == [True] * warned
+
+
+def test_a_nested_name_in_the_arguments_is_not_spelt_out(tmp_path):
+    bomb: list = []
+    for _ in range(200):  # 2^200 letters
+        bomb = [bomb, bomb]
+    weights = {k: v.float() for k, v in official_state(dict(bimamba_type="v2")).items()}
+    torch.save({"model": weights, "args": argparse.Namespace(model=bomb)}, tmp_path / "vim.pth")
+    with pytest.warns(UserWarning, match="taken as the published models are"):
+        vimamba.load_hustvl(tmp_path / "vim.pth")
 
 
 class Hostile:

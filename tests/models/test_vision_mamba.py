@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import vimamba
 from vimamba.errors import UserError
+from vimamba.layers.pos_embed import resize_pos_embed
 from vimamba.models import checkpoints, registry
 from vimamba.models.registry import convert_checkpoint, count_flops, count_parameters
 
@@ -235,17 +237,26 @@ def test_unknown_model_suggests_the_nearest():
 def test_checkpoint_of_another_size_and_of_another_model(tmp_path):
     path = tmp_path / "weights.pth"
     source = small()
-    torch.save({"model": source.state_dict()}, path)
+    official = {"model": source.state_dict(), "args": argparse.Namespace(input_size=32)}  # trained on squares only
+    torch.save(official, path)
     kwargs = {k: v for k, v in SMALL.items() if k != "img_size"}
     model = vimamba.create_model("vim_tiny_patch16_224", checkpoint_path=str(path), img_size=64, **kwargs)
     torch.testing.assert_close(model.head.weight, source.head.weight)
     torch.testing.assert_close(
-        model.pos_embed, convert_checkpoint(source.state_dict(), small(img_size=64))["pos_embed"]
+        model.pos_embed, resize_pos_embed(source.pos_embed, source.grid, model.grid, source.class_token)
     )
     with pytest.raises(UserError, match="is of another model: it has unknown"):
         vimamba.create_model("vim_tiny_patch16_224", checkpoint_path=str(path), **SMALL | {"depth": 2})
     with pytest.raises(UserError, match=r"is of another model: head.bias has shape \(5,\), the model has \(6,\)"):
         vimamba.create_model("vim_tiny_patch16_224", checkpoint_path=str(path), **SMALL | {"num_classes": 6})
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 64)])
+def test_a_bare_state_dict_of_another_size_is_refused(tmp_path, size):
+    source = small(img_size=size)  # 16 patches, whose rows and columns nothing tells
+    assert convert_checkpoint(source.state_dict(), small(img_size=size))["pos_embed"].equal(source.pos_embed)
+    with pytest.raises(UserError, match=r"pos_embed is for 17 tokens .* call model\.set_input_size"):
+        convert_checkpoint(source.state_dict(), small(img_size=64))
 
 
 def test_published_weights_are_converted_and_cached(tmp_path, monkeypatch):

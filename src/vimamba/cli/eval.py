@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from vimamba.cli import terminal
 from vimamba.cli.inference import DeviceOptions, RenamedClasses, Runner
-from vimamba.cli.parsing import add_options, take
+from vimamba.cli.parsing import add_options, describe, fetches, read_config, take
 from vimamba.data.loaders import ImageDataModule, default_workers
 from vimamba.data.sources import ImageData, open_data
 from vimamba.data.transforms import AugmentOptions
-from vimamba.errors import UserError, require
+from vimamba.errors import UserError, require, shown
+from vimamba.models.description import fits
 from vimamba.tasks.figures import save_confusion
 from vimamba.tasks.results import Evaluation, Results
 from vimamba.tasks.run_folder import CONFIG
@@ -95,13 +95,30 @@ def folder_of(run: Path) -> Path:
     return next((folder for folder in folders if (folder / CONFIG).is_file()), folders[0])
 
 
-def run_config(run: Path) -> dict[str, Any]:
-    """The options of the training run, where its folder still has them."""
-    try:
-        config = yaml.safe_load((folder_of(run) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
+@dataclasses.dataclass(frozen=True)
+class TrainedOn:
+    """What a run's config.yaml says of its data; like all that a run carries, it may be a stranger's."""
+
+    data: str | None = None
+    class_names: str | None = None
+    val_fraction: float = 0.2
+    seed: int = 0
+
+    @classmethod
+    def of(cls, run: Path) -> TrainedOn:
+        """What the run's folder tells, or the defaults where it has no config.yaml.
+
+        Raises:
+            UserError: it is no configuration, or a value is of another kind.
+        """
+        path = folder_of(run) / CONFIG
+        if not path.exists():
+            return cls()
+        config, kinds = read_config(path), get_type_hints(cls)
+        told = {name: config[name] for name in kinds if name in config}
+        for name, value in told.items():
+            require(fits(value, kinds[name]), f"{path}: {name} is {shown(value)}; expected {describe(kinds[name])}")
+        return cls(**told)
 
 
 def open_for_eval(what: EvalOptions, run: Path) -> tuple[ImageData, str]:
@@ -109,18 +126,19 @@ def open_for_eval(what: EvalOptions, run: Path) -> tuple[ImageData, str]:
 
     A folder of classes that the run was trained on is split as it was then; another one is taken whole.
     """
-    config = run_config(run)
-    name = what.data or config.get("data")
+    config = TrainedOn.of(run)
+    name = what.data or config.data
     if name is None:
         raise UserError("--data: say what to measure on; the run's folder does not tell what it was trained on")
-    own = what.data is None or same_place(name, str(config.get("data")))
+    if what.data is None and fetches("data", name):
+        raise UserError(f"the run's {CONFIG} names data to be fetched: give --data {name} if you mean to")
+    own = what.data is None or same_place(name, str(config.data))
     split = what.split if what.split != "auto" else ("val" if own else "all")
     if split == "all" or not own:
         fraction = 1.0 if split == "all" else 0.2
         return open_data(name, fraction, 0, what.class_names, strict=False), "images"
-    names = what.class_names or config.get("class_names")
-    fraction, seed = config.get("val_fraction", 0.2), config.get("seed", 0)
-    return open_data(name, fraction, seed, names, strict=False), "held-out images"
+    names = what.class_names or config.class_names
+    return open_data(name, config.val_fraction, config.seed, names, strict=False), "held-out images"
 
 
 def same_place(name: str, other: str) -> bool:

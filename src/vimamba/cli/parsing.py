@@ -6,13 +6,19 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from vimamba.errors import UserError, nearest
+from vimamba.errors import UserError, nearest, one_line, require, shown
 
 Options = TypeVar("Options")
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+MAX_CONFIG = 2**20  # bytes
+MAX_NESTING = 20
 
 
 def new_parser(command: str, description: str) -> ArgumentParser:
@@ -33,10 +39,59 @@ def take(options: type[Options], parsed: Namespace) -> Options:
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """Parse; dashes and underscores in the names of options mean the same."""
     spelt = [_underscored(argument) for argument in arguments]
+    for path in config_files(spelt):
+        read_config(path)
     try:
         return parser.parse_args(spelt)
     except ArgumentError as error:
         raise UserError(explain(parser, str(error))) from error
+
+
+def config_files(arguments: list[str]) -> Iterator[Path]:
+    """The files that `--config` names."""
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        abbreviated = len(name) > 2 and "--config".startswith(name)  # jsonargparse takes these too
+        if abbreviated and (equals or position + 1 < len(arguments)):
+            yield Path(value if equals else arguments[position + 1])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options in a YAML file, which may be a stranger's: plain values by name, without aliases.
+
+    Raises:
+        UserError: there is no such file, or it is no such YAML.
+    """
+    require(path.exists(), f"--config: there is no file {path}")
+    require(path.is_file(), f"--config {path}: is no regular file")
+    require(path.stat().st_size > 0, f"--config {path}: is empty (0 bytes)")  # as files of /proc that wait for ever
+    require(path.stat().st_size <= MAX_CONFIG, f"--config {path}: is larger than {MAX_CONFIG // 2**20} MB")
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        text, depth = path.read_text(encoding="utf-8"), 0
+        for event in yaml.parse(text, Loader=loader):
+            # A few lines of nested aliases stand for more values than there is memory.
+            alias = isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None)
+            require(not alias, f"--config {path}: has an anchor or alias (& or *), which is not read; write it out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            require(depth <= MAX_NESTING, f"--config {path}: is nested deeper than {MAX_NESTING} levels")
+        values = yaml.load(text, Loader=loader)
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: is not UTF-8 (byte {error.start}); save it as that") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: is not valid YAML ({one_line(error)})") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UserError(f"--config {path}: holds {shown(values)}, not options by name")
+    return values
+
+
+def fetches(option: str, value: Any) -> bool:
+    """Whether an option's value names something on the hub or in a folder of models, which a file may not."""
+    text = str(value)
+    return (option == "model" and ":" in text) or (option == "data" and text.startswith(("hfds/", "hfids/")))
 
 
 def _underscored(argument: str) -> str:
@@ -63,7 +118,9 @@ def explain(parser: ArgumentParser, message: str) -> str:
         kinds = [getattr(a, "_typehint", a.type) for a in parser._actions if a.dest == key]
         values = re.findall(r"Got value: (.*)", message)
         if kinds and values:
-            return f"--{key}: expected {describe(kinds[0])}, got {values[-1].strip() or 'nothing'}"
+            got = values[-1].strip()
+            got = got if len(got) <= 80 and got.isprintable() else shown(got)
+            return f"--{key}: expected {describe(kinds[0])}, got {got or 'nothing'}"
     message = re.sub(r"the following arguments are required: (.*)", r"\1: required but not given", message)
     return _flat(message.replace("Problems parsing config:", "--config: is not valid YAML:"))
 

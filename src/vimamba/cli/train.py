@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import timm
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -16,18 +15,19 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from timm.data import resolve_data_config
 
 from vimamba.cli import terminal
-from vimamba.cli.parsing import add_options, take
+from vimamba.cli.parsing import Precision, add_options, config_files, fetches, read_config, take
 from vimamba.cli.train_progress import TrainProgress, duration
 from vimamba.data.loaders import ImageDataModule, default_workers
 from vimamba.data.sample import write_digits
 from vimamba.data.sources import BUILT_IN, ImageData, open_data
 from vimamba.data.transforms import AugmentOptions, Preprocessing
-from vimamba.errors import UserError, require
+from vimamba.errors import UserError, naming, one_line, require
+from vimamba.models.description import BUILDING, check_arguments, check_plain
 from vimamba.tasks import run_folder
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.optim import OptimOptions
 from vimamba.tasks.run_folder import RunFolder, SkippedFiles, StoppedBySignal
-from vimamba.tasks.weights import ModelCard, build_model, check_model_name, load_start
+from vimamba.tasks.weights import Architecture, ModelCard, architecture, build_model, check_model_name, load_start
 
 OF_THE_CALL = ("config", "print_config", "resume", "overwrite")  # not part of a run's config.yaml
 
@@ -101,7 +101,7 @@ class MachineOptions:
     devices: int | list[int] | str = "auto"
     strategy: str = "auto"
     num_nodes: int = 1
-    precision: str = "32-true"
+    precision: Precision = "32-true"
 
 
 GROUPS = (RunOptions, OptimOptions, AugmentOptions, MachineOptions)
@@ -123,8 +123,26 @@ def before_parsing(arguments: list[str]) -> list[str]:
             require(bool(folder), "--resume: give the folder of a run")
             config = Path(folder) / run_folder.CONFIG
             require(config.is_file(), f"--resume {folder}: holds no {run_folder.CONFIG}; it is not a run's folder")
-            return ["--config", str(config), *arguments, "--output", folder]
+            arguments = ["--config", str(config), *arguments, "--output", folder]
+            break
+    for path in config_files(arguments):
+        check_config(path, read_config(path), {argument.partition("=")[0] for argument in arguments})
     return arguments
+
+
+def check_config(path: Path, values: dict[str, Any], typed: set[str]) -> None:
+    """Refuse a file's options that fetch or replace, unless they were typed too: the file may be a stranger's."""
+    for name in OF_THE_CALL:
+        require(name not in values, f"--config {path}: {name} must be typed, as --{name}; a file may not say it")
+    for name in ("data", "model"):
+        if fetches(name, values.get(name)) and f"--{name}" not in typed:
+            raise UserError(
+                f"--config {path}: names a {name} to be fetched; type --{name} {values[name]} if you mean it"
+            )
+    model_args = values.get("model_args")
+    building = sorted(BUILDING & model_args.keys()) if isinstance(model_args, dict) else []
+    if building and not any(argument.startswith("--model_args") for argument in typed):
+        raise UserError(f"--config {path}: model_args may not give {building[0]}; type --model_args.{building[0]}")
 
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
@@ -142,29 +160,38 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
         optim.lr = 2e-4  # trained weights are lost at the rate that new ones need
     if augment.augment == "auto":
         augment.augment = "crop" if data.photographs else "affine"
-    prep = choose_preprocessing(run_options, data)
-    card = ModelCard(run_options.model, run_options.model_args, data.class_names, prep)
+    behind = architecture(run_options.model)
+    prep = choose_preprocessing(run_options, data, behind)
+    card = describe_model(run_options, data.class_names, prep, behind)
     folder = Path(run_options.output or default_output(run_options))
-    checkpoint = run_folder.check_resumable(folder, card) if options.resume else None
+    if options.resume:
+        run_folder.check_resumable(folder, card)
+    files = RunFolder(folder, data.name)
+    skipped = SkippedFiles(terminal.warn, run_options.max_undecodable)
+    trainer = build_trainer(optim, machine, folder, [files, skipped, TrainProgress(console, files)])
     task, note = build_task(run_options, card, optim, augment)
     first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    if first_process and checkpoint is None:
+    if first_process and not options.resume:
         run_folder.prepare_folder(folder, options.overwrite)
         run_folder.check_space(folder, task.model)
         write_config(options, folder)
-    files = RunFolder(folder, data.name)
     workers = default_workers(data) if run_options.num_workers is None else run_options.num_workers
     module = ImageDataModule(data, prep, augment, optim.batch_size, workers, run_options.seed)
-    skipped = SkippedFiles(terminal.warn, run_options.max_undecodable)
-    trainer = build_trainer(optim, machine, folder, [files, skipped, TrainProgress(console, files)])
     print_heading(console, task, data, trainer, machine, note)
     try:
-        trainer.fit(task, module, ckpt_path=folder / run_folder.LAST if checkpoint else None, weights_only=True)
+        trainer.fit(task, module, ckpt_path=folder / run_folder.LAST if options.resume else None, weights_only=True)
     except StoppedBySignal as stopped:
         files.draw_curves(card) if files.rows else None
         console.print(f"\nStopped at {stopped.where}; everything is saved. Continue with")
-        console.print(f"  vimamba train --resume {shlex.quote(str(folder))}", style="bold")
+        typed = [(n, getattr(run_options, n)) for n in ("data", "model") if fetches(n, getattr(run_options, n))]
+        more = "".join(f" --{name} {shlex.quote(value)}" for name, value in typed)
+        console.print(f"  vimamba train --resume {shlex.quote(str(folder))}{more}", style="bold")
         return 128 + stopped.signum
+    except Exception as error:
+        if options.resume and not files.started:  # Lightning trips over a checkpoint of something else in many ways
+            wrong = f"{run_folder.LAST} cannot be continued from ({type(error).__name__}: {one_line(error)})"
+            raise UserError(f"--resume {folder}: {wrong}") from error
+        raise
     if trainer.is_global_zero:
         print_summary(console, folder, files, skipped)
     return 0
@@ -175,10 +202,9 @@ def default_output(options: RunOptions) -> str:
     return f"runs/{Path(options.data.rstrip('/')).name}-{options.model.replace('/', '_').replace(':', '_')}"
 
 
-def choose_preprocessing(options: RunOptions, data: ImageData) -> Preprocessing:
+def choose_preprocessing(options: RunOptions, data: ImageData, behind: Architecture) -> Preprocessing:
     """What the options say, else what the data know of themselves, else what the model was made for."""
-    config = timm.models.get_pretrained_cfg(options.model, allow_unregistered=True)
-    own = resolve_data_config(pretrained_cfg=config.to_dict() if config else {}, verbose=False)
+    own = resolve_data_config(args={"crop_pct": None}, pretrained_cfg=behind.pretrained_cfg, verbose=False)
     in_chans = options.in_chans or data.in_chans
     size = options.img_size or data.img_size or tuple(own["input_size"][-2:])
     size = (size, size) if isinstance(size, int) else size
@@ -193,15 +219,25 @@ def choose_preprocessing(options: RunOptions, data: ImageData) -> Preprocessing:
     return Preprocessing(size, in_chans, mean, std, interpolation, crop_pct, own["crop_mode"])
 
 
+def describe_model(options: RunOptions, class_names: list[str], prep: Preprocessing, behind: Architecture) -> ModelCard:
+    """What the run's files will say of its model; refused now where they could not be opened again."""
+    model_args = {**behind.model_args, **options.model_args}
+    model_args = {key: value for key, value in model_args.items() if key not in BUILDING}
+    if model_args:
+        with naming("--model_args"):
+            check_plain(model_args)
+            check_arguments(behind.name, model_args)
+    return ModelCard(behind.name, model_args, class_names, prep)
+
+
 def build_task(
     options: RunOptions, card: ModelCard, optim: OptimOptions, augment: AugmentOptions
 ) -> tuple[ClassificationTask, str]:
     """The model with its first weights, and a note on where they are from."""
     torch.manual_seed(options.seed)
     prep = card.preprocessing
-    model = build_model(
-        card.model, len(card.class_names), prep.in_chans, prep.img_size, card.model_args, options.pretrained
-    )
+    classes = len(card.class_names)
+    model = build_model(options.model, classes, prep.in_chans, prep.img_size, options.model_args, options.pretrained)
     note = "published weights" if options.pretrained else ""
     if options.checkpoint:
         note = load_start(model, Path(options.checkpoint))
@@ -213,7 +249,7 @@ def build_trainer(
 ) -> pl.Trainer:
     """Lightning's trainer, without the files and lines of its own."""
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **dataclasses.asdict(machine),
             max_epochs=optim.epochs,
             gradient_clip_val=optim.clip_grad,
@@ -230,6 +266,9 @@ def build_trainer(
     except Exception as error:  # Lightning's own errors, one kind for each option
         given = " ".join(f"--{key} {value}" for key, value in dataclasses.asdict(machine).items())
         raise UserError(f"{given}: not possible here: {error}") from error
+    if trainer.precision != machine.precision:  # Lightning takes another without asking
+        raise UserError(f"--precision {machine.precision}: needs a GPU; on the CPU give bf16-mixed or 32-true")
+    return trainer
 
 
 def write_config(options: Namespace, folder: Path) -> None:

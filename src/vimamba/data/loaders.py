@@ -20,6 +20,7 @@ from vimamba.data.transforms import (
     Preprocessing,
     Transform,
     eval_transform,
+    mix_seed,
     seeded,
     train_transform,
 )
@@ -41,7 +42,7 @@ class Draw(NamedTuple):
 
 
 class ImageDataset(Dataset):
-    """Decoded, transformed images. A file that cannot be decoded gives (None, its line)."""
+    """Decoded, transformed images. A file that cannot be decoded gives its line."""
 
     def __init__(self, samples: Samples, transform: Transform):
         self.samples, self.transform = samples, transform
@@ -84,15 +85,6 @@ class DrawSampler(Sampler):
                 yield Draw(index, mix_seed(self.seed, self.epoch, position, rank))
 
 
-def mix_seed(*parts: int) -> int:
-    """One 32-bit seed from several small numbers."""
-    value = 0x9E3779B9
-    for part in parts:
-        value = (value ^ (part & 0xFFFFFFFF)) * 0x85EBCA6B % 2**32
-        value ^= value >> 13
-    return value
-
-
 def collate(items: list[Any]) -> Batch:
     """A batch of what could be decoded."""
     good = [item for item in items if not isinstance(item, str)]
@@ -109,7 +101,8 @@ def default_workers(data: ImageData) -> int:
 class ImageDataModule(pl.LightningDataModule):
     """Loaders for training and validation on as many devices as there are.
 
-    Its state is the place in the run, so that training resumes at the next batch with the same images.
+    Its state is the place in the run, so that training resumes at the next batch with the same images; within an epoch
+    of shards, whose stream has no places, it resumes at that epoch's first images.
     """
 
     def __init__(
@@ -120,6 +113,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.data, self.prep, self.augment = data, prep, augment
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.epoch, self.batches_done = 0, 0
+        self._stream: Any = None  # of the training images, where they come in shards
 
     def state_dict(self) -> dict[str, int]:
         assert self.trainer is not None
@@ -134,8 +128,9 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         transform = train_transform(self.prep, self.augment)
         if hasattr(self.data.train, "stream"):
-            stream = self.data.train.stream(transform, True, self.batch_size, self.num_workers, self.seed)
-            return self._loader(stream, None, drop_last=True)
+            self._stream = self.data.train.stream(transform, True, self.batch_size, self.num_workers, self.seed)
+            self._stream.set_epoch(self.epoch)
+            return self._loader(self._stream, None, drop_last=True)
         dataset = ImageDataset(self.data.train, transform)
         ranks, rank = self._place()
         if self.augment.repeated_augmentation > 1:
@@ -145,6 +140,11 @@ class ImageDataModule(pl.LightningDataModule):
         sampler = DrawSampler(order, self.seed, self.epoch, self.batches_done * self.batch_size)
         # A last batch of one or two images gives noisy gradients; a data set smaller than a batch keeps it.
         return self._loader(dataset, sampler, drop_last=len(sampler) >= self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """To be called before each epoch. Lightning tells samplers of it; a stream of shards has none."""
+        if self._stream is not None:
+            self._stream.set_epoch(epoch)
 
     def val_dataloader(self) -> DataLoader:
         return self.eval_loader(self.data.val)

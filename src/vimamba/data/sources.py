@@ -158,6 +158,7 @@ def _hub_table(name: str, rest: str, names: list[str] | None) -> ImageData:
 
 
 def _read_names(path: str) -> list[str]:
+    require(Path(path).is_file(), f"--class_names {path}: is no file")  # a pipe would be waited for
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

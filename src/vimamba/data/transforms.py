@@ -15,7 +15,7 @@ from timm.data import create_transform
 from torchvision import transforms as tv
 
 from vimamba.data.decode import to_channels
-from vimamba.errors import UserError, require
+from vimamba.errors import UserError, require, shown
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -24,9 +24,18 @@ Transform = Callable[[Image.Image], torch.Tensor]
 MAX_ASPECT = 8
 
 
+MAX_SIDE = 8192  # pixels that a model may ask of an image's height or width, and half of those before the crop
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "border")
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What a trained model expects of its input; stored beside its weights."""
+    """What a trained model expects of its input; stored beside its weights.
+
+    Raises:
+        UserError: a value is of another kind or out of range; the message names it.
+    """
 
     img_size: tuple[int, int]
     in_chans: int
@@ -36,11 +45,45 @@ class Preprocessing:
     crop_pct: float = 0.9
     crop_mode: str = "center"
 
+    def __post_init__(self) -> None:
+        def numbers(values: Any, count: int) -> bool:
+            return isinstance(values, tuple) and len(values) == count and all(map(_is_finite, values))
+
+        size, most = self.img_size, f"from 1 to {MAX_SIDE} pixels"
+        whole = isinstance(size, tuple) and all(type(side) is int for side in size)
+        require(whole and len(size) == 2 and 1 <= min(size) <= max(size) <= MAX_SIDE, _wrong("img_size", size, most))
+        require(type(self.in_chans) is int and self.in_chans in (1, 3), _wrong("in_chans", self.in_chans, "1 or 3"))
+        per_channel = f"{self.in_chans} finite numbers"
+        require(numbers(self.mean, self.in_chans), _wrong("mean", self.mean, per_channel))
+        positive = numbers(self.std, self.in_chans) and min(self.std) > 0
+        require(positive, _wrong("std", self.std, f"{per_channel} above 0"))
+        require(
+            _is_finite(self.crop_pct) and 0.1 <= self.crop_pct <= 1 and max(size) / self.crop_pct <= 2 * MAX_SIDE,
+            _wrong("crop_pct", self.crop_pct, "a share of the image from 0.1 to 1"),
+        )
+        for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+            value = getattr(self, name)
+            require(isinstance(value, str) and value in known, _wrong(name, value, f"one of {', '.join(known)}"))
+
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+    def from_dict(cls, values: Any) -> Preprocessing:
         """From what `dataclasses.asdict` gave, read back from JSON (lists for tuples)."""
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return cls(**values)
+        known = [field.name for field in dataclasses.fields(cls)]
+        require(
+            isinstance(values, dict) and {*known[:4]} <= {*values} <= {*known},
+            f"preprocessing is {shown(values)}; it must have {', '.join(known)}",
+        )
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number, and a finite one in float32 too."""
+    return type(value) in (int, float) and abs(value) < 1e38
+
+
+def _wrong(name: str, value: Any, wanted: str) -> str:
+    return f"preprocessing: {name} is {shown(value)}; it must be {wanted}"
 
 
 @dataclasses.dataclass
@@ -182,3 +225,12 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def mix_seed(*parts: int) -> int:
+    """One 32-bit seed from several small numbers."""
+    value = 0x9E3779B9
+    for part in parts:
+        value = (value ^ (part & 0xFFFFFFFF)) * 0x85EBCA6B % 2**32
+        value ^= value >> 13
+    return value

@@ -3,53 +3,80 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import pickle
 import pickletools
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vimamba.errors import UserError
+from vimamba.errors import UserError, naming, one_line, shown
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The contents of a checkpoint file, .safetensors or a PyTorch file that holds only tensors and plain values.
 
-    Nothing in the file is ever executed; the official checkpoints' argparse.Namespace is allowed.
+    Nothing in the file is ever executed; the official checkpoints' argparse.Namespace is allowed. What a safetensors
+    file says of its model stands under `vimamba` beside `state_dict`, as in a checkpoint of `vimamba train`.
 
     Raises:
         UserError: there is no such file, it is not a checkpoint, it is damaged, or it asks to run code.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such checkpoint file")
+    if not path.is_file():  # opening a pipe or a device may wait for ever
+        raise UserError(f"{path}: is no regular file; give a checkpoint file")
+    no_checkpoint = f"{path}: not a PyTorch or safetensors checkpoint, or a damaged one"
+    if path.stat().st_size == 0:  # /proc has such files, and reading some of them waits for ever
+        raise UserError(f"{no_checkpoint} (it is empty, 0 bytes)")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         name = refused.group(1) if refused else _first_call(path)
         if name:
             raise UserError(f"{path}: refused, it asks to run {name} on loading; nothing was executed") from None
-        raise UserError(f"{path}: not a PyTorch or safetensors checkpoint, or a damaged one") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a PyTorch or safetensors checkpoint, or a damaged one ({reason})") from None
+        raise UserError(no_checkpoint) from None
+    except Exception as error:  # damaged files trip PyTorch's reader in a dozen ways
+        raise UserError(f"{no_checkpoint} ({one_line(error)})") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path}: holds a {type(contents).__name__}, not a state dict")
+    with naming(path):
+        state_dict_of(contents)
     return contents
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        described = (file.metadata() or {}).get("vimamba")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    return tensors if described is None else {"state_dict": tensors, "vimamba": json.loads(described)}
+
+
+def _read_torch(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        # torch.save never compresses, so nothing in the archive is larger than the file: a zip bomb is.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
+            sum(entry.file_size for entry in entries) > path.stat().st_size
+        ):
+            raise ValueError("its archive is compressed or holds more than the file; torch.save writes neither")
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _first_call(path: Path) -> str | None:
@@ -57,12 +84,13 @@ def _first_call(path: Path) -> str | None:
     strings: list[str] = []
     try:
         with path.open("rb") as file:
-            for instruction, argument, _ in pickletools.genops(file):
-                if instruction.name == "STACK_GLOBAL" and len(strings) >= 2:
-                    return ".".join(strings[-2:])
+            for instruction, argument, _ in itertools.islice(pickletools.genops(file), 100_000):
+                named = strings[-2:] if instruction.name == "STACK_GLOBAL" else str(argument).split(" ")
+                if instruction.name in ("STACK_GLOBAL", "GLOBAL") and len(named) == 2:
+                    return ".".join(named) if all(re.fullmatch(r"[\w.]{1,80}", part) for part in named) else None
                 if isinstance(argument, str):
                     strings.append(argument)
-    except (ValueError, IndexError):
+    except Exception:  # no pickle after all
         pass
     return None
 
@@ -71,35 +99,59 @@ def state_dict_of(contents: dict[str, Any]) -> dict[str, Tensor]:
     """The model's tensors in a checkpoint: under `model` or `state_dict`, or at the top.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or one of them is not plain numbers that the file holds.
     """
     for key in ("model", "state_dict"):
         if isinstance(contents.get(key), dict):
             contents = contents[key]
             break
-    tensors = {k.removeprefix("module."): v for k, v in contents.items() if isinstance(v, Tensor)}
-    if not tensors:
+    found = {name: value for name, value in contents.items() if isinstance(value, Tensor)}
+    for name, value in found.items():
+        if not isinstance(name, str):
+            raise UserError(f"the checkpoint names a tensor {shown(name)}, which is no text")
+        if value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_complex():
+            raise UserError(f"the checkpoint's tensor {shown(name)} is sparse, quantized, nested or complex")
+        # A file may claim billions of numbers that are views of a few, or that are not there at all.
+        if value.is_meta or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"the checkpoint's tensor {shown(name)} claims more numbers than the file holds")
+    if not found:
         raise UserError("the checkpoint holds no tensors")
-    return tensors
+    return {name.removeprefix("module."): value for name, value in found.items()}
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Load a state dict, or say in one sentence how it differs from the model.
+def check_fit(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Refuse a state dict whose names, shapes or kinds of numbers are not those of `own`, in one sentence.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: it is another model's.
     """
-    own = model.state_dict()
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
     for problem, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{source}: is of another model: it {problem} {', '.join(names[:3])}{more}")
-    if shapes:
-        name = min(shapes)
-        found, wanted = tuple(tensors[name].shape), tuple(own[name].shape)
-        raise UserError(f"{source}: is of another model: {name} has shape {found}, the model has {wanted}")
+            listed = ", ".join(shown(name).strip("'") for name in names[:3])
+            raise UserError(f"is of another model: it {problem} {listed}{more}")
+    for name in sorted(own):
+        found, wanted = tensors[name], own[name]
+        if found.shape != wanted.shape:
+            shapes = f"{name} has shape {tuple(found.shape)}, the model has {tuple(wanted.shape)}"
+            raise UserError(f"is of another model: {shapes}")
+        if found.is_floating_point() != wanted.is_floating_point():
+            raise UserError(f"{name} holds {found.dtype}, the model has {wanted.dtype}")
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Load a state dict, or say in one sentence why it cannot be.
+
+    Raises:
+        UserError: names or shapes differ from the model's, or a weight is not a finite number.
+    """
+    own = model.state_dict()
+    with naming(source):
+        check_fit(own, tensors)
+        for name, value in tensors.items():
+            if not value.to(own[name].dtype).isfinite().all():
+                raise UserError(f"{name} holds numbers that are infinite or not a number; these weights are broken")
     model.load_state_dict(tensors)
 
 
@@ -109,7 +161,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VIMAMBA_CACHE", default))
 
 
-def published_weights(hub_id: str, filename: str) -> dict[str, Tensor]:
+class OfficialWeights(dict[str, Tensor]):
+    """The state dict of an official checkpoint: all of them were trained on square images."""
+
+
+def published_weights(hub_id: str, filename: str) -> OfficialWeights:
     """The tensors of a published checkpoint, fetched once, converted, and cached as safetensors.
 
     Raises:
@@ -117,7 +173,7 @@ def published_weights(hub_id: str, filename: str) -> dict[str, Tensor]:
     """
     cached = cache_folder() / f"{hub_id.replace('/', '--')}--{Path(filename).stem}.safetensors"
     if cached.is_file():
-        return load_file(cached)
+        return OfficialWeights(load_file(cached))
     try:
         fetched = hf_hub_download(hub_id, filename)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -130,4 +186,4 @@ def published_weights(hub_id: str, filename: str) -> dict[str, Tensor]:
     partial = cached.with_suffix(f".{os.getpid()}.partial")
     save_file(tensors, partial)
     partial.replace(cached)
-    return tensors
+    return OfficialWeights(tensors)

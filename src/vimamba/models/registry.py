@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from argparse import Namespace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -14,7 +16,14 @@ from torch import Tensor, nn
 from vimamba.errors import UserError, nearest
 from vimamba.layers.pos_embed import resize_pos_embed
 from vimamba.layers.tokens import CLASS_TOKENS
-from vimamba.models.checkpoints import load_weights, published_weights, read_checkpoint, state_dict_of
+from vimamba.models.checkpoints import (
+    OfficialWeights,
+    load_weights,
+    published_weights,
+    read_checkpoint,
+    state_dict_of,
+)
+from vimamba.models.description import described_model
 from vimamba.models.pyramid import vim_pyramid_nano, vim_pyramid_small, vim_pyramid_tiny
 from vimamba.models.vision_mamba import VisionMamba
 
@@ -68,15 +77,37 @@ default_cfgs = generate_default_cfgs(
 
 
 def convert_checkpoint(contents: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """An official or our own checkpoint as a state dict for `model`, its position embedding resized to the model's."""
+    """An official or our own checkpoint as a state dict for `model`, its position embedding resized to the model's.
+
+    Raises:
+        UserError: the position embedding is of another size, and nothing tells which rows and columns it covers.
+    """
     tensors = {k: v for k, v in state_dict_of(contents).items() if not k.startswith("rope.")}
     pos_embed = tensors.get("pos_embed")
-    if isinstance(model, VisionMamba) and model.pos_embed is not None and pos_embed is not None:
-        patches = pos_embed.shape[1] - CLASS_TOKENS[model.class_token]
-        side = round(max(patches, 0) ** 0.5)
-        if pos_embed.shape != model.pos_embed.shape and side * side == patches:
-            tensors["pos_embed"] = resize_pos_embed(pos_embed, (side, side), model.grid, model.class_token)
+    if not isinstance(model, VisionMamba) or model.pos_embed is None or pos_embed is None:
+        return tensors
+    if pos_embed.ndim != 3 or pos_embed.shape[2] != model.embed_dim:
+        return tensors  # of another model, which loading says best
+    grid = _trained_grid(contents, pos_embed.shape[1] - CLASS_TOKENS[model.class_token], tensors)
+    if grid is None and pos_embed.shape != model.pos_embed.shape:
+        raise UserError(
+            f"pos_embed is for {pos_embed.shape[1]} tokens and the model has {model.pos_embed.shape[1]}, and a bare "
+            "state dict does not tell which rows and columns they cover: build the model with the img_size that it was "
+            "trained at, load it, and call model.set_input_size"
+        )
+    if grid is not None:
+        tensors["pos_embed"] = resize_pos_embed(pos_embed, grid, model.grid, model.class_token)
     return tensors
+
+
+def _trained_grid(contents: dict[str, Any], patches: int, tensors: dict[str, Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of patches that a checkpoint's position embedding covers, where the checkpoint tells."""
+    if contents.get("vimamba") is not None:
+        described = described_model(contents["vimamba"], tensors)
+        return described.grid if isinstance(described, VisionMamba) else None
+    official = isinstance(contents, OfficialWeights) or isinstance(contents.get("args"), Namespace)
+    side = math.isqrt(max(patches, 0))  # the official code trains on square images only
+    return (side, side) if official and side * side == patches else None
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

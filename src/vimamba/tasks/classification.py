@@ -7,13 +7,14 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 from torchmetrics import MeanMetric
 
-from vimamba.data.loaders import Batch, mix_seed
-from vimamba.data.transforms import AugmentOptions
+from vimamba.data.loaders import Batch, ImageDataModule
+from vimamba.data.transforms import AugmentOptions, mix_seed
 from vimamba.tasks.optim import OptimOptions, build_optimizer, lr_factor
 from vimamba.tasks.results import Evaluation, Results
 from vimamba.tasks.weights import ModelCard
@@ -76,6 +77,8 @@ class ClassificationTask(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.train_loss.reset()
+        if isinstance(module := self.trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
+            module.set_epoch(self.current_epoch)
 
     def on_validation_epoch_start(self) -> None:
         self.evaluation.reset()
@@ -89,8 +92,9 @@ class ClassificationTask(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         total_steps = int(self.trainer.estimated_stepping_batches)
-        # Gradient scaling of float16 unscales in its own step, which fused AdamW would do a second time.
-        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
+        # Fused AdamW unscales gradients in its own step: under mixed precision Lightning refuses to clip them before.
+        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        fused = self.device.type in ("cpu", "cuda") and not mixed
         optimizer = build_optimizer(self.model, self.optim, fused)
         factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, self.optim))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}

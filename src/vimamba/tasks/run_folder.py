@@ -18,12 +18,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from vimamba.errors import UserError, require
-from vimamba.models.checkpoints import read_checkpoint
+from vimamba.errors import UserError, naming, require, shown
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.figures import save_curves
 from vimamba.tasks.results import ClassResult
-from vimamba.tasks.weights import ModelCard, save_model
+from vimamba.tasks.weights import ModelCard, read_weights, save_model
 
 CONFIG, METRICS, WEIGHTS, CURVES, PER_CLASS = (
     "config.yaml",
@@ -81,22 +80,20 @@ def check_space(folder: Path, model: torch.nn.Module) -> None:
     )
 
 
-def check_resumable(folder: Path, card: ModelCard) -> dict[str, Any]:
-    """The last checkpoint of a run, if it is one of the model that its config describes."""
+def check_resumable(folder: Path, card: ModelCard) -> None:
+    """Refuse a run whose last checkpoint is not one of the model that its config describes."""
     require((folder / LAST).is_file(), f"--resume {folder}: holds no {LAST}; there is nothing to resume")
-    checkpoint = read_checkpoint(folder / LAST)
-    try:
-        saved = ModelCard.from_dict(checkpoint["vimamba"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"--resume {folder}: {LAST} is not a checkpoint of vimamba train") from error
+    tensors, described = read_weights(folder / LAST)
+    require(described is not None, f"--resume {folder}: {LAST} is not a checkpoint of vimamba train")
+    with naming(f"--resume {folder}: {LAST}"):
+        saved = ModelCard.from_dict(described, tensors)
     for what, then, now in (
         ("model", saved.model, card.model),
         ("--model_args", saved.model_args, card.model_args),
         ("number of classes", len(saved.class_names), len(card.class_names)),
         ("list of classes", saved.class_names, card.class_names),
     ):
-        require(then == now, f"--resume {folder}: the checkpoint's {what} is {then}, not {now}")
-    return checkpoint
+        require(then == now, f"--resume {folder}: the checkpoint's {what} is {shown(then)}, not {shown(now)}")
 
 
 class RunFolder(pl.Callback):
@@ -111,6 +108,7 @@ class RunFolder(pl.Callback):
         self.best: dict[str, Any] = {}
         self.best_classes: list[ClassResult] = []
         self.seconds = 0.0
+        self.started = False  # whether everything that a checkpoint brings has been taken in
         self.signum = 0
         self._handlers: dict[int, Any] = {}
         self._last_seen = 0.0
@@ -127,7 +125,7 @@ class RunFolder(pl.Callback):
         self.seconds = state_dict["seconds"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._last_seen = time.monotonic()
+        self._last_seen, self.started = time.monotonic(), True
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[signum] = signal.signal(signum, self._on_signal)

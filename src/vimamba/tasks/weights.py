@@ -6,24 +6,34 @@ import dataclasses
 import json
 import os
 import sys
+import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.models import _hub
 from torch import nn
 
 from vimamba.data.transforms import Preprocessing
-from vimamba.errors import UserError, nearest, require
+from vimamba.errors import UserError, naming, nearest, one_line, require, shown
 from vimamba.models.checkpoints import load_weights, read_checkpoint, state_dict_of
+from vimamba.models.description import MAX_TEXT, create, skeleton
 from vimamba.models.registry import convert_checkpoint
+
+HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, halves of letters, and separators of lines
+TURNS = {*"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}  # which make a text read otherwise than it is
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
-    """What a file of weights must say to be used: the model, its classes and its preprocessing."""
+    """What a file of weights must say to be used: the model, its classes and its preprocessing.
+
+    Raises:
+        UserError: the names of the classes are not distinct texts that can be shown.
+    """
 
     model: str
     model_args: dict[str, Any]
@@ -31,12 +41,39 @@ class ModelCard:
     preprocessing: Preprocessing
     trained: dict[str, Any] = dataclasses.field(default_factory=dict)  # data, epoch, top1: for people to read
 
+    def __post_init__(self) -> None:
+        names = self.class_names
+        require(isinstance(names, list) and bool(names), f"class_names is {shown(names)}; it must list texts")
+        for name in names:
+            readable = isinstance(name, str) and 0 < len(name) <= MAX_TEXT and not TURNS & {*name}
+            if not readable or any(unicodedata.category(letter) in HIDDEN for letter in name):
+                raise UserError(f"the class name {shown(name)} is no text of 1 to {MAX_TEXT} letters that can be shown")
+        if len(set(names)) < len(names):
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise UserError(f"class_names lists {shown(twice)} twice; classes must differ in their names")
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelCard:
-        return cls(**{**values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])})
+    def from_dict(cls, values: Any, tensors: dict[str, torch.Tensor]) -> ModelCard:
+        """A description that came with a file's tensors, held against them.
+
+        Raises:
+            UserError: it is damaged, says what it may not, or is not of these tensors.
+        """
+        wanted = {field.name for field in dataclasses.fields(cls)}
+        keys = set(values) if isinstance(values, dict) else set()
+        require(
+            wanted - {"trained"} <= keys <= wanted,
+            f"its description of the model is damaged: it must have {', '.join(sorted(wanted))}",
+        )
+        card = cls(**{**values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])})
+        skeleton(
+            card.model, card.model_args, len(card.class_names), card.preprocessing.in_chans,
+            card.preprocessing.img_size, tensors,
+        )  # fmt: skip
+        return card
 
     def build(self) -> nn.Module:
         prep = self.preprocessing
@@ -62,23 +99,41 @@ def build_model(
     """A vimamba or timm model; img_size goes to the models that take one."""
     check_model_name(name)
     given = {"num_classes": num_classes, "in_chans": in_chans, "pretrained": pretrained, **(model_args or {})}
-    sizes = [{"img_size": img_size}, {}] if img_size else [{}]
-    for size in sizes:
-        try:
-            return timm.create_model(name, **{**size, **given})
-        except TypeError as error:
-            if size and "img_size" in str(error):
-                continue
-            raise UserError(f"--model {name} with --model_args {model_args or {}}: {_one_line(error)}") from error
-        except Exception as error:  # each architecture checks its arguments, and the hub its network, in its own way
-            what = f"{name} with --model_args {model_args}" if model_args else name
-            what += " --pretrained" if pretrained else ""
-            raise UserError(f"--model {what}: cannot be built: {_one_line(error)}") from error
-    raise AssertionError("unreachable")
+    try:
+        return create(name, img_size, **given)
+    except TypeError as error:
+        raise UserError(f"--model {name} with --model_args {model_args or {}}: {one_line(error)}") from error
+    except Exception as error:  # each architecture checks its arguments, and the hub its network, in its own way
+        what = f"{name} with --model_args {model_args}" if model_args else name
+        what += " --pretrained" if pretrained else ""
+        raise UserError(f"--model {what}: cannot be built: {one_line(error)}") from error
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+class Architecture(NamedTuple):
+    """What `--model` stands for: a registered model, arguments besides those typed, its publisher's configuration."""
+
+    name: str
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+
+
+def architecture(name: str) -> Architecture:
+    """The registered model behind a name, which is all that a file may say; a hub model's is read off its page.
+
+    Raises:
+        UserError: the hub's page, or the folder, cannot be read.
+    """
+    source, colon, place = name.partition(":")
+    if not colon:
+        config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+        return Architecture(name, {}, config.to_dict() if config else {})
+    reader = {"hf-hub": "load_model_config_from_hf", "local-dir": "load_model_config_from_path"}.get(source, "")
+    require(hasattr(_hub, reader), f"--model {name}: give a name, hf-hub:OWNER/NAME or local-dir:FOLDER")
+    try:
+        config, registered, model_args = getattr(_hub, reader)(place)
+    except Exception as error:  # no network, no such page, no configuration on it
+        raise UserError(f"--model {name}: cannot be read: {one_line(error)}") from error
+    return Architecture(registered, dict(model_args or {}), dict(config or {}))
 
 
 def save_model(path: Path, model: nn.Module, card: ModelCard) -> None:
@@ -91,7 +146,7 @@ def save_model(path: Path, model: nn.Module, card: ModelCard) -> None:
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({_one_line(error)})") from error
+        raise UserError(f"{path}: cannot be written ({one_line(error)})") from error
 
 
 def _umask() -> int:
@@ -101,7 +156,10 @@ def _umask() -> int:
 
 
 def load_model(run: str | Path) -> tuple[nn.Module, ModelCard]:
-    """The model of a run's folder, of its model.safetensors or of one of its checkpoints."""
+    """The model of a run's folder, of its model.safetensors or of one of its checkpoints.
+
+    The file may be a stranger's: what it says is checked before anything is built, and nothing in it is executed.
+    """
     path = Path(run)
     if path.is_dir():
         require(
@@ -117,40 +175,27 @@ def load_model(run: str | Path) -> tuple[nn.Module, ModelCard]:
         described is not None,
         f"{path}: holds weights, but not vimamba's description of the model and its classes",
     )
-    assert described is not None
-    try:
-        card = ModelCard.from_dict(described)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: its description of the model is damaged ({_one_line(error)})") from error
+    with naming(path):
+        card = ModelCard.from_dict(described, tensors)
     model = card.build()
     load_weights(model, tensors, path)
     return model.eval(), card
 
 
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
     """Tensors by name, and vimamba's description if the file carries one; nothing in it is executed."""
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
     contents = read_checkpoint(path)
+    return _evaluated(contents), contents.get("vimamba")
+
+
+def _evaluated(contents: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint; of our own, which hold the whole task, the weights that were evaluated."""
     tensors = state_dict_of(contents)
-    # Of our own checkpoints, which hold the whole task, the weights that were evaluated.
-    for prefix in ("ema.module.", "model."):
+    for prefix in ("ema.module.", "model.") if "loops" in contents else ():  # Lightning's, of a whole task
         inner = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
         if inner:
-            tensors = inner
-            break
-    return tensors, contents.get("vimamba")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            described = (file.metadata() or {}).get("vimamba")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return tensors, json.loads(described) if described else None
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = "is empty (0 bytes)" if path.is_file() and path.stat().st_size == 0 else _one_line(error)
-        raise UserError(f"{path}: is truncated, damaged or no safetensors file ({reason})") from error
+            return inner
+    return tensors
 
 
 def load_start(model: nn.Module, path: Path) -> str:
@@ -158,14 +203,15 @@ def load_start(model: nn.Module, path: Path) -> str:
 
     Returns a note on what was done.
     """
-    tensors, _ = read_weights(path)
-    tensors = convert_checkpoint(tensors, model)
+    contents = read_checkpoint(path)
+    with naming(f"--checkpoint {path}"):
+        tensors = convert_checkpoint({**contents, "model": _evaluated(contents)}, model)
     # timm's convention: a model's module adapts the names and sizes of its published checkpoints.
     if adapt := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
         try:
             tensors = adapt(tensors, model)
         except Exception as error:  # it trips over checkpoints of other models in many ways
-            raise UserError(f"--checkpoint {path}: is not of this model ({_one_line(error)})") from error
+            raise UserError(f"--checkpoint {path}: is not of this model ({one_line(error)})") from error
     own, note = model.state_dict(), f"weights from {path}"
     head = [name for name in own if name.rsplit(".", 1)[0] in _classifiers(model)]
     if any(name in tensors and tensors[name].shape != own[name].shape for name in head):
