@@ -20,7 +20,7 @@ def build(
     model_class: type[nn.Module],
     variant: str,
     pretrained: bool,
-    out_indices: int | tuple[int, ...],
+    default_indices: int | tuple[int, ...],
     **kwargs: Any,
 ) -> nn.Module:
     """What `timm.create_model` gives for the model `variant`.
@@ -29,7 +29,7 @@ def build(
         model_class: to construct.
         variant: its name without a tag.
         pretrained: whether to load weights, from wherever the configuration says.
-        out_indices: the features that features_only takes, where none are asked for.
+        default_indices: the features that features_only takes, where none are asked for.
         **kwargs: of `build_model_with_cfg` and of the model.
 
     Raises:
@@ -43,7 +43,7 @@ def build(
         cfg = dataclasses.replace(cfg, state_dict=published_weights(str(cfg.hf_hub_id), str(cfg.hf_hub_filename)))
     elif pretrained and not any((cfg.state_dict, cfg.file, cfg.url, cfg.hf_hub_id)):
         raise UserError(f"no weights are published for {variant}; leave pretrained out")
-    features = {"out_indices": kwargs.pop("out_indices", out_indices), "feature_cls": "getter"}
+    features = {"out_indices": kwargs.pop("out_indices", default_indices), "feature_cls": "getter"}
     with torch.serialization.safe_globals([argparse.Namespace]):  # what the official files hold beside tensors
         model = build_model_with_cfg(
             model_class, variant, pretrained, pretrained_cfg=cfg, feature_cfg=features, **kwargs

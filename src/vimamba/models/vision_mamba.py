@@ -311,7 +311,8 @@ class VisionMamba(TokenBackbone):
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images (batch, in_chans, height, width) to tokens with class tokens and positions, and the grid."""
-        tokens, grid = self.patch_embed(x), self.patch_embed.grid_size(x.shape[2], x.shape[3])
+        grid = self.patch_embed.grid_size(x.shape[2], x.shape[3])
+        tokens = self.patch_embed(x)
         if self.sincos:
             tokens = tokens + sincos_pos_embed(self.embed_dim, grid, self.grid, tokens.device).to(tokens.dtype)
         own = self._class_tokens()
