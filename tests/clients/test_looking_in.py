@@ -103,24 +103,30 @@ def test_captum_attributes_a_layer():
     assert saliency.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["vim_nano", "vim_pyramid_nano"])
-def test_smp_segments(name):
+def test_smp_dense_prediction_reads_the_class_token():
     smp = pytest.importorskip("segmentation_models_pytorch")
-    if name == "vim_nano":
-        encoder = dict(encoder_depth=4, decoder_readout="cat", dynamic_img_size=False)
-        encoder.pop("dynamic_img_size")
-        model = smp.DPT(f"tu-{name}", encoder_weights=None, classes=3, decoder_intermediate_channels=(8, 8, 8, 8), **encoder)
-        assert model.encoder.has_prefix_tokens
-        seen = []
-        block = model.decoder.projection_blocks[0] if hasattr(model.decoder, "projection_blocks") else model.decoder
-        block.register_forward_pre_hook(lambda m, args: seen.append(args))
-    else:
-        model = smp.Unet(f"tu-{name}", encoder_weights=None, classes=3, decoder_channels=(16, 8, 8, 8), encoder_depth=4)
-    x = images(2, 64, 64)
-    out = model.train()(x)
-    assert out.shape[:2] == (2, 3)
+    decoder = dict(decoder_readout="cat", decoder_intermediate_channels=(8, 8, 8, 8), decoder_fusion_channels=8)
+    model = smp.DPT("tu-vim_nano", encoder_depth=4, encoder_weights=None, classes=3, stride=4, img_size=32, **decoder)
+    read = []
+    block = model.decoder.projection_blocks[3]
+    block.register_forward_pre_hook(lambda m, args: read.append(args[1][:, 0]))
+    out = model(images(2, 64, 64))
+    assert out.shape == (2, 3, 64, 64)
+    encoder = model.encoder.model
+    stream = encoder.forward_intermediates(images(2, 64, 64), [5], output_fmt="NLC", norm=True, intermediates_only=True)
+    assert stream[0].shape == (2, 256, 64)
+    pooled = encoder.forward_head(encoder.forward_features(images(2, 64, 64)), pre_logits=True)
+    torch.testing.assert_close(encoder.norm_f(read[0]), pooled)
     out.sum().backward()
-    assert model.encoder.model is not None
+    assert encoder.cls_token.grad.abs().sum() > 0
+
+
+def test_smp_unet_on_the_pyramid():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = smp.Unet("tu-vim_pyramid_nano", encoder_weights=None, classes=3, decoder_channels=(16, 8, 8, 8, 8))
+    out = model(images(2, 64, 96))
+    assert out.shape == (2, 3, 64, 96)
+    out.sum().backward()
 
 
 def test_the_class_token_comes_first_of_the_prefix_tokens():
