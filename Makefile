@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: install demo test lint types bench clean
+.PHONY: install demo test test-timm lint types bench clean
 
 install: $(VENV)/installed
 
@@ -24,6 +24,14 @@ demo: install
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# timm's own tests of a model, from its source distribution, for every model of ours; about ten minutes.
+TIMM := 1.0.31
+TIMM_TESTS := build/timm
+test-timm: install
+	$(BIN)/python -m tests.timm_suite.prepare $(TIMM_TESTS) $(TIMM)
+	$(BIN)/python -m pytest -q -p tests.timm_suite.plugin -c $(TIMM_TESTS)/timm-$(TIMM)/pyproject.toml \
+		--rootdir $(TIMM_TESTS) $(TIMM_TESTS)/test_models.py -W ignore
 
 lint: install
 	$(BIN)/ruff check .

@@ -74,7 +74,7 @@ def test_the_loss_alone_reaches_the_gates_only_through_their_inputs(model):
 
 def test_compiled_models_hand_the_gates_out(model):
     value, grads = losses(model)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     found, compiled_grads = losses(model, compiled)
     assert found == pytest.approx(value, rel=1e-4)
     for plain, compiled_grad in zip(grads, compiled_grads, strict=True):

@@ -281,6 +281,7 @@ class BidirectionalMixer(nn.Module):
                 y = self._mixed(xz_BLE, ways, gates, reverse)
             else:
                 way = route(path, _needed(layout, f'paths: "{path.name}"'), xz_BLE)
+                assert way is not None
                 if gates is not None and self.gate is not None and self.gate.level == "token":
                     gates = gates.index_select(1, way.order)
                 y = self._mixed(xz_BLE.index_select(1, way.order), ways, gates, reverse).index_select(1, way.rank)
@@ -293,11 +294,12 @@ class BidirectionalMixer(nn.Module):
         scale = 1.0 if self.merge == "sum" else 1 / len(self.ways)
         if all(self._fusible(way) for way in ways):
             return mixer(xz_BLE, [self._direction(way, reverse) for way in ways], scale, gates, skip=self._skips())
+        modules: dict[str, Any] = self._modules
         parts = [
             composed.Modules(
-                None if self.conv2d is not None else self._modules[way.conv1d],  # type: ignore[arg-type]
-                self._modules[way.x_proj],  # type: ignore[arg-type]
-                self._modules[way.dt_proj],  # type: ignore[arg-type]
+                modules[way.conv1d] if self.conv2d is None else None,
+                modules[way.x_proj],
+                modules[way.dt_proj],
                 getattr(self, way.A_log),
                 getattr(self, way.D),
                 way.conv_reverse != reverse,

@@ -20,7 +20,7 @@ from vimamba.layers.tokens import Layout, Places, split_tokens, take_tokens
 try:
     from timm.models._input import update_model_input_size
 except ImportError:  # timm before 1.0.31 keeps no record of the size
-    update_model_input_size = None
+    update_model_input_size = None  # type: ignore[assignment]
 
 
 def check_mixer_args(owner: type[nn.Module], given: Mapping[str, Any], own: Sequence[str] = ()) -> None:
