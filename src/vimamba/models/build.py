@@ -35,9 +35,8 @@ def build(
     Raises:
         UserError: no weights are published for the model, or they cannot be fetched.
     """
-    cfg = resolve_pretrained_cfg(
-        variant, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-    )
+    given, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    cfg: Any = resolve_pretrained_cfg(variant, given, overlay)
     official = pretrained and _is_official(cfg)
     if official:
         cfg = dataclasses.replace(cfg, state_dict=published_weights(str(cfg.hf_hub_id), str(cfg.hf_hub_filename)))
@@ -45,7 +44,7 @@ def build(
         raise UserError(f"no weights are published for {variant}; leave pretrained out")
     features = {"out_indices": kwargs.pop("out_indices", default_indices), "feature_cls": "getter"}
     with torch.serialization.safe_globals([argparse.Namespace]):  # what the official files hold beside tensors
-        model = build_model_with_cfg(
+        model: Any = build_model_with_cfg(
             model_class, variant, pretrained, pretrained_cfg=cfg, feature_cfg=features, **kwargs
         )
     if official:
