@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: install demo test test-sanitized lint types bench clean
+.PHONY: install demo test test-sanitized test-timm lint types bench clean
 
 install: $(VENV)/installed
 
@@ -34,6 +34,14 @@ test-sanitized: install
 	$(BIN)/cmake --build build/sanitized
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 VIMAMBA_CPU_LIBRARY=build/sanitized/_kernels.so FUZZ_CASES=400 \
 	  $(BIN)/python -m pytest tests/ops/test_cpu_kernels.py tests/ops/test_fuzz.py
+
+# timm's own tests of a model, from its source distribution, for every model of ours; about ten minutes.
+TIMM := 1.0.31
+TIMM_TESTS := build/timm
+test-timm: install
+	$(BIN)/python -m tests.timm_suite.prepare $(TIMM_TESTS) $(TIMM)
+	$(BIN)/python -m pytest -q -p tests.timm_suite.plugin -c $(TIMM_TESTS)/timm-$(TIMM)/pyproject.toml \
+		--rootdir $(TIMM_TESTS) $(TIMM_TESTS)/test_models.py -W ignore
 
 lint: install
 	$(BIN)/ruff check .

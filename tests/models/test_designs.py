@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vimamba import VisionMamba
+from vimamba.layers.gate import collect_gates
 from vimamba.layers.pos_embed import sincos_pos_embed
 from vimamba.models.registry import count_flops
 from vimamba.ops import backends, mixer
@@ -169,8 +170,9 @@ def test_a_threshold_skips_the_directions_of_the_images_that_do_not_need_them(mo
             return mixer(xz, directions, scale, gates, skip=skip)
 
         monkeypatch.setattr("vimamba.layers.mixer.mixer", count)
-        skipped = model(batch)
-        kept = sum(int((layer.mixer.gate.latest >= 0.25).sum()) for layer in model.layers)
+        with collect_gates() as gates:
+            skipped = model(batch)
+        kept = sum(int((gate >= 0.25).sum()) for gate in gates)
         assert sum(counted) == kept < 4 * 4 * 4  # images × layers × directions
         assert not torch.allclose(skipped, whole)
         torch.testing.assert_close(torch.cat([model(image[None]) for image in batch]), skipped, rtol=1e-4, atol=1e-5)
@@ -187,21 +189,25 @@ def test_training_never_skips():
 
 def test_the_gate_loss_has_layers_choose():
     model = build(merge="gate", gate_sparsity=0.1).train()
-    model(images())
-    assert float(model.gate_loss().detach()) == pytest.approx(0.1)  # undecided at the start
+    with collect_gates() as gates:
+        model(images())
+    assert float(model.gate_loss(gates).detach()) == pytest.approx(0.1)  # undecided at the start
     model = opened_gates().train()
     model.gate_sparsity = 0.1
     losses = []
     for _ in range(2):
-        model(images())
-        loss = model.gate_loss()
+        with collect_gates() as gates:
+            model(images())
+        loss = model.gate_loss(gates)
         loss.backward()
         losses.append(float(loss.detach()))
         with torch.no_grad():
             for layer in model.layers:
                 layer.mixer.gate.proj.weight -= 2 * layer.mixer.gate.proj.weight.grad
     assert losses[1] < losses[0] < 0.1
-    assert build().gate_loss() == 0.0
+    with collect_gates() as gates:
+        build()(images())
+    assert build().gate_loss(gates) == 0.0
 
 
 def test_fixed_positions_tell_rows_from_columns_and_are_not_learned():

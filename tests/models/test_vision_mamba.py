@@ -205,10 +205,11 @@ def test_mixed_precision_trains_without_a_nan(dtype, steps):
 
 def test_residual_stays_in_float32_under_autocast():
     model, seen = small(), []
-    model.layers[1].register_forward_hook(lambda m, args, out: seen.append((args[1].dtype, out[1].dtype, out[0].dtype)))
+    model.layers[1].register_forward_hook(lambda m, args, out: seen.append((args[0].dtype, out.dtype)))
+    model.layers[1].mixer.register_forward_hook(lambda m, args, out: seen.append((args[0].dtype, out.dtype)))
     with torch.autocast("cpu", torch.bfloat16):
         model(images(1, 3, 32, 32))
-    assert seen == [(torch.float32, torch.float32, torch.bfloat16)]
+    assert seen == [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]
 
 
 @pytest.mark.parametrize(

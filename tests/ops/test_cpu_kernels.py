@@ -318,6 +318,7 @@ def test_the_operators_themselves_refuse_sizes_that_they_would_read_beyond():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux does")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer's allocator ends the process")
 def test_a_failed_allocation_leaves_nothing_behind():
     """Working memory that cannot be had is an error, and the next call, smaller or larger, has its own."""
     script = """

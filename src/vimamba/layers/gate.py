@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vimamba.layers.options import check_choice, check_number
+
 LEVELS = ("image", "token")
+
+
+class _Collectors(threading.local):
+    """The lists that the forward passes of this thread add their gates to."""
+
+    def __init__(self) -> None:
+        self.open: list[list[Tensor]] = []
+
+
+_collectors = _Collectors()
+
+
+@contextmanager
+def collect_gates() -> Iterator[list[Tensor]]:
+    """Collect the gates of the forward passes inside, one tensor a gated layer, in a list.
+
+    In training they carry their gradient, for `gate_loss`. What the backward pass computes again is no forward pass.
+    Data parallel replicas that run in threads of their own are not seen; processes are, each by its own.
+    """
+    gates: list[Tensor] = []
+    _collectors.open.append(gates)
+    try:
+        yield gates
+    finally:
+        _collectors.open.pop()
 
 
 class DirectionGate(nn.Module):
@@ -20,31 +51,77 @@ class DirectionGate(nn.Module):
         dim: token channels.
         directions: how many there are.
         level: "image" (from the mean of the tokens) or "token".
+        device, dtype: of the weights.
     """
 
-    def __init__(self, dim: int, directions: int, level: str = "image") -> None:
+    def __init__(
+        self,
+        dim: int,
+        directions: int,
+        level: str = "image",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        check_choice("gate", level, LEVELS)
         self.level = level
         self.threshold = 0.0
         """In evaluation, a direction whose gate for an image is under this is not computed."""
-        self.latest: Tensor | None = None
-        """The gates of the latest forward pass, for the sparsity loss and for looking at."""
-        self.proj = nn.Linear(dim, directions)
+        self.proj = nn.Linear(dim, directions, device=device, dtype=dtype)
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x_BLE: Tensor) -> Tensor:
-        """Normalised tokens (batch, length, dim) to gates (batch, length or 1, directions)."""
+        """Normalised tokens (batch, length, dim) to gates (batch, length or 1, directions), in float32."""
         pooled = x_BLE.mean(1, keepdim=True) if self.level == "image" else x_BLE
         gates = self.proj(pooled).float().softmax(-1)
-        if self.training:
-            self.latest = gates
-        elif not torch.compiler.is_compiling():  # an exported graph has nowhere to keep them
-            self.latest = gates.detach()
+        _collect(gates)
         return gates
 
-    def indecision(self) -> Tensor | None:
-        """The entropy of the latest gates, from 0 (one direction alone) to 1 (all alike); None before any."""
-        if self.latest is None:
-            return None
-        return torch.special.entr(self.latest).sum(-1).mean() / math.log(self.latest.shape[-1])
+
+def _collect(gates: Tensor) -> None:
+    # An exported graph has nowhere to keep them, a compiled one hands them out.
+    if _collectors.open and isinstance(gates, Tensor) and not torch.compiler.is_exporting() and not _in_backward():
+        for collected in _collectors.open:
+            collected.append(gates)
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def indecision(gates: Sequence[Tensor]) -> Tensor:
+    """The mean entropy of the layers' gates, from 0 (one direction alone) to 1 (all alike)."""
+    return torch.stack([torch.special.entr(g).sum(-1).mean() / math.log(g.shape[-1]) for g in gates]).mean()
+
+
+class GatedModel(nn.Module):
+    """What models whose mixers may be gated have in common."""
+
+    gate_sparsity: float
+
+    def _gates(self) -> list[DirectionGate]:
+        return [module for module in self.modules() if isinstance(module, DirectionGate)]
+
+    def set_gate_threshold(self, threshold: float) -> None:
+        """In evaluation, skip each direction of a layer whose gate for an image is under `threshold` (0 to 1).
+
+        Raises:
+            ValueError: there are no gates, or they are the tokens', not the image's.
+        """
+        if not self._gates() or self._gates()[0].level != "image":
+            raise ValueError('merge="gate" with gate="image" is needed to skip directions')
+        check_number("threshold", threshold, 0, 1)
+        for gate in self._gates():
+            gate.threshold = threshold
+
+    def gate_loss(self, gates: Sequence[Tensor]) -> Tensor | float:
+        """`gate_sparsity` times the mean entropy of gates from `collect_gates`, for the loss; 0 if there are none.
+
+            with collect_gates() as gates:
+                logits = model(images)
+            loss = cross_entropy(logits, targets) + model.gate_loss(gates)
+
+        It is lowest where each layer has chosen one direction for each image, so that skipping the others costs little.
+        """
+        return self.gate_sparsity * indecision(gates) if gates and self.gate_sparsity else 0.0

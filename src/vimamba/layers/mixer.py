@@ -11,12 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimamba.layers import recompute
-from vimamba.layers.gate import DirectionGate
-from vimamba.layers.linear import Linear
+from vimamba.layers import composed, recompute
+from vimamba.layers.gate import LEVELS, DirectionGate
+from vimamba.layers.intact import intact, watched
+from vimamba.layers.options import check_choice, check_number, check_whole
 from vimamba.layers.paths import Path, parse_paths, route
-from vimamba.layers.tokens import Layout, insert_tokens, split_tokens
-from vimamba.ops import Direction, mixer
+from vimamba.layers.tokens import Layout, insert_tokens, split_tokens, with_token
+from vimamba.ops import Direction, linear, mixer
+
+for _leaf in ("insert_tokens", "mixer", "route", "split_tokens", "with_token"):
+    torch.fx.wrap(_leaf)  # a symbolic trace calls these as they are
 
 MODES = ("none", "ssm", "ssm_conv")
 MERGES = ("mean", "sum", "gate")
@@ -83,6 +87,10 @@ class BidirectionalMixer(nn.Module):
         conv_bias: bias of the convolution.
         bias: bias of the input and output projections.
         layer_scale: initial value of a learned factor on each output channel, or None for no such factor.
+        device, dtype: of the weights.
+
+    Raises:
+        ValueError: an argument is impossible; the message names it.
     """
 
     def __init__(
@@ -107,8 +115,34 @@ class BidirectionalMixer(nn.Module):
         conv_bias: bool = True,
         bias: bool = False,
         layer_scale: float | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, value, allowed in (
+            ("mode", mode, MODES),
+            ("merge", merge, MERGES),
+            ("path_weights", path_weights, PATH_WEIGHTS),
+            ("gate", gate, LEVELS),
+            ("conv", conv, CONVS),
+            ("dt_init", dt_init, ("random", "constant")),
+        ):
+            check_choice(name, value, allowed)
+        for name, size in (("dim", dim), ("d_state", d_state), ("d_conv", d_conv)):
+            check_whole(name, size)
+        for name, number in (("expand", expand), ("dt_min", dt_min), ("dt_max", dt_max), ("dt_scale", dt_scale)):
+            check_number(name, number, above=True)
+        check_number("dt_init_floor", dt_init_floor)
+        if layer_scale is not None:
+            check_number("layer_scale", layer_scale, -math.inf)
+        if dt_max < dt_min:
+            raise ValueError(f"dt_max must not be below dt_min={dt_min}, got {dt_max}")
+        inner = int(expand * dim)
+        if inner < 1:
+            raise ValueError(f"expand={expand} leaves no inner channel of dim={dim}")
+        if dt_rank != "auto":
+            check_whole("dt_rank", dt_rank)
+        rank = math.ceil(dim / 16) if dt_rank == "auto" else int(dt_rank)
         self.mode, self.merge = mode, merge
         self.paths = parse_paths(paths)
         self.ways = ways_of(self.paths, mode, path_weights)
@@ -117,25 +151,25 @@ class BidirectionalMixer(nn.Module):
             raise ValueError("pooled_token stands in front of one direction along the rows, but the mixer has others")
         if merge == "gate" and len(self.ways) == 1:
             raise ValueError('merge="gate" needs two directions or more to choose from, but the mixer has one')
-        inner = int(expand * dim)
-        rank = math.ceil(dim / 16) if dt_rank == "auto" else int(dt_rank)
-        self.in_proj = Linear(dim, 2 * inner, bias=bias)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=bias, **dd)
         for way in {way.D: way for way in self.ways}.values():
             if conv == "1d":
-                causal = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias)
+                causal = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias, **dd)
                 setattr(self, way.conv1d, causal)
-            dt_proj = nn.Linear(rank, inner)
+            dt_proj = nn.Linear(rank, inner, **dd)
             _init_dt(dt_proj, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
-            setattr(self, way.x_proj, nn.Linear(inner, rank + 2 * d_state, bias=False))
+            setattr(self, way.x_proj, nn.Linear(inner, rank + 2 * d_state, bias=False, **dd))
             setattr(self, way.dt_proj, dt_proj)
-            setattr(self, way.D, nn.Parameter(torch.ones(inner)))
+            setattr(self, way.D, nn.Parameter(torch.ones(inner, **dd)))
         for name in dict.fromkeys(way.A_log for way in self.ways):
-            steps = torch.arange(1, d_state + 1, dtype=torch.float32)
-            setattr(self, name, nn.Parameter(steps.log().repeat(inner, 1)))
-        self.conv2d = nn.Conv2d(inner, inner, 3, groups=inner, padding=1, bias=conv_bias) if conv == "2d" else None
-        self.gate = DirectionGate(dim, len(self.ways), gate) if merge == "gate" else None
-        self.out_proj = Linear(inner, dim, bias=bias)
-        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
+            steps = torch.arange(1, d_state + 1, dtype=torch.float32, device=device)
+            setattr(self, name, nn.Parameter(steps.log().repeat(inner, 1).to(dtype or torch.get_default_dtype())))
+        two = conv == "2d"
+        self.conv2d = nn.Conv2d(inner, inner, 3, groups=inner, padding=1, bias=conv_bias, **dd) if two else None
+        self.gate = DirectionGate(dim, len(self.ways), gate, **dd) if merge == "gate" else None
+        self.out_proj = nn.Linear(inner, dim, bias=bias, **dd)
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale), **dd))
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that keep their scale: A and D of every direction, and the biases that set the time scale."""
@@ -185,16 +219,16 @@ class BidirectionalMixer(nn.Module):
         if self.pooled_token:
             mean = x.mean(1, keepdim=True)
             x, again = torch.cat([x, mean] if backward else [mean, x], dim=1), None
-            layout = layout and layout.with_token(x.shape[1] - 1 if backward else 0)
-        xz = self.in_proj(x)
+            layout = None if layout is None else with_token(layout, x.shape[1] - 1 if backward else 0)
+        xz = _project(self.in_proj, x)
         if self.conv2d is not None:
             xz = self._convolve_grid(xz, _needed(layout, 'conv="2d"'))
         keeping: AbstractContextManager = nullcontext()
-        if recompute.pays(x) and self.conv2d is None:
+        if recompute.pays(x) and self.conv2d is None and intact(self.in_proj, nn.Linear):
             keeping = recompute.instead_of(xz, self._projection(x, again, xz.dtype))
         with keeping:
             y = self._merged(xz, self._weights(gates), reverse, layout)
-        out = self.out_proj(y)
+        out = _project(self.out_proj, y)
         if self.pooled_token:
             out = out[:, :-1] if backward else out[:, 1:]
         return out if self.gamma is None else out * self.gamma
@@ -228,7 +262,7 @@ class BidirectionalMixer(nn.Module):
             return None
         if self._skips():
             kept_BLG = gates_BLG * (gates_BLG >= self.gate.threshold)
-            total_BL1 = kept_BLG.sum(-1, keepdim=True).clamp(min=torch.finfo(gates_BLG.dtype).tiny)
+            total_BL1 = kept_BLG.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
             all_kept_BL1 = (kept_BLG > 0).all(-1, keepdim=True)
             gates_BLG = torch.where(all_kept_BL1, gates_BLG, kept_BLG / total_BL1)
         return len(self.ways) * gates_BLG
@@ -238,24 +272,57 @@ class BidirectionalMixer(nn.Module):
 
     def _merged(self, xz_BLE: Tensor, weights_BLG: Tensor | None, reverse: bool, layout: Layout | None) -> Tensor:
         """The sum or mean over all directions: one call, and at most one gather each way, for each path."""
-        scale = 1.0 if self.merge == "sum" else 1 / len(self.ways)
         total: Tensor | None = None
         for path in self.paths:
             along = [i for i, way in enumerate(self.ways) if way.path is path]
-            directions = [self._direction(self.ways[i], reverse) for i in along]
             gates = None if weights_BLG is None else weights_BLG[..., along[0] : along[-1] + 1]
+            ways = [self.ways[i] for i in along]
             if path.along_rows:
-                y = mixer(xz_BLE, directions, scale, gates, skip=self._skips())
+                y = self._mixed(xz_BLE, ways, gates, reverse)
             else:
                 way = route(path, _needed(layout, f'paths: "{path.name}"'), xz_BLE)
                 assert way is not None
-                if gates is not None and gates.shape[1] > 1:
+                if gates is not None and self.gate is not None and self.gate.level == "token":
                     gates = gates.index_select(1, way.order)
-                y = mixer(xz_BLE.index_select(1, way.order), directions, scale, gates, skip=self._skips())
-                y = y.index_select(1, way.rank)
+                y = self._mixed(xz_BLE.index_select(1, way.order), ways, gates, reverse).index_select(1, way.rank)
             total = y if total is None else total + y
         assert total is not None
         return total
+
+    def _mixed(self, xz_BLE: Tensor, ways: list[Way], gates: Tensor | None, reverse: bool) -> Tensor:
+        """The directions of one path, whose tokens lie in order: fused, unless a module was replaced or is hooked."""
+        scale = 1.0 if self.merge == "sum" else 1 / len(self.ways)
+        if all(self._fusible(way) for way in ways):
+            return mixer(xz_BLE, [self._direction(way, reverse) for way in ways], scale, gates, skip=self._skips())
+        modules: dict[str, Any] = self._modules
+        parts = [
+            composed.Modules(
+                modules[way.conv1d] if self.conv2d is None else None,
+                modules[way.x_proj],
+                modules[way.dt_proj],
+                getattr(self, way.A_log),
+                getattr(self, way.D),
+                way.conv_reverse != reverse,
+                way.scan_reverse != reverse,
+            )
+            for way in ways
+        ]
+        return composed.mixer(xz_BLE, parts, scale, gates)
+
+    def _fusible(self, way: Way) -> bool:
+        modules: dict[str, Any] = self._modules
+        return (
+            intact(modules[way.x_proj], nn.Linear)
+            and intact(modules[way.dt_proj], nn.Linear)
+            and (self.conv2d is not None or intact(modules[way.conv1d], nn.Conv1d))
+        )
+
+
+def _project(module: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer, by the kernels of `ops.linear` where it is one."""
+    if isinstance(module, nn.Linear) and intact(module, nn.Linear) and not watched(x):
+        return linear(x, module.weight, module.bias)
+    return module(x)
 
 
 def _needed(layout: Layout | None, what: str) -> Layout:
@@ -271,11 +338,10 @@ def _init_dt(
     bound = dt_proj.in_features**-0.5 * dt_scale
     if dt_init == "constant":
         nn.init.constant_(dt_proj.weight, bound)
-    elif dt_init == "random":
-        nn.init.uniform_(dt_proj.weight, -bound, bound)
     else:
-        raise ValueError(f'dt_init must be "random" or "constant", got {dt_init!r}')
+        nn.init.uniform_(dt_proj.weight, -bound, bound)
     low, high = math.log(dt_min), math.log(dt_max)
-    dt = torch.exp(torch.rand(dt_proj.out_features) * (high - low) + low).clamp(min=dt_init_floor)
+    random = torch.rand(dt_proj.out_features, dtype=torch.float32, device=dt_proj.bias.device)
+    dt = torch.exp(random * (high - low) + low).clamp(min=dt_init_floor)
     with torch.no_grad():
         dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+
+from vimamba.layers.options import check_whole
+
+torch.fx.wrap("patch_grid")  # a symbolic trace calls it as it is: it looks at the sizes
+
+
+def patch_grid(height: int, width: int, patch: tuple[int, int], stride: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches of an image; a remainder at the bottom and right edges is not seen.
+
+    Raises:
+        ValueError: the image is smaller than a patch.
+    """
+    if torch.jit.is_tracing():  # sizes are tensors there
+        height, width = int(height), int(width)
+    if height < patch[0] or width < patch[1]:
+        raise ValueError(f"the image is {height}×{width} pixels, smaller than one patch of {patch[0]}×{patch[1]}")
+    return (height - patch[0]) // stride[0] + 1, (width - patch[1]) // stride[1] + 1
 
 
 class PatchEmbed(nn.Module):
@@ -13,29 +33,29 @@ class PatchEmbed(nn.Module):
         embed_dim: token channels.
         patch_size: height and width of a patch, pixels.
         stride: distance between neighbouring patches, pixels.
+        device, dtype: of the weights.
     """
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int], stride: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        embed_dim: int,
+        patch_size: tuple[int, int],
+        stride: tuple[int, int],
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        check_whole("in_chans", in_chans)
+        check_whole("embed_dim", embed_dim)
         self.patch_size = patch_size
         self.stride = stride
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride)
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, device=device, dtype=dtype)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image; a remainder at the bottom and right edges is not seen.
+        """The rows and columns of tokens of an image, see `patch_grid`."""
+        return patch_grid(height, width, self.patch_size, self.stride)
 
-        Raises:
-            ValueError: the image is smaller than a patch.
-        """
-        if height < self.patch_size[0] or width < self.patch_size[1]:
-            raise ValueError(
-                f"the image is {height}×{width} pixels, smaller than one patch of "
-                f"{self.patch_size[0]}×{self.patch_size[1]}"
-            )
-        (patch_h, patch_w), (step_h, step_w) = self.patch_size, self.stride
-        return (height - patch_h) // step_h + 1, (width - patch_w) // step_w + 1
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(batch, in_chans, height, width) to (batch, rows * columns, embed_dim) in row order, and the grid."""
-        grid = self.grid_size(x.shape[2], x.shape[3])
-        return self.proj(x).flatten(2).transpose(1, 2), grid
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, height, width) to (batch, rows * columns, embed_dim) in row order."""
+        return self.proj(x).flatten(2).transpose(1, 2)

@@ -35,13 +35,6 @@ class LayerPlan:
         return self.directions == 1 and self.paths[0].along_rows
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise ValueError unless the argument `name` has one of the allowed values."""
-    if value not in allowed:
-        choices = ", ".join(repr(a) for a in allowed)
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}{nearest(value, allowed)}")
-
-
 def layer_modes(bidirectional: str | Sequence[str], depth: int) -> list[str]:
     """The mode of each layer, from one mode, a list of them, or a rule: "every 2nd", "first 4", "ssm last 8".
 

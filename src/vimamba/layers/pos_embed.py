@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import resample_abs_pos_embed
+import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from vimamba.layers.tokens import class_positions, insert_tokens, split_tokens
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], class_token: str) -> Tensor:
     """Interpolate a position embedding (1, length, dim) from one grid to another; class tokens keep their own."""
-    if old == new:
+    # To ask a graph of any size whether its grid is this one would fix it. Interpolating equal grids changes nothing.
+    if statically_known_true(new[0] == old[0]) and statically_known_true(new[1] == old[1]):
         return pos_embed
     patches, classes = split_tokens(pos_embed, class_positions(class_token, old[0] * old[1]))
-    resized = resample_abs_pos_embed(patches, list(new), list(old), num_prefix_tokens=0)
+    maps = patches.float().transpose(1, 2).unflatten(2, old)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # PyTorch 2.15 cannot compile the derivative of interpolate for sizes that vary.
+        rows, columns = (_bicubic(o, n, maps.device) for o, n in zip(old, new, strict=True))
+        maps = rows @ maps @ columns.t()
+    else:
+        maps = F.interpolate(maps, size=new, mode="bicubic", antialias=True)
+    resized = maps.flatten(2).transpose(1, 2).to(pos_embed.dtype)
     return insert_tokens(resized, classes, class_positions(class_token, new[0] * new[1]))
+
+
+def _bicubic(old: int, new: int, device: torch.device) -> Tensor:
+    """The matrix (new, old) of antialiased bicubic interpolation along one axis."""
+    scale = old / new
+    centres = (torch.arange(new, device=device, dtype=torch.float32) + 0.5) * scale
+    places = torch.arange(old, device=device, dtype=torch.float32) + 0.5
+    t = ((places - centres[:, None]) / max(scale, 1.0)).abs()  # Keys' kernel, a = -0.5
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
+    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)
 
 
 def sincos_pos_embed(

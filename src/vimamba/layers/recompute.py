@@ -14,7 +14,10 @@ LONG = 2048
 
 def pays(x_BLE: Tensor) -> bool:
     """Whether a training step over `x_BLE` should compute again; compiled graphs choose for themselves."""
-    return x_BLE.shape[1] >= LONG and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    real = (
+        isinstance(x_BLE, Tensor) and type(x_BLE) is Tensor and not x_BLE.is_meta and not torch.compiler.is_compiling()
+    )
+    return real and torch.is_grad_enabled() and x_BLE.shape[1] >= LONG
 
 
 def instead_of(tensor: Tensor, again: Callable[[], Tensor]) -> torch.autograd.graph.saved_tensors_hooks:

@@ -21,10 +21,11 @@ class Layout(NamedTuple):
     grid: tuple[int, int]
     extras: tuple[int, ...] = ()
 
-    def with_token(self, position: int) -> Layout:
-        """The layout after one more token has been put in at `position`."""
-        moved = (extra + (extra >= position) for extra in self.extras)
-        return Layout(self.grid, tuple(sorted((*moved, position))))
+
+def with_token(layout: Layout, position: int) -> Layout:
+    """The layout after one more token has been put in at `position`."""
+    moved = (extra + (extra >= position) for extra in layout.extras)
+    return Layout(layout.grid, tuple(sorted((*moved, position))))
 
 
 class Places(NamedTuple):
@@ -35,8 +36,11 @@ class Places(NamedTuple):
 
     @property
     def extras(self) -> tuple[int, ...]:
-        """All of them, rising."""
-        return tuple(sorted(self.classes + self.registers))
+        """All of them, rising; merged by comparing, since a compiled graph's symbols cannot be sorted."""
+        merged = list(self.registers)
+        for i, place in enumerate(self.classes):
+            merged.insert(i + sum(register < place for register in self.registers), place)
+        return tuple(merged)
 
 
 def token_places(class_token: str, patches: int, num_registers: int = 0) -> Places:
@@ -64,4 +68,10 @@ def split_tokens(x_BLE: Tensor, positions: tuple[int, ...]) -> tuple[Tensor, Ten
         pieces.append(x_BLE[:, start:position])
         start = position + 1
     patches = torch.cat([*pieces, x_BLE[:, start:]], dim=1) if positions else x_BLE
-    return patches, x_BLE[:, list(positions)]
+    return patches, take_tokens(x_BLE, positions)
+
+
+def take_tokens(x_BLE: Tensor, positions: tuple[int, ...]) -> Tensor:
+    """The tokens at `positions`, side by side."""
+    tokens = [x_BLE[:, position : position + 1] for position in positions]
+    return tokens[0] if len(tokens) == 1 else torch.cat([x_BLE[:, :0], *tokens], dim=1)

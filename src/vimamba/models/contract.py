@@ -1,51 +1,115 @@
-"""What timm expects of a backbone, beside its forward pass."""
+"""What timm and other people's code expect of a backbone, beside its forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers import trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vimamba.layers.gate import DirectionGate
+from vimamba.layers.gate import GatedModel
 from vimamba.layers.mixer import BidirectionalMixer
-from vimamba.layers.norm import LayerNorm, NoNorm, RMSNorm
-from vimamba.layers.plan import check_choice
-from vimamba.layers.tokens import Places, split_tokens
+from vimamba.layers.norm import add_norm, compute_dtype
+from vimamba.layers.options import check_choice, check_names, check_number, check_whole
+from vimamba.layers.tokens import Layout, Places, split_tokens, take_tokens
+
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # timm before 1.0.31 keeps no record of the size
+    update_model_input_size = None  # type: ignore[assignment]
 
 
-class TimmBackbone(nn.Module):
+def check_mixer_args(owner: type[nn.Module], given: Mapping[str, Any], own: Sequence[str] = ()) -> None:
+    """Raise TypeError if `given` holds a name that is an argument neither of `owner` nor of its mixers.
+
+    `own` are the mixers' arguments that `owner` sets itself.
+    """
+    mixers = inspect.signature(BidirectionalMixer).parameters.keys() - {"dim", "device", "dtype", *own}
+    accepted = [n for n in inspect.signature(owner).parameters if n != "mixer_args"]
+    unknown = [name for name in given if name not in mixers]
+    check_names(owner.__name__, unknown, [*accepted, *sorted(mixers)])
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic depth of each block, rising linearly to `rate`.
+
+    Raises:
+        ValueError: the rate is not from 0 to 1.
+    """
+    check_number("drop_path_rate", rate, 0, 1)
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+class TimmModel(GatedModel):
+    """A backbone with a classifier."""
+
+    head: nn.Module
+    num_features: int
+    num_classes: int
+    global_pool: str
+
+    if TYPE_CHECKING:
+
+        def _check_pool(self, pool: str | None) -> str: ...
+
+    def _make_head(self, num_classes: int, **factory: Any) -> nn.Module:
+        """A classifier, or nothing for 0 classes."""
+        check_whole("num_classes", num_classes, 0)
+        return nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
+
+    @torch.no_grad()
+    def _init_head(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay must leave alone."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, BidirectionalMixer)
+            for name in module.no_weight_decay()
+        }
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one, and the pooling where it is given."""
+        anchor = next(self.parameters())
+        head = self._make_head(num_classes, device=anchor.device, dtype=anchor.dtype).train(self.training)
+        if global_pool is not None:
+            self.global_pool = self._check_pool(global_pool)
+        self.num_classes, self.head = num_classes, head
+        self._init_head()
+
+
+class TokenBackbone(TimmModel):
     """A stack of blocks on one grid of tokens, as `VisionMamba` is: everything around its forward pass."""
 
     layers: nn.ModuleList
     schedule: list[tuple[int, ...]]
-    norm_f: RMSNorm | LayerNorm | NoNorm
-    drop_path: DropPath | nn.Identity
-    head: nn.Module
-    embed_dim: int
-    num_classes: int
-    gate_sparsity: float
+    norm_f: nn.Module
+    img_size: tuple[int, int]
 
     if TYPE_CHECKING:
 
         def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]: ...
         def _places(self, patches: int) -> Places: ...
-        def _check_pool(self, pool: str | None) -> str: ...
-        def _init_head(self) -> None: ...
         def _blocks(
-            self, hidden: Tensor, grid: tuple[int, int], take: Sequence[int] = (), last: int | None = None
+            self, tokens: Tensor, layout: Layout, take: Sequence[int] = (), last: int | None = None
         ) -> tuple[Tensor, Tensor | None, list[Tensor]]: ...
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay must leave alone."""
-        names = {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail", "reg_tokens"}
-        for prefix, module in self.named_modules():
-            if isinstance(module, BidirectionalMixer):
-                names |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
-        return names
+        tokens = {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail", "reg_tokens"}
+        return tokens | super().no_weight_decay()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into stem and blocks, for layer-wise learning rates."""
@@ -54,48 +118,14 @@ class TimmBackbone(nn.Module):
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
         }
 
-    def _gates(self) -> list[DirectionGate]:
-        return [module for module in self.modules() if isinstance(module, DirectionGate)]
-
-    def set_gate_threshold(self, threshold: float) -> None:
-        """In evaluation, skip each direction of a layer whose gate for an image is under `threshold` (0 to 1).
-
-        Raises:
-            ValueError: there are no gates, or they are the tokens', not the image's.
-        """
-        if not self._gates() or self._gates()[0].level != "image":
-            raise ValueError('merge="gate" with gate="image" is needed to skip directions')
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must be from 0 to 1, got {threshold}")
-        for gate in self._gates():
-            gate.threshold = threshold
-
-    def gate_loss(self) -> Tensor | float:
-        """`gate_sparsity` times the mean entropy of the latest gates, to be added to the loss; 0 without gates.
-
-        It is lowest where each layer has chosen one direction for each image, so that skipping the others costs little.
-        """
-        entropies = [entropy for gate in self._gates() if (entropy := gate.indecision()) is not None]
-        return self.gate_sparsity * torch.stack(entropies).mean() if entropies and self.gate_sparsity else 0.0
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input in training and compute the rest again in the backward pass."""
         self.grad_checkpointing = enable
 
-    def get_classifier(self) -> nn.Module:
-        """The classifier."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one, and the pooling where it is given."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = self._check_pool(global_pool)
-        anchor = next(self.parameters())
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.head = head.to(device=anchor.device, dtype=anchor.dtype)
-        with torch.no_grad():
-            self._init_head()
+    def _record_input_size(self, patch_size: Any = None) -> None:
+        """Tell timm the size that images have from now on, for `timm.data` and for saving."""
+        if update_model_input_size is not None:
+            update_model_input_size(self, self.img_size, patch_size=patch_size)
 
     def forward_intermediates(
         self,
@@ -112,7 +142,7 @@ class TimmBackbone(nn.Module):
         Args:
             x: images, (batch, in_chans, height, width).
             indices: the last n blocks, or which ones; all by default.
-            return_prefix_tokens: also return the class and register tokens with each map.
+            return_prefix_tokens: also return the class tokens, then the register tokens with each map.
             norm: apply the final norm to each.
             stop_early: do not run blocks after the last one asked for.
             output_fmt: "NCHW" maps or "NLC" tokens.
@@ -124,17 +154,19 @@ class TimmBackbone(nn.Module):
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.layers), indices)
         tokens, grid = self.embed(x)
-        hidden, residual, taken = self._blocks(tokens, grid, take, last if stop_early else None)
+        places = self._places(grid[0] * grid[1])
+        hidden, stream, taken = self._blocks(tokens, Layout(grid, places.extras), take, last if stop_early else None)
         outputs: list[Any] = []
-        for stream in taken:
-            stream = self.norm_f(stream)[0] if norm else stream
-            patches, extras = split_tokens(stream, self._places(grid[0] * grid[1]).extras)
+        for tap in taken:
+            tap = self.norm_f(tap) if norm else tap
+            patches, _ = split_tokens(tap, places.extras)
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-            outputs.append((patches, extras) if return_prefix_tokens else patches)
+            prefix = take_tokens(tap, places.classes + places.registers) if return_prefix_tokens else None
+            outputs.append(patches if prefix is None else (patches, prefix))
         if intermediates_only:
             return outputs
-        return self.norm_f(self.drop_path(hidden), residual)[0], outputs
+        return add_norm(self.norm_f, hidden, stream, compute_dtype(tokens))[0], outputs
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -145,7 +177,7 @@ class TimmBackbone(nn.Module):
         self.schedule = kept
         self.layers = self.layers[: kept[-1][-1] + 1]
         if prune_norm:
-            self.norm_f = NoNorm()
+            self.norm_f = nn.Identity()
         if prune_head:
             self.head = nn.Identity()
         return take

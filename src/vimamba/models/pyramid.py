@@ -7,31 +7,34 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, Mlp, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, Mlp
 from timm.layers.attention import Attention
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from vimamba.errors import UserError
-from vimamba.layers.mixer import BidirectionalMixer
-from vimamba.layers.plan import check_choice
+from vimamba.layers.mixer import MODES, BidirectionalMixer
+from vimamba.layers.options import check_choice, check_number, check_pair, check_whole
 from vimamba.layers.tokens import Layout
+from vimamba.models.build import build
+from vimamba.models.contract import TimmModel, check_mixer_args, drop_path_rates
 
 REDUCTIONS = (4, 8, 16, 32)
 __all__ = ["VisionMambaPyramid", "vim_pyramid_nano", "vim_pyramid_small", "vim_pyramid_tiny"]
 
 
-def _conv_norm(inside: int, outside: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside))
+def _conv_norm(inside: int, outside: int, stride: int, **factory: Any) -> nn.Sequential:
+    conv = nn.Conv2d(inside, outside, 3, stride, 1, bias=False, **factory)
+    return nn.Sequential(conv, nn.BatchNorm2d(outside, **factory))
 
 
 class ConvBlock(nn.Module):
     """Two 3×3 convolutions beside a skip: for the early stages, whose maps are large and whose patterns are local."""
 
-    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int, drop_path: float = 0.0, **factory: Any) -> None:
         super().__init__()
-        self.convs = nn.Sequential(_conv_norm(dim, dim, 1), nn.GELU(), _conv_norm(dim, dim, 1))
+        self.convs = nn.Sequential(_conv_norm(dim, dim, 1, **factory), nn.GELU(), _conv_norm(dim, dim, 1, **factory))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,10 +45,10 @@ class ConvBlock(nn.Module):
 class TokenBlock(nn.Module):
     """A mixer of tokens and an MLP, each behind a norm and beside a skip: for the late stages."""
 
-    def __init__(self, dim: int, mixer: BidirectionalMixer | Attention, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int, mixer: BidirectionalMixer | Attention, drop_path: float = 0.0, **factory: Any) -> None:
         super().__init__()
-        self.norm1, self.mixer = nn.LayerNorm(dim), mixer
-        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, 4 * dim)
+        self.norm1, self.mixer = nn.LayerNorm(dim, **factory), mixer
+        self.norm2, self.mlp = nn.LayerNorm(dim, **factory), Mlp(dim, 4 * dim, **factory)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,17 +77,20 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, dim before, rows, columns) to (batch, dim, rows / 2, columns / 2)."""
         x = self.downsample(x)
-        if self.grad_checkpointing and self.training:
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+        if not (self.grad_checkpointing and self.training):
+            return self.blocks(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
 
 
-class VisionMambaPyramid(nn.Module):
+class VisionMambaPyramid(TimmModel):
     """Four stages at strides 4, 8, 16 and 32: convolution blocks in the first two, bidirectional blocks in the others.
 
     Takes images of any height and width.
 
     Args:
+        img_size: the size that images usually have, pixels, for timm; nothing depends on it.
         in_chans: image channels.
         num_classes: outputs of the classifier; 0 for none.
         dims: channels of each stage.
@@ -94,14 +100,19 @@ class VisionMambaPyramid(nn.Module):
         global_pool: "avg", or "" for the last map.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly.
-        **mixer_args: arguments of `BidirectionalMixer`: paths, mode, merge ...
+        bidirectional: "none", "ssm" or "ssm_conv", as of `VisionMamba`, for every block.
+        gate_sparsity: factor of the gates' entropy in `gate_loss`.
+        device, dtype: of the weights.
+        **mixer_args: further arguments of `BidirectionalMixer`: paths, merge ...
 
     Raises:
         ValueError: an argument is impossible; the message names it.
+        TypeError: there is no such argument.
     """
 
     def __init__(
         self,
+        img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         dims: tuple[int, int, int, int] = (64, 128, 256, 512),
@@ -111,23 +122,48 @@ class VisionMambaPyramid(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        bidirectional: str = "ssm_conv",
+        gate_sparsity: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         **mixer_args: Any,
     ) -> None:
         super().__init__()
-        for name, value, length in (("dims", dims, 4), ("depths", depths, 4), ("attention", attention, 2)):
-            if len(value) != length:
-                raise ValueError(f"{name} must have {length} entries, got {len(value)}")
+        former = mixer_args.pop("mode", bidirectional)  # its name in version 0.1
+        if bidirectional not in (former, "ssm_conv"):
+            raise ValueError(f"mode={former!r} is the former name of bidirectional={bidirectional!r}: give one")
+        bidirectional = former
+        check_mixer_args(VisionMambaPyramid, mixer_args)
+        for name, value, length, least in (
+            ("dims", dims, 4, 2),
+            ("depths", depths, 4, 1),
+            ("attention", attention, 2, 0),
+        ):
+            if not isinstance(value, Sequence) or len(value) != length:
+                raise ValueError(f"{name} must have {length} entries, got {value!r}")
+            for entry in value:
+                check_whole(name, entry, least)
+        check_whole("in_chans", in_chans)
+        check_whole("head_dim", head_dim)
+        check_choice("bidirectional", bidirectional, MODES)
         for stage, count in zip((2, 3), attention, strict=True):
-            if not 0 <= count <= depths[stage]:
+            if count > depths[stage]:
                 raise ValueError(f"attention must be 0 to {depths[stage]} blocks in stage {stage + 1}, got {count}")
             if count and dims[stage] % head_dim:
                 raise ValueError(f"head_dim={head_dim} does not divide the {dims[stage]} channels of stage {stage + 1}")
-        check_choice("global_pool", global_pool, ("avg", ""))
-        self.num_classes, self.global_pool = num_classes, global_pool
+        check_number("gate_sparsity", gate_sparsity)
+        check_number("drop_rate", drop_rate, 0, 1)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.img_size = check_pair("img_size", img_size)
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.global_pool = self._check_pool(global_pool)
+        self.gate_sparsity = gate_sparsity
         self.num_features = self.head_hidden_size = dims[-1]
         half = dims[0] // 2
-        self.stem = nn.Sequential(_conv_norm(in_chans, half, 2), nn.GELU(), _conv_norm(half, dims[0], 2), nn.GELU())
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stem = nn.Sequential(
+            _conv_norm(in_chans, half, 2, **dd), nn.GELU(), _conv_norm(half, dims[0], 2, **dd), nn.GELU()
+        )
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             attending = attention[i - 2] if i >= 2 else 0
@@ -135,36 +171,26 @@ class VisionMambaPyramid(nn.Module):
             for block in range(depth):
                 rate = next(rates)
                 if i < 2:
-                    blocks.append(ConvBlock(dim, rate))
+                    blocks.append(ConvBlock(dim, rate, **dd))
                 elif block >= depth - attending:
-                    blocks.append(TokenBlock(dim, Attention(dim, dim // head_dim, qkv_bias=True), rate))
+                    blocks.append(TokenBlock(dim, Attention(dim, dim // head_dim, qkv_bias=True, **dd), rate, **dd))
                 else:
-                    blocks.append(TokenBlock(dim, BidirectionalMixer(dim, **mixer_args), rate))
-            stages.append(Stage(nn.Identity() if i == 0 else _conv_norm(dims[i - 1], dim, 2), blocks))
+                    mixer = BidirectionalMixer(dim, mode=bidirectional, **mixer_args, **dd)
+                    blocks.append(TokenBlock(dim, mixer, rate, **dd))
+            stages.append(Stage(nn.Identity() if i == 0 else _conv_norm(dims[i - 1], dim, 2, **dd), blocks))
         self.stages = nn.ModuleList(stages)
-        self.norm = LayerNorm2d(dims[-1])
+        self.norm = LayerNorm2d(dims[-1], **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(dims[-1], num_classes) if num_classes > 0 else nn.Identity()
+        self.head = self._make_head(num_classes, **dd)
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             for i, (dim, reduction) in enumerate(zip(dims, REDUCTIONS, strict=True))
         ]
         self._init_head()
 
-    @torch.no_grad()
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay must leave alone."""
-        return {
-            f"{prefix}.{name}"
-            for prefix, module in self.named_modules()
-            if isinstance(module, BidirectionalMixer)
-            for name in module.no_weight_decay()
-        }
+    def _check_pool(self, pool: str | None) -> str:
+        check_choice("global_pool", pool, ("avg", ""))
+        return str(pool)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into stem and stages, or blocks, for layer-wise learning rates."""
@@ -176,21 +202,6 @@ class VisionMambaPyramid(nn.Module):
         for stage in self.stages:
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The classifier."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one, and the pooling where it is given."""
-        if global_pool is not None:
-            check_choice("global_pool", global_pool, ("avg", ""))
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        anchor = next(self.parameters())
-        self.head = head.to(device=anchor.device, dtype=anchor.dtype)
-        self._init_head()
 
     def forward_intermediates(
         self,
@@ -246,10 +257,11 @@ class VisionMambaPyramid(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map to logits (batch, num_classes), or to pooled features."""
-        x = x.mean((2, 3)) if self.global_pool == "avg" else x.permute(0, 2, 3, 1)
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
+        """The last map to logits (batch, num_classes), or to pooled features; without pooling, to maps of them."""
+        x = self.head_drop(x.mean((2, 3)) if self.global_pool == "avg" else x)
+        if pre_logits or self.num_classes == 0:
+            return x
+        return self.head(x) if self.global_pool == "avg" else self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (batch, in_chans, height, width) to logits (batch, num_classes)."""
@@ -265,17 +277,7 @@ default_cfgs = generate_default_cfgs({f"vim_pyramid_{size}.untrained": _CFG for 
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    if pretrained:
-        raise UserError(f"no weights are published for {variant}; leave pretrained out")
-    kwargs.pop("img_size", None)  # any size will do: there are no positions to make
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        VisionMambaPyramid,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(VisionMambaPyramid, variant, pretrained, (0, 1, 2, 3), **kwargs)
 
 
 @register_model

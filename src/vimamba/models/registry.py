@@ -10,19 +10,14 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vimamba.errors import UserError, nearest
 from vimamba.layers.pos_embed import resize_pos_embed
 from vimamba.layers.tokens import CLASS_TOKENS
-from vimamba.models.checkpoints import (
-    OfficialWeights,
-    load_weights,
-    published_weights,
-    read_checkpoint,
-    state_dict_of,
-)
+from vimamba.models.build import build
+from vimamba.models.checkpoints import OfficialWeights, load_weights, read_checkpoint, state_dict_of
 from vimamba.models.description import described_model
 from vimamba.models.pyramid import vim_pyramid_nano, vim_pyramid_small, vim_pyramid_tiny
 from vimamba.models.vision_mamba import VisionMamba
@@ -111,23 +106,7 @@ def _trained_grid(contents: dict[str, Any], patches: int, tensors: dict[str, Ten
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    cfg = kwargs.get("pretrained_cfg") or default_cfgs[variant].default
-    hub_id, filename = getattr(cfg, "hf_hub_id", None), getattr(cfg, "hf_hub_filename", None)
-    if pretrained and not overlay.keys() & {"file", "state_dict"}:
-        if not hub_id or not filename:
-            raise UserError(f"no weights are published for {variant}; leave pretrained out")
-        overlay["state_dict"] = published_weights(hub_id, filename)
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        VisionMamba,
-        variant,
-        pretrained,
-        pretrained_cfg_overlay=overlay or None,
-        pretrained_filter_fn=convert_checkpoint,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(VisionMamba, variant, pretrained, 3, pretrained_filter_fn=convert_checkpoint, **kwargs)
 
 
 @register_model

@@ -48,6 +48,8 @@ def check_flags(**flags: Any) -> None:
 
 def check_number(name: str, value: Any, low: float = -math.inf) -> None:
     """Raise ValueError unless it is a finite number that is not below `low`."""
+    if torch.compiler.is_compiling():  # the number may be a symbol
+        return
     if not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
         at_least = "" if low == -math.inf else f" of at least {low:g}"
         raise ValueError(f"{name} must be a finite number{at_least}, got {value!r}")

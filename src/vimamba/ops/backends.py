@@ -74,6 +74,11 @@ def _fastest(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> ModuleTyp
     return module if usable else load("torch")
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; it does not know the meta device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def values_only(x: Tensor) -> bool:
     """Whether nothing but the numbers is wanted of an op on `x`: no gradient and no trace of any kind.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must have shape (..., in_features) = (..., {weight.shape[1]}), got {tuple(x.shape)}")
     check_shape("bias", bias, weight.shape[:1], "(out_features,)")
-    if backends.values_only(x) and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+    if backends.values_only(x) and x.device.type == "cpu" and not backends.autocasts(x.device):
         module = backends.resolve("", x.device, x.dtype)
         same_types = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
         if same_types and hasattr(module, "linear") and module.linear_pays(x):

@@ -91,7 +91,7 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _under_autocast(u: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Under autocast the neighbours of the scan may differ in type: bring all to the widest of them."""
-    if not torch.is_autocast_enabled(u.device.type):
+    if not backends.autocasts(u.device):
         return (u, *others)
     dtype = u.dtype
     for t in others:

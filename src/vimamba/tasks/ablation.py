@@ -17,6 +17,7 @@ from vimamba.data.samples import ArraySamples
 from vimamba.data.sources import ImageData, open_data
 from vimamba.data.transforms import AugmentOptions, Preprocessing
 from vimamba.errors import UserError
+from vimamba.layers.gate import collect_gates
 from vimamba.models.registry import count_flops, count_parameters, create_model
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.optim import OptimOptions
@@ -160,15 +161,14 @@ def run_design(design: str, seed: int, lr: float, budget: Budget) -> Run:
 
 def measure_skipping(run: Run, model: Any, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Run:
     """Skip the third of all directions of all layers and images whose gates are smallest."""
-    gates = []
-    for images, _ in batches:
-        accuracy(model, [(images, torch.zeros(len(images)))])
-        gates += [gate.latest.flatten() for gate in model._gates()]
-    threshold = float(torch.cat(gates).quantile(1 / 3))
+    with collect_gates() as collected:
+        accuracy(model, batches)
+    gates = torch.cat([gate.flatten() for gate in collected])
+    threshold = float(gates.quantile(1 / 3))
     model.set_gate_threshold(threshold)
     return dataclasses.replace(
         run,
-        skip_share=float((torch.cat(gates) < threshold).float().mean()),
+        skip_share=float((gates < threshold).float().mean()),
         skip_top1=accuracy(model, batches),
         skip_forward_ms=forward_ms(model, batches[0][0]),
     )

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from vimamba.data.loaders import Batch, ImageDataModule
 from vimamba.data.transforms import AugmentOptions, mix_seed
+from vimamba.layers.gate import collect_gates
 from vimamba.tasks.optim import OptimOptions, build_optimizer, lr_factor
 from vimamba.tasks.results import Evaluation, Results
 from vimamba.tasks.weights import ModelCard
@@ -59,16 +60,17 @@ class ClassificationTask(pl.LightningModule):
         images_BCHW, targets = batch.images, batch.targets
         if len(images_BCHW) == 0:
             return None
-        if self.mixup is not None and len(images_BCHW) > 1:
-            even = len(images_BCHW) // 2 * 2  # Mixup pairs each image with another
-            images_BCHW, targets = self.mixup(images_BCHW[:even], targets[:even])
-            loss = nn.functional.cross_entropy(self.model(images_BCHW).float(), targets)
-        else:
-            logits_BC = self.model(images_BCHW).float()
-            loss = nn.functional.cross_entropy(logits_BC, targets, label_smoothing=self.smoothing)
+        with collect_gates() as gates:
+            if self.mixup is not None and len(images_BCHW) > 1:
+                even = len(images_BCHW) // 2 * 2  # Mixup pairs each image with another
+                images_BCHW, targets = self.mixup(images_BCHW[:even], targets[:even])
+                loss = nn.functional.cross_entropy(self.model(images_BCHW).float(), targets)
+            else:
+                logits_BC = self.model(images_BCHW).float()
+                loss = nn.functional.cross_entropy(logits_BC, targets, label_smoothing=self.smoothing)
         self.train_loss.update(loss.detach(), len(images_BCHW))
-        gate_loss: Any = getattr(self.model, "gate_loss", None)  # models whose directions are gated
-        return loss if gate_loss is None else loss + gate_loss()
+        model: Any = self.model  # another of timm's has no gates
+        return loss + model.gate_loss(gates) if gates else loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -1,0 +1,35 @@
+"""Whether a module may be skipped for its weights: nobody replaced it, hooked it or looks on.
+
+Fused kernels take the weights of several modules at once. LoRA, pruning, parametrisation, quantisation and forward
+hooks put something else in a module's place or around its call; then the module is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as registry
+
+
+def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether `module` is of exactly one of these types, with neither hooks nor a forward method of its own."""
+    return type(module) in kinds and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def watched(x: Any) -> bool:
+    """Whether somebody looks at every module: by hooks on all of them, or by tracing `x` symbolically."""
+    return bool(
+        isinstance(x, torch.fx.Proxy)
+        or registry._global_forward_hooks
+        or registry._global_forward_pre_hooks
+        or registry._global_backward_hooks
+        or registry._global_backward_pre_hooks
+    )
