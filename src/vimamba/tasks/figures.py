@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import font_manager
+from matplotlib.font_manager import get_font
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
+NAMED = 60
+"""Classes that have room for their names."""
+LONG = 40
+"""Characters of a name that is not cut."""
 
 
 def _style(axes: Any) -> None:
@@ -40,28 +47,81 @@ def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     for axes in (left, right):
         _style(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title, fontsize=11)
+    (title,), families = _drawable([title])
+    figure.suptitle(title, fontsize=11, fontfamily=families)
     figure.savefig(path)
     plt.close(figure)
 
 
 def save_confusion(path: Path, confusion_CC: torch.Tensor, class_names: list[str], title: str) -> None:
-    """Rows are the classes of the images, columns what was predicted, colours the share of the row."""
+    """Rows are the classes of the images, columns what was predicted, colours the share of the row.
+
+    Up to NAMED classes have their names at the edges; beyond that there are numbers, and the pairs that are confused
+    most are listed by name.
+    """
     count = len(class_names)
     share_CC = confusion_CC / confusion_CC.sum(1, keepdim=True).clamp(min=1)
-    side = min(16.0, max(4.5, 0.32 * count + 2))
-    figure, axes = plt.subplots(figsize=(side, side), dpi=150, layout="constrained")
-    axes.imshow(share_CC.numpy(), cmap="Blues", vmin=0, vmax=1)
-    if count <= 60:
-        axes.set_xticks(range(count), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
-        axes.set_yticks(range(count), class_names)
-    if count <= 25:
-        for row in range(count):
-            for column in range(count):
-                if number := int(confusion_CC[row, column]):
-                    color = "white" if share_CC[row, column] > 0.5 else "black"
-                    axes.text(column, row, str(number), ha="center", va="center", fontsize=8, color=color)
-    axes.set(xlabel="predicted", ylabel="class of the image", title=title)
-    axes.tick_params(length=0)
-    figure.savefig(path)
-    plt.close(figure)
+    (title, *names), families = _drawable([title, *map(_shortened, class_names)])
+    longest = max(map(len, names))
+    side = min(18.0, max(4.0, 0.32 * count) + 0.09 * longest) if count <= NAMED else 9.0
+    with matplotlib.rc_context({"font.family": families}):
+        figure, axes = plt.subplots(figsize=(side, side), dpi=150, layout="constrained")
+        # Of several classes that share a point of the picture, the one with the largest share is seen.
+        cells = torch.nn.functional.adaptive_max_pool2d(share_CC[None].float(), min(count, 250))[0]
+        axes.imshow(cells.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(-0.5, count - 0.5, count - 0.5, -0.5))
+        if count <= NAMED:
+            axes.set_xticks(range(count), names, rotation=90 if longest > 2 else 0)
+            axes.set_yticks(range(count), names)
+        else:
+            lines = "\n".join(_most_confused(confusion_CC, names))
+            axes.text(1.04, 1, lines, transform=axes.transAxes, va="top", fontsize=9, linespacing=1.6)
+        if count <= 25:
+            for row in range(count):
+                for column in range(count):
+                    if number := int(confusion_CC[row, column]):
+                        color = "white" if share_CC[row, column] > 0.5 else "black"
+                        axes.text(column, row, str(number), ha="center", va="center", fontsize=8, color=color)
+        axes.set(xlabel="predicted", ylabel="class of the image")
+        axes.set_title(title, wrap=True)
+        axes.tick_params(length=0)
+        figure.savefig(path, bbox_inches="tight")
+        plt.close(figure)
+
+
+def _most_confused(confusion_CC: torch.Tensor, names: list[str], most: int = 25) -> list[str]:
+    """A line on each of the pairs of classes that are taken for each other most often."""
+    wrong_CC = confusion_CC.clone().fill_diagonal_(0)
+    found = wrong_CC.flatten().topk(min(most, wrong_CC.numel()))
+    pairs = [(int(i) // len(wrong_CC), int(i) % len(wrong_CC), int(n)) for n, i in zip(*found, strict=True) if n > 0]
+    heading = "confused most" if pairs else "nothing confused"
+    return [heading, *(f"{n}x  {names[true]} ({true}) for {names[taken]} ({taken})" for true, taken, n in pairs)]
+
+
+def _drawable(texts: list[str]) -> tuple[list[str], list[str]]:
+    """Texts as matplotlib draws them, and the font families that have their characters.
+
+    A dollar sign is no mathematics, and a character that no installed font has is written as its number.
+    """
+    families = ["DejaVu Sans"]
+    covered = set(_characters(font_manager.findfont("DejaVu Sans")))
+    missing = {c for text in texts for c in text if c.isprintable()} - covered
+    fonts = (font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort"))  # boxes
+    for font in sorted(fonts, key=lambda font: font.name) if missing else ():
+        if found := missing & _characters(font.fname):
+            families.append(font.name)
+            covered, missing = covered | found, missing - found
+    return [_plain(text, covered) for text in texts], families
+
+
+@cache
+def _characters(file: str) -> frozenset[str]:
+    return frozenset(map(chr, get_font(file).get_charmap()))
+
+
+def _plain(text: str, covered: set[str]) -> str:
+    return "".join(c if c in covered else f"\\u{ord(c):04x}" for c in text).replace("$", r"\$")
+
+
+def _shortened(name: str) -> str:
+    """A long name without its middle."""
+    return name if len(name) <= LONG else f"{name[: LONG // 2]}...{name[-LONG // 2 :]}"

@@ -1,0 +1,45 @@
+"""Pictures with names that people have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from vimamba.tasks.figures import _drawable, save_confusion, save_curves
+
+LONG = "a name that goes on and on, and on, " * 9
+NAMES = {
+    "mathematics": ["$x_2$", "$", "50 $ or 60 $"],
+    "long": [LONG, LONG + "!"],
+    "other scripts": ["猫", "שלום", "قطة", "кошка", "🐈"],
+    "not characters": ["", "\udcff", "a\tb\nc", "\x1b[31m"],
+    "many": [f"class {i}" for i in range(60)],
+    "very many": [f"class {i}" for i in range(1000)],
+}
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_a_confusion_matrix_is_drawn_whatever_the_names(names, tmp_path):
+    confusion = torch.eye(len(names), dtype=torch.int64) * 9
+    confusion[0, -1] = 5
+    save_confusion(tmp_path / "confusion.png", confusion, names, f"vim_nano on {names[0]}: 97.1%")
+    picture = Image.open(tmp_path / "confusion.png")
+    assert max(picture.size) < 4000  # pixels: a name does not make it any larger
+    assert len(picture.convert("RGB").getcolors(10**6)) > 9
+
+
+def test_nothing_confused_and_no_images(tmp_path):
+    save_confusion(tmp_path / "a.png", torch.zeros(100, 100, dtype=torch.int64), [str(i) for i in range(100)], "")
+    assert (tmp_path / "a.png").stat().st_size
+
+
+def test_curves_of_one_epoch_with_a_name_of_mathematics(tmp_path):
+    row = {"epoch": 1, "train_loss": 1.0, "val_loss": 2.0, "val_top1": 0.5}
+    save_curves(tmp_path / "curves.png", [row], r"vim_nano on $\frac{1}$ 猫")
+    assert (tmp_path / "curves.png").stat().st_size
+
+
+def test_what_no_font_has_is_written_as_its_number():
+    (dollar, tab, surrogate), _ = _drawable(["a $ b", "\t", "\udcff"])
+    assert (dollar, tab, surrogate) == (r"a \$ b", r"\u0009", r"\udcff")
