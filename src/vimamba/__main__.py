@@ -2,7 +2,7 @@
 
 import sys
 
-from vimamba.cli import main
+from vimamba_command import main
 
 __all__ = ["main"]
 

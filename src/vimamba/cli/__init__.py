@@ -1,6 +1,7 @@
 """The command line. A command is a module here with `arguments(parser)` and `run(options) -> exit status`.
 
-To add one, write the module and name it in COMMANDS; a module is imported only when its command is called.
+To add one, write the module and name it in `vimamba_command.COMMANDS` and in EXAMPLES; a module is imported only when
+its command is called.
 """
 
 from __future__ import annotations
@@ -8,19 +9,12 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
+from vimamba.cli.examples import EXAMPLES
 from vimamba.errors import UserError, nearest
+from vimamba_command import COMMANDS, answer, package_version
 
-COMMANDS = {
-    "train": "teach a model the classes of your images",
-    "eval": "measure a trained model on held-out images",
-    "predict": "name what is in images",
-    "bench": "measure time and memory of models side by side",
-    "models": "list the models, with their size and cost",
-    "ablate": "compare the bidirectional designs under one budget",
-    "info": "show versions, devices and which scan backends are usable",
-}
+__all__ = ["COMMANDS", "main", "package_version"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,38 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+    if (text := answer(arguments)) is not None:
+        print(text)
         return 0
-    if arguments[0] in ("-V", "--version"):
-        print(f"vimamba {package_version()}")
-        return 0
+    if arguments[0] == "help":
+        arguments = [arguments[1], "--help"]
     name, *rest = arguments
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
         raise UserError(f"there is no command '{name}'{hint}")
     command = importlib.import_module(f"vimamba.cli.{name}")
     parsing = importlib.import_module("vimamba.cli.parsing")
-    parser = parsing.new_parser(name, COMMANDS[name])
+    parser = parsing.new_parser(name, COMMANDS[name], EXAMPLES[name])
     command.arguments(parser)
     if hasattr(command, "before_parsing"):
         rest = command.before_parsing(rest)
     return command.run(parser, parsing.parse(parser, rest))
-
-
-def package_version() -> str:
-    """The installed version, or "unknown" where the source tree is used as it is."""
-    try:
-        return version("vimamba")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _overview() -> str:
-    lines = [f"  {name:<9} {line}" for name, line in COMMANDS.items()]
-    return (
-        "usage: vimamba COMMAND [OPTIONS]\n\nVision Mamba: learn, measure and use image models.\n\n"
-        + "\n".join(lines)
-        + "\n\nvimamba COMMAND --help shows a command's options. A first try:\n"
-        "  vimamba train --data mnist --model vim_nano --epochs 12 --output runs/demo"
-    )

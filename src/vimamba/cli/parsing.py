@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import types
-import typing
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from vimamba.cli.kinds import describe, fits, text_fits
 from vimamba.errors import UserError, nearest, one_line, require, shown
 
 Options = TypeVar("Options")
@@ -21,9 +20,38 @@ MAX_CONFIG = 2**20  # bytes
 MAX_NESTING = 20
 
 
-def new_parser(command: str, description: str) -> ArgumentParser:
+class Help(DefaultHelpFormatter):
+    """jsonargparse's help with types in words and examples as they are written."""
+
+    def _get_type_str(self, action: Any) -> str | None:
+        kind = kind_of(action)
+        return super()._get_type_str(action) if kind is None else describe(kind)
+
+    def _get_help_string(self, action: Any) -> str:
+        if kind_of(action) is None:
+            return action.help or ""
+        said = "%(type)s" if action.default is None else "%(type)s, by default %(default)s"
+        return f"{action.help or ''} ({'required: ' if action.required else ''}{said})"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+def new_parser(command: str, description: str, examples: Sequence[str] = ()) -> ArgumentParser:
     """A parser for a command, to which the command adds its arguments."""
-    return ArgumentParser(prog=f"vimamba {command}", description=description, exit_on_error=False)
+    return ArgumentParser(
+        prog=f"vimamba {command}",
+        description=description,
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None,
+        formatter_class=Help,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
+def kind_of(action: Any) -> Any:
+    """The type of an option's value; None for a switch."""
+    return getattr(action, "_typehint", None) or (action.type if action.nargs is None else None)
 
 
 def add_options(parser: ArgumentParser, options: type) -> None:
@@ -37,23 +65,98 @@ def take(options: type[Options], parsed: Namespace) -> Options:
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    """Parse; dashes and underscores in the names of options mean the same."""
-    spelt = [_underscored(argument) for argument in arguments]
-    for path in config_files(spelt):
-        read_config(path)
+    """Parse; dashes and underscores in the names of options mean the same, and a bare `--option` means true.
+
+    Raises:
+        UserError: there is no such option, it is not of its kind, or one that is required is missing.
+    """
+    spelt = _spelt_out(parser, [_underscored(argument) for argument in arguments])
+    in_files = [read_config(path) for path in config_files(spelt)]
+    for values in in_files:
+        _check_config(parser, values)
+    asks_only = any(a in ("-h", "--help") or a.startswith("--print_config") for a in spelt)
+    for action in () if asks_only else parser._actions:
+        name = next(iter(action.option_strings), None)
+        given = any(a.startswith(f"{name}=") for a in spelt) or any(action.dest in values for values in in_files)
+        require(not (action.required and name) or given, f"{name}: required but not given; see {parser.prog} --help")
     try:
         return parser.parse_args(spelt)
     except ArgumentError as error:
-        raise UserError(explain(parser, str(error))) from error
+        raise UserError(one_line(error)) from error
 
 
-def config_files(arguments: list[str]) -> Iterator[Path]:
+def config_files(arguments: Sequence[str]) -> Iterator[Path]:
     """The files that `--config` names."""
-    for position, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        abbreviated = len(name) > 2 and "--config".startswith(name)  # jsonargparse takes these too
-        if abbreviated and (equals or position + 1 < len(arguments)):
-            yield Path(value if equals else arguments[position + 1])
+    for i, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name == "--config" and (equals or i + 1 < len(arguments)):
+            yield Path(value if equals else arguments[i + 1])
+
+
+def _options(parser: ArgumentParser) -> dict[str, Any]:
+    """The options of a parser by name, with their actions."""
+    return {name: action for action in parser._actions for name in action.option_strings if name.startswith("--")}
+
+
+def _spelt_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
+    """The same with every option known, its values of its kind, and a single value joined to it: `--option=value`."""
+    options, rest = _options(parser), list(arguments)
+    spelt: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*spelt, word, *rest]
+        name, equals, value = word.partition("=")
+        action = options.get(name.partition(".")[0])
+        if not word.startswith("--"):
+            spelt.append(word)
+            continue
+        if action is None:
+            raise UserError(f"{name}: there is no such option{_nearest_option(parser, name)}")
+        kind = kind_of(action) if name in options else Any  # --model_args.depth takes what the model does
+        if kind is None and name != "--config":
+            spelt.append(word)
+            continue
+        if not equals and action.nargs in ("+", "*"):
+            values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+            rest = rest[len(values) :]
+            require(bool(values) or action.nargs == "*", f"{name}: expected {describe(kind)} or several, got nothing")
+            _check_words(name, kind, *values)
+            spelt += [name, *values]
+            continue
+        if not equals:
+            follows = bool(rest) and not rest[0].startswith("--") and (kind is not bool or text_fits(bool, rest[0]))
+            require(follows or kind is bool, f"{name}: expected {describe(kind or str)}, got nothing")
+            value = rest.pop(0) if follows else "true"
+        _check_words(name, kind, value)
+        spelt.append(f"{name}={value}")
+    return spelt
+
+
+def _check_words(name: str, kind: Any, *words: str) -> None:
+    for word in words:
+        fit = kind in (None, Any) or text_fits(kind, word)
+        require(fit, f"{name}: expected {describe(kind)}, got {_brief(word) or 'nothing'}")
+
+
+def _check_config(parser: ArgumentParser, values: dict[str, Any]) -> None:
+    options = _options(parser)
+    for name, value in values.items():
+        action = options.get("--" + name.partition(".")[0])
+        if action is None:
+            hint = _nearest_option(parser, "--" + name).replace("--", "", 1)
+            raise UserError(f"--config: '{name}' is not an option of {parser.prog}{hint}")
+        kind = kind_of(action) if "." not in name else None
+        require(kind is None or fits(kind, value), f"--{name}: expected {describe(kind)}, got {_brief(value)}")
+
+
+def _nearest_option(parser: ArgumentParser, name: str) -> str:
+    return nearest(name, _options(parser)) or f"; see {parser.prog} --help"
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 and text.isprintable() else shown(value)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -99,54 +202,3 @@ def _underscored(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def explain(parser: ArgumentParser, message: str) -> str:
-    """One sentence from jsonargparse's several lines."""
-    names = [name for action in parser._actions for name in action.option_strings if name[:2] == "--"]
-    otherwise = f"; see {parser.prog} --help"
-    if found := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-        return f"{found[1]}: there is no such option{nearest(found[1], names) or otherwise}"
-    if found := re.match(r"Option '([^']+)' is not accepted", message):
-        hint = nearest("--" + found[1], names).replace("--", "") or otherwise
-        return f"--config: '{found[1]}' is not an option of {parser.prog}{hint}"
-    if found := re.match(r'Parser key "([^"]+)"(?: element \d+)?:', message):
-        key = found[1]
-        if key == "config":
-            problem = _flat(message.split(":", 1)[1])
-            return f"--config: {problem.replace('File does not exist:', 'there is no file')}"
-        kinds = [getattr(a, "_typehint", a.type) for a in parser._actions if a.dest == key]
-        values = re.findall(r"Got value: (.*)", message)
-        if kinds and values:
-            got = values[-1].strip()
-            got = got if len(got) <= 80 and got.isprintable() else shown(got)
-            return f"--{key}: expected {describe(kinds[0])}, got {got or 'nothing'}"
-    message = re.sub(r"the following arguments are required: (.*)", r"\1: required but not given", message)
-    return _flat(message.replace("Problems parsing config:", "--config: is not valid YAML:"))
-
-
-def describe(kind: Any) -> str:
-    """A type in words."""
-    origin, inside = typing.get_origin(kind), typing.get_args(kind)
-    if kind in WORDS:
-        return WORDS[kind]
-    if origin is Literal:
-        return " or ".join(map(str, inside))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(part) for part in inside)
-    if origin is tuple:
-        return f"[{', '.join(describe(part).removeprefix('a ') for part in inside)}]"
-    return "a mapping such as '{depth: 4}'" if origin is dict else str(kind)
-
-
-WORDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-    type(None): "null",
-}
-
-
-def _flat(text: str) -> str:
-    return " ".join(text.split())

@@ -1,0 +1,25 @@
+"""What the help of each command ends with."""
+
+EXAMPLES = {
+    "train": (
+        "vimamba train --data mnist --model vim_nano --epochs 12 --output runs/demo",
+        "vimamba train --data photos/ --model vim_tiny_patch16_224 --checkpoint vim_t_midclstok_76p1acc.pth",
+        "vimamba train --config recipes/vim_tiny.yaml --data imagenet/ --devices 8 --strategy ddp",
+        "vimamba train --resume runs/demo",
+    ),
+    "eval": (
+        "vimamba eval runs/demo",
+        "vimamba eval runs/photos --data other_photos/ --output reports/other --json",
+    ),
+    "predict": (
+        "vimamba predict runs/photos new/*.jpg",
+        "vimamba predict runs/photos new/ --top 3 --json",
+    ),
+    "bench": (
+        "vimamba bench --sizes 224 512 1248 --attention fused eager",
+        "vimamba bench --models vim_tiny_patch16_224 --mode train --plot bench.png",
+    ),
+    "models": ("vimamba models", "vimamba models 'vit_tiny*' --all"),
+    "ablate": ("vimamba ablate --data mnist",),
+    "info": ("vimamba info", "vimamba info --json"),
+}
