@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from vimamba.cli import terminal
 from vimamba.cli.ablate_page import save_plot, write_page
 from vimamba.cli.parsing import add_options, take
 from vimamba.errors import UserError, nearest, require
+from vimamba.models import list_models
 from vimamba.tasks.ablation import DESIGNS, Budget, Run, design_costs, open_study_data, run_design
 from vimamba.tasks.optim import OptimOptions
 
@@ -54,8 +56,12 @@ class AblateOptions:
     page: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.seeds >= 1, f"--seeds is {self.seeds}; it must be at least 1")
+        require(1 <= self.seeds <= 1000, f"--seeds is {self.seeds}; it must be from 1 to 1000")
         require(len(self.lr) > 0, "--lr: name at least one learning rate")
+        require(all(0 < lr < math.inf for lr in self.lr), f"--lr is {self.lr}; learning rates are positive numbers")
+        own = [name for name in list_models() if not name.startswith("vim_pyramid")]
+        hint = nearest(self.model, own) or f"; they are {', '.join(own)}"
+        require(self.model in own, f"--model {self.model}: the designs are those of vimamba's models{hint}")
         for name in self.designs or []:
             require(
                 name in DESIGNS,

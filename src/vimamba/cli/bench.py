@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -96,11 +97,11 @@ def check(options: Namespace) -> None:
     for key, known in (("dtype", tuple(DTYPES)), ("passes", PASSES), ("attention", ATTENTIONS), ("mode", MODES)):
         for value in options[key]:
             require(value in known, f"--{key} {value}: it is {' or '.join(known)}{nearest(value, known)}")
-    for key in ("sizes", "batch"):
-        _at_least_one(key, min(options[key]))
-    for key in ("threads", "repeats"):
-        _at_least_one(key, options[key])
-    require(options.seconds >= 0, f"--seconds {options.seconds}: it cannot be negative")
+    most = {"sizes": 16384, "batch": 65536, "threads": 16 * (os.cpu_count() or 1), "repeats": 10**6}
+    for key, bound in most.items():
+        for value in options[key] if isinstance(options[key], list) else [options[key]]:
+            require(value is None or 1 <= value <= bound, f"--{key} {value}: it must be from 1 to {bound}")
+    require(0 <= options.seconds < math.inf, f"--seconds {options.seconds}: it must be a time of 0 or more")
     for name in (*options.models, *options.against):
         check_name(name)
     check_device(options.device)
@@ -111,10 +112,6 @@ def check(options: Namespace) -> None:
             report.check_writable(options[key], f"--{key}")
     suffix = Path(options.plot or "plot.png").suffix
     require(suffix in report.PLOTS, f"--plot {options.plot}: the name must end in {', '.join(report.PLOTS)}")
-
-
-def _at_least_one(key: str, value: Any) -> None:
-    require(value is None or value >= 1, f"--{key} {value}: it must be at least 1")
 
 
 def check_device(name: str) -> None:

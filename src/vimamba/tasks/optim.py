@@ -45,8 +45,9 @@ class OptimOptions:
     ema: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name, most in (("epochs", 10**6), ("batch_size", 2**16), ("accumulate", 2**16)):
+            value = getattr(self, name)
+            require(1 <= value <= most, f"--{name} is {value}; it must be at least 1, and at most {most}")
         for name in ("lr", "weight_decay", "min_lr", "warmup_epochs", "clip_grad"):
             value = getattr(self, name)
             require(value is None or 0.0 <= value < math.inf, f"--{name} is {value}; it cannot be negative")
