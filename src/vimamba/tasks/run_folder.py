@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from vimamba.data.split import HELD_OUT
 from vimamba.errors import UserError, naming, require, shown
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.figures import save_curves
@@ -32,7 +33,7 @@ CONFIG, METRICS, WEIGHTS, CURVES, PER_CLASS = (
     "per_class.csv",
 )
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
-OWN_FILES = (CONFIG, METRICS, WEIGHTS, CURVES, PER_CLASS, "confusion.png", LAST, BEST)
+OWN_FILES = (CONFIG, HELD_OUT, METRICS, WEIGHTS, CURVES, PER_CLASS, "confusion.png", LAST, BEST)
 
 
 class StoppedBySignal(Exception):  # noqa: N818 - not an error
