@@ -121,7 +121,7 @@ def test_resuming_holds_out_the_same_images_and_learns_from_new_ones(run, vimamb
     held_out = HeldOut.read(folder).held_out
     for i in range(100, 110):
         Image.new("RGB", (20, 24), "blue").save(photos / "blue" / f"{i}.png")
-    status, out, err = vimamba("train", "--resume", folder, "--epochs", 2)
+    status, _, err = vimamba("train", "--resume", folder, "--epochs", 2)
     assert status == 0, err
     assert "images were 10 added" in err
     kept = HeldOut.read(folder)
