@@ -285,6 +285,9 @@ class SkippedFiles(pl.Callback):
                 self.warn(f"{line}; skipped")
         bad = self.counts.get(which, 0)
         require(
+            bad < max(count, 1), f"stopped: none of the {count} {which} images can be decoded; the warnings say why"
+        )
+        require(
             bad <= self.most * count,
             f"stopped: {bad} of the {count} {which} images cannot be decoded, more than {self.most:.0%}; "
             "the warnings name them: repair or remove them",
