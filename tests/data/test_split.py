@@ -198,6 +198,20 @@ def test_hub_data_without_a_split_to_hold_out_are_split(tmp_path, vimamba):
     assert found["images"] == len(first.val)
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [("-1", "has the label [-1]"), ("7", "has the label [7]"), ("", "has the label [-1]"), ("cat", "no class numbers")],
+)
+def test_labels_of_hub_data_are_checked_at_once(tmp_path, label, message):
+    make(tmp_path / "train", {".": 4})
+    rows = "".join(f"{i}.png,{label if i == 3 else i % 2}\n" for i in range(4))
+    (tmp_path / "train" / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    (tmp_path / "names.txt").write_text("even\nodd\n")
+    with pytest.raises(UserError) as refused:
+        open_data(f"hfds/{tmp_path}", class_names=str(tmp_path / "names.txt"))
+    assert message in str(refused.value)
+
+
 def test_draws_of_0_1_are_those_of_its_random_numbers():
     names = list("abcdefghij")
     assert hold_out_as_0_1(1, "x", names, 0.3, 4) == {*np.random.RandomState(5).permutation(10)[:3].tolist()}

@@ -109,8 +109,9 @@ class HubSamples:
 
     @functools.cached_property
     def targets(self) -> np.ndarray:
-        """The class of each row, read without the images."""
-        return np.array(self.reader.dataset[self.reader.label_key], dtype=np.int64)[self.rows]
+        """The class of each row, read without the images; -1 where the data set does not tell."""
+        labels = self.reader.dataset[self.reader.label_key]
+        return np.array([-1 if label is None else label for label in labels], dtype=np.int64)[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,7 +120,7 @@ class HubSamples:
         return decode_image(self.reader[int(self.rows[index])][0], self.name(index))
 
     def target(self, index: int) -> int:
-        return int(self.reader[int(self.rows[index])][1])
+        return int(self.targets[index])
 
     def name(self, index: int) -> str:
         return f"{self.prefix}[{self.rows[index]}]"

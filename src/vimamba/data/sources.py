@@ -220,11 +220,14 @@ def _hub_table(name: str, rest: str, names: list[str] | None) -> tuple[list[str]
         f"--data {name}: its labels carry no names; list them, one a line, in a file: --class_names",
     )
     for part in parts.values():
-        beyond = sorted({*part.targets.tolist()} - {*range(len(names))})
+        try:
+            beyond = sorted({*part.targets.tolist()} - {*range(len(names))})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{part.prefix}: its labels are no class numbers ({one_line(error)})") from error
         require(
             not beyond,
-            f"--data {name}: has the label {beyond[:1]}, and {len(names)} classes count from 0 to {len(names) - 1}; "
-            "list all of them, one a line, in a file: --class_names",
+            f"{part.prefix}: has the label {beyond[:1]}, and the {len(names)} classes count from 0 to {len(names) - 1} "
+            "(-1 stands for none); if there are more, list them, one a line, in a file: --class_names",
         )
     return names, parts, []
 

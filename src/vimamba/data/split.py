@@ -16,6 +16,7 @@ from vimamba.data.samples import LastingSamples
 from vimamba.errors import UserError, require, shown
 
 HELD_OUT = "held_out.json"  # in a run's folder
+MAX_BYTES = 2**29  # of that file, which may be a stranger's: ten million names
 
 S = TypeVar("S", bound=LastingSamples)
 
@@ -73,6 +74,7 @@ class HeldOut:
             return None
         try:
             require(path.is_file(), "it is no regular file")
+            require(path.stat().st_size <= MAX_BYTES, f"it is larger than {MAX_BYTES // 2**20} MB")
             values = json.loads(path.read_text(encoding="utf-8"))
             require(isinstance(values, dict), f"it holds {shown(values)}")
             found = cls(**values)
