@@ -120,6 +120,7 @@ def test_predict_writes_a_table(vimamba, trained, photos, top):
     assert by_name[str(odd)]["class_1"] == "red"
     assert "is not an image" in by_name[str(bad)]["error"]
     assert not by_name[str(bad)]["class_1"]
+    assert f"{odd}  red " in vimamba("predict", trained, odd, "--top", top)[1]
     _, out, _ = vimamba("predict", trained, photos / "val", "--json", "--top", top)
     for line in map(json.loads, out.splitlines()):
         row = by_name[line["image"]]

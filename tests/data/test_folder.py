@@ -102,6 +102,13 @@ def test_a_run_inside_the_data_is_no_class(tmp_path, where, beside):
     assert f"folders of training runs: 1 ({tmp_path}/{where})" in said
 
 
+def test_a_class_may_hold_what_a_run_does(tmp_path):
+    make(tmp_path, {"cat/checkpoints": 2, "dog": 2})
+    (tmp_path / "dog" / "config.yaml").touch()
+    assert read(tmp_path)[0]["cat"] == ["cat/checkpoints/0.png", "cat/checkpoints/1.png"]
+    assert read(tmp_path)[0]["dog"] == PLAIN["dog"]
+
+
 @pytest.mark.parametrize(
     ("link", "target", "said"),
     [
