@@ -39,7 +39,8 @@ def test_halves_by_folder(tmp_path, train, val):
         ({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1, "more/a": 2}, ["a", "b"], "the halves: 2 (more/)"),
         ({"train": 2, "car": 2, "plane": 2}, ["car", "plane", "train"], ""),  # of railway
         ({"one/a": 2, "one/b": 2, "two/a": 2, "two/b": 2}, ["one", "two"], "if they are halves, name them"),
-        ({"a": 2, "b": 2, "empty": 0}, ["a", "b"], "sub-folders without images: 1 (empty/)"),
+        ({"a": 2, "b": 2, "empty": 0}, ["a", "b"], "sub-folders without images: 1 ("),
+        ({"train/a": 2, "train/c": 0, "val/a": 2, "train/b": 1, "val/b": 1}, ["a", "b"], "/train/c/)"),
     ],
 )
 def test_what_a_folder_is_taken_for_is_said(tmp_path, counts, classes, said):

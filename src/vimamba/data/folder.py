@@ -13,6 +13,8 @@ from vimamba.errors import UserError, escaped, require, showable
 
 Classes = dict[str, list[str]]  # the paths of each class's images
 
+LOOSE = "images outside the sub-folders"  # as a reason to leave them out
+
 _MORE = r"([ _-]?(set|data|images?))?"
 TRAIN, VAL, TEST = (re.compile(f"({names}){_MORE}", re.IGNORECASE) for names in (
     "train|training", "val|valid|validation|eval|evaluation", "test|testing",
@@ -35,6 +37,31 @@ def read_folder(root: Path) -> Reading:
         UserError: it holds no images in sub-folders, or can be read in more ways than one.
     """
     left_out = LeftOut()
+    tops = _sub_folders(root, left_out)
+    halves = find_halves(root, tops)
+    train, val, notes = {}, None, []
+    if halves is None:
+        every = each_once([image for found in tops.values() for image in found], left_out)
+        train = _by_class(str(root), every, left_out)
+        notes = _alike(train, root)
+    else:
+        for name, found in tops.items():
+            if found and name not in halves:
+                left_out.add("images beside the halves", name + os.sep, len(found))
+        every = each_once([image for name in halves if name for image in tops[name]], left_out)
+        if halves[0]:
+            train = _by_class(os.path.join(root, halves[0]), every, left_out)
+        if halves[1]:
+            val = _by_class(os.path.join(root, halves[1]), every, left_out)
+        if halves != ("train", "val"):  # which are as documented
+            learnt = f"{halves[0]}{os.sep} to learn from, " if halves[0] else ""
+            held_out = f"{halves[1]}{os.sep}" if halves[1] else "a share of it"
+            notes = [f"{root}: taken as halves: {learnt}{held_out} held out"]
+    _check_classes(root, {**train, **(val or {})}, left_out)
+    return Reading(train, val, halves, notes + left_out.lines(root))
+
+
+def _sub_folders(root: Path, left_out: LeftOut) -> dict[str, list[Found]]:
     tops: dict[str, list[Found]] = {}
     for entry in sorted(entries(str(root)), key=lambda entry: entry.name):
         kind = kind_of(entry)
@@ -43,40 +70,20 @@ def read_folder(root: Path) -> Reading:
         elif kind == "folder":
             tops[entry.name] = [*walk(entry.path, left_out)]
         elif is_image(entry, kind, left_out):
-            left_out.add("images outside the sub-folders", entry.path)
-    halves = find_halves(root, tops)
-    notes: list[str] = []
-    val: Classes | None
-    if halves is None:
-        every = each_once([image for found in tops.values() for image in found], left_out)
-        train, val = _by_class(str(root), every, left_out), None
-        notes += _alike(train, root)
-    else:
-        for name, found in tops.items():
-            if found and name not in halves:
-                left_out.add("images beside the halves", name + os.sep, len(found))
-        every = each_once([image for name in halves if name for image in tops[name]], left_out)
-        train, val = ({} if not name else _by_class(os.path.join(root, name), every, left_out) for name in halves)
-        val = val if halves[1] else None
-        learnt, held_out = (f"{name}{os.sep}" for name in halves)
-        said = f"{learnt} to learn from, " * bool(halves[0]) + f"{held_out if halves[1] else 'a share of it'} held out"
-        if halves != ("train", "val"):  # as documented
-            notes.append(f"{root}: taken as halves: {said}")
-    looked = " ".join(extensions())
-    count = left_out.counts.get("images outside the sub-folders", 0)
+            left_out.add(LOOSE, entry.path)
+    return tops
+
+
+def _check_classes(root: Path, classes: Classes, left_out: LeftOut) -> None:
+    count = left_out.counts.get(LOOSE, 0)
     loose = f" ({count} images lie loose in it)" if count else ""
     require(
-        bool(train or val),
-        f"--data {root}: no images found in sub-folders, one a class{loose}; looked for {looked}",
+        bool(classes),
+        f"--data {root}: no images found in sub-folders, one a class{loose}; looked for {' '.join(extensions())}",
     )
-    for name in {**train, **(val or {})}:
-        require(
-            showable(name), f"--data {root}: the class folder '{escaped(name)}' has a name that is no text; rename it"
-        )
-    for name in tops:
-        if not tops[name]:
-            left_out.add("sub-folders without images", name + os.sep)
-    return Reading(train, val, halves, notes + left_out.lines(root))
+    for name in classes:
+        if not showable(name):
+            raise UserError(f"--data {root}: the class folder '{escaped(name)}' has a name that is no text; rename it")
 
 
 def find_halves(root: Path, tops: dict[str, list[Found]]) -> tuple[str, str] | None:
@@ -126,7 +133,10 @@ def _by_class(folder: str, found: list[Found], left_out: LeftOut) -> Classes:
         if inside:
             classes.setdefault(name, []).append(path)
         else:
-            left_out.add("images outside the sub-folders", path)
+            left_out.add(LOOSE, path)
+    for entry in entries(folder):
+        if kind_of(entry) == "folder" and entry.name not in classes and not is_run(entry.path):
+            left_out.add("sub-folders without images", os.path.join(entry.path, ""))
     return {name: classes[name] for name in in_order(classes)}
 
 

@@ -67,13 +67,13 @@ class ShardSamples:
         return int(self.targets[index])
 
     def name(self, index: int) -> str:
-        return f"{self.root}{os.sep}{self.keys_of(index)}"
+        return f"{self.root}{os.sep}{self.key(index)}"
 
-    def keys_of(self, index: int) -> str:
+    def key(self, index: int) -> str:
         return f"{self.shards[self.shard[index]]}:{self.names[index]}"
 
     def keys(self) -> list[str]:
-        return [self.keys_of(index) for index in range(len(self))]
+        return [self.key(index) for index in range(len(self))]
 
     def marks(self) -> list[int]:
         return self.places[:, 1].tolist()
