@@ -67,9 +67,9 @@ def test_shards(tmp_path):
     assert sum(len(batch.images) for batch in module.train_dataloader()) == 6
 
 
-@pytest.mark.parametrize("workers", [0, 3])  # more than there are shards
+@pytest.mark.parametrize("workers", [0, 2])  # more than there are shards
 def test_images_of_shards_depend_on_seed_and_epoch_alone(tmp_path, workers):
-    data = open_data(f"wds/{write_shards(tmp_path, {'train': (2, 16), 'validation': (1, 2)})}")
+    data = open_data(f"wds/{write_shards(tmp_path, {'train': (1, 32), 'validation': (1, 2)})}")
 
     def epoch(seed, number, done=0):
         module = ImageDataModule(data, GREY, AugmentOptions(augment="affine"), 4, workers, seed)
@@ -189,9 +189,9 @@ def test_shards_without_a_split_to_hold_out_are_split(tmp_path, seed):
     assert keys[1] != {*open_data(f"wds/{tmp_path}", 0.3, seed + 1).val.keys()}
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_training_on_shards_is_evaluated_as_it_was(tmp_path, vimamba, workers):
-    root = write_shards(tmp_path / "shards", {"train": (2, 8), "validation": (1, 5)})
+    root = write_shards(tmp_path / "shards", {"train": (1, 16), "validation": (1, 5)})
     run = tmp_path / "run"
     arguments = train_arguments(f"wds/{root}", run, "--num_workers", workers)
     assert vimamba(*arguments)[0] == 0
