@@ -88,6 +88,10 @@ class HeldOut:
             raise UserError(f"{path}: does not tell the run's held-out images ({reason}); restore it") from error
         return found
 
+    def text(self) -> str:
+        """What its file holds."""
+        return json.dumps(dataclasses.asdict(self), indent=0) + "\n"
+
     def write(self, run: Path) -> None:
         """Keep it in a run's folder.
 
@@ -97,7 +101,7 @@ class HeldOut:
         path = run / HELD_OUT
         partial = path.with_name(f".{path.name}.partial")
         try:
-            partial.write_text(json.dumps(dataclasses.asdict(self), indent=0) + "\n", encoding="utf-8")
+            partial.write_text(self.text(), encoding="utf-8")
             os.replace(partial, path)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
