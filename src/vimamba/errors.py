@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxstring, _SHORT.maxother = 2, 8, 8, 80, 80
+
+
+HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, halves of letters, and separators of lines
+TURNS = {*"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}  # which make a text read otherwise than it is
 
 
 class UserError(ValueError):
@@ -32,6 +37,18 @@ def require(condition: bool, message: str) -> None:
 def shown(value: Any) -> str:
     """A value from a file as it may stand in a sentence: short, on one line, nothing in it that moves a terminal."""
     return _SHORT.repr(value)
+
+
+def showable(text: str) -> bool:
+    """Whether a name can be written to any terminal and file that takes Unicode, and reads there as it is."""
+    return not any(letter in TURNS or unicodedata.category(letter) in HIDDEN for letter in text)
+
+
+def escaped(name: str) -> str:
+    """A name, with `\\udcff` and the like for letters that are not showable: file names hold any bytes."""
+    if showable(name):
+        return name
+    return "".join(letter if showable(letter) else ascii(letter)[1:-1] for letter in name)
 
 
 def one_line(error: BaseException) -> str:

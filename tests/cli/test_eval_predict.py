@@ -1,10 +1,12 @@
 """vimamba eval and predict on a trained run, and the runs they refuse."""
 
 import csv
+import io
 import json
 import os
 import pickle
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.cli.runs import write_photos
+from vimamba.cli import main
 
 
 def test_eval_finds_what_training_found(vimamba, trained, tmp_path):
@@ -39,6 +42,32 @@ def test_eval_on_other_images_maps_classes_by_name(vimamba, trained, tmp_path):
     assert status == 0
     assert found["images"] == 10  # a folder of classes is taken whole
     assert found["top1"] < 0.2
+
+
+def test_eval_keeps_the_picture_of_the_runs_own_images(vimamba, trained, photos, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert vimamba("eval", run)[0] == 0
+    own = (run / "confusion.png").read_bytes()
+    for arguments, name in (
+        (("--data", photos / "val"), "confusion-val.png"),
+        (("--data", photos, "--split", "all"), "confusion-photos.png"),
+        (("--data", photos / "val", "--output", tmp_path / "other"), "../other/confusion.png"),
+    ):
+        status, out, _ = vimamba("eval", run, *arguments, "--json")
+        assert status == 0
+        assert os.path.samefile(json.loads(out)["confusion"], run / name)
+        assert (run / "confusion.png").read_bytes() == own
+
+
+@pytest.mark.parametrize(
+    ("most", "message"), [("1.0", "none of the 12 images"), ("0.5", "stopped: "), ("1.5", "give a")]
+)
+def test_eval_of_nothing_decodable_is_refused(vimamba, trained, photos, most, message):
+    for path in (photos / "val").rglob("*.png"):
+        path.write_bytes(b"bad")
+    status, _, err = vimamba("eval", trained, "--data", photos / "val", "--max_undecodable", most)
+    assert status == 2
+    assert message in err
 
 
 def test_eval_refuses_other_classes(vimamba, trained, photos):
@@ -72,6 +101,83 @@ def test_predict_goes_on_past_bad_files(vimamba, trained, photos):
     good = next(a for a in answers if a["image"] == str(photos / "val" / "red" / "1.png"))
     assert good["predictions"][0]["class"] == "red"
     assert sum(p["probability"] for p in good["predictions"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("top", [1, 2, 9])
+def test_predict_writes_a_table(vimamba, trained, photos, top):
+    bad, odd = photos / "val" / "red" / "2.png", photos / "val" / "red" / 'a "red", [red] :dog: one.png'
+    bad.write_bytes(b"no image")
+    (photos / "val" / "red" / "1.png").rename(odd)
+    status, out, err = vimamba("predict", trained, photos / "val", "--csv", "--top", top, "--batch_size", 5)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert status == 1
+    assert "1 of 12 images could not be read" in err
+    shown = min(top, 3)
+    columns = [f"{column}_{i}" for i in range(1, shown + 1) for column in ("class", "probability")]
+    assert [*rows[0]] == ["image", *columns, "error"]
+    by_name = {row["image"]: row for row in rows}
+    assert len(by_name) == 12
+    assert by_name[str(odd)]["class_1"] == "red"
+    assert "is not an image" in by_name[str(bad)]["error"]
+    assert not by_name[str(bad)]["class_1"]
+    assert f"{odd}  red " in vimamba("predict", trained, odd, "--top", top)[1]
+    _, out, _ = vimamba("predict", trained, photos / "val", "--json", "--top", top)
+    for line in map(json.loads, out.splitlines()):
+        row = by_name[line["image"]]
+        for place, answer in enumerate(line.get("predictions", []), start=1):
+            assert row[f"class_{place}"] == answer["class"]
+            assert float(row[f"probability_{place}"]) == pytest.approx(answer["probability"], abs=1e-5)
+
+
+ODD_NAMES = [
+    b"\xff.png",
+    b"caf\xe9.png",
+    b"new\nline.png",
+    b"\x1b[2J.png",
+    "\u202egnp.png".encode(),
+    "\u96ea.png".encode(),
+]
+
+
+@pytest.mark.parametrize("how", ["", "--json", "--csv"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_cannot_be_written_are_escaped(trained, tmp_path, monkeypatch, how, encoding):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for number, name in enumerate(ODD_NAMES):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            Image.new("RGB", (8, 8), "red").save(file, "png") if number else file.write(b"bad")
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding, newline="") for _ in range(2)]
+    for stream, which in zip(streams, ("stdout", "stderr"), strict=True):
+        monkeypatch.setattr(sys, which, stream)
+    assert main(["predict", str(trained), str(folder), *[how][: bool(how)]]) == 1
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)
+    assert "1 of 6 images could not be read" in err
+    assert len(out.splitlines()) == {"": 5, "--json": 6, "--csv": 7}[how]
+    assert not {"\x1b", "\u202e"} & {*out}
+    if how == "--json":
+        assert {json.loads(line)["image"] for line in out.splitlines()} == {
+            os.path.join(folder, os.fsdecode(name)) for name in ODD_NAMES
+        }
+    else:
+        for name in (r"caf\udce9.png", r"new\nline.png", r"\x1b[2J.png", r"\u202egnp.png"):
+            assert name in out
+        assert r"\udcff.png: is not an image" in out + err
+        assert ("\u96ea" if encoding == "utf-8" else r"\u96ea") in out
+
+
+def test_predict_says_what_it_leaves_out_of_a_folder(vimamba, trained, photos):
+    os.mkfifo(photos / "val" / "pipe.png")
+    (photos / "val" / "notes.txt").touch()
+    status, out, err = vimamba("predict", trained, photos / "val")
+    assert (status, len(out.splitlines())) == (0, 12)
+    assert err.count("\n") == 1
+    assert "files of other kinds: 1 (.txt)" in err
+    status, _, err = vimamba("predict", trained, photos / "val" / "pipe.png")
+    assert status == 1
+    assert "pipe.png: is a pipe or a device" in err
 
 
 def test_predict_does_not_depend_on_batches_or_workers(vimamba, trained, photos):
@@ -212,6 +318,7 @@ def test_a_spoilt_checkpoint_is_not_resumed(vimamba, trained, tmp_path, monkeypa
         (["predict", "RUN", "x.png", "--top", "0"], "--top is 0"),
         (["predict", "RUN", "x.png", "--device", "abacus"], "--device abacus"),
         (["predict", "RUN"], "required"),
+        (["predict", "RUN", "x.png", "--csv", "--json"], "--json and --csv: choose one"),
         (["eval", "RUN", "--split", "test"], "--split: expected auto or val or all, got test"),
         (["prdict", "RUN"], "did you mean predict?"),
     ],

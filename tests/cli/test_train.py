@@ -165,7 +165,7 @@ def test_what_is_typed_for_timm_is_left_out_of_the_file(vimamba, photos, tmp_pat
         (["--checkpoint", "nowhere.pt"], "nowhere.pt"),
         (["--resume", "nowhere"], "--resume nowhere: holds no config.yaml"),
         (["--data", "hfds/some/thing"], "pip install 'vimamba[hub]'"),
-        (["--data", "wds/some"], "pip install 'vimamba[hub]'"),
+        (["--data", "wds/some"], "some/_info.json is missing"),
         (["--strategy", "dpd"], "--strategy dpd"),
     ],
 )

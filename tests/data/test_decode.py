@@ -1,6 +1,7 @@
 """Whatever a file holds comes out as an upright 8-bit image."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -109,6 +110,9 @@ def test_binary_images():
     assert set(np.unique(np.asarray(reread(Image.fromarray(RAMP > 30000))))) == {0, 255}
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"  # which Ghostscript would run
+
+
 def spoilt(tmp_path, how):
     path = tmp_path / "picture.jpg"
     if how == "missing":
@@ -116,9 +120,12 @@ def spoilt(tmp_path, how):
     if how == "folder":
         path.mkdir()
         return path
+    if how == "pipe":
+        os.mkfifo(path)
+        return path
     Image.effect_noise((64, 64), 50).save(path, "jpeg")
     whole = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"hello", "truncated": whole[: len(whole) // 2]}[how])
+    path.write_bytes({"empty": b"", "text": b"hello", "drawing": EPS, "truncated": whole[: len(whole) // 2]}[how])
     return path
 
 
@@ -129,6 +136,8 @@ def spoilt(tmp_path, how):
         ("folder", "is a folder"),
         ("empty", "is empty (0 bytes)"),
         ("text", "not an image"),
+        ("drawing", "not an image"),
+        ("pipe", "is a pipe or a device"),
         ("truncated", "cannot be decoded"),
     ],
 )

@@ -80,6 +80,8 @@ def run(parser: ArgumentParser, parsed: Namespace) -> int:
     folder = Path(options.output or f"runs/ablate-{options.data}")
     optim = OptimOptions(epochs=options.epochs, batch_size=options.batch_size)
     budget = Budget(open_study_data(options.data), options.model, options.model_args, optim, options.equal)
+    for line in budget.data.notes:
+        terminal.warn(line)
     done = read_runs(folder)
     designs = buildable(options.designs or list(DESIGNS), budget)
     total, number = len(designs) * (len(options.lr) + options.seeds - 1), 0

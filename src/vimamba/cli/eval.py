@@ -14,6 +14,7 @@ from vimamba.cli.inference import DeviceOptions, RenamedClasses, Runner
 from vimamba.cli.parsing import add_options, describe, fetches, read_config, take
 from vimamba.data.loaders import ImageDataModule, default_workers
 from vimamba.data.sources import ImageData, open_data
+from vimamba.data.split import HeldOut, how_drawn
 from vimamba.data.transforms import AugmentOptions
 from vimamba.errors import UserError, require, shown
 from vimamba.models.description import fits
@@ -21,6 +22,8 @@ from vimamba.tasks.figures import save_confusion
 from vimamba.tasks.results import Evaluation, Results
 from vimamba.tasks.run_folder import CONFIG
 from vimamba.tasks.weights import ModelCard, load_model
+
+OWN = "held-out images"  # of the run, by the name that its results are shown under
 
 
 @dataclasses.dataclass
@@ -32,7 +35,7 @@ class EvalOptions:
         split: val (held-out images) or all; auto takes the held-out ones where a folder or the run tells them apart
         class_names: file with one class name a line, for hub data and shards whose labels have none
         max_undecodable: share of files that may be undecodable before it stops
-        output: folder for confusion.png; the run's own if not given
+        output: folder for confusion.png; the run's own if not given, where the picture is named after other data
     """
 
     data: str | None = None
@@ -40,6 +43,12 @@ class EvalOptions:
     class_names: str | None = None
     max_undecodable: float = 0.01
     output: str | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            0.0 <= self.max_undecodable <= 1.0,
+            f"--max_undecodable is {self.max_undecodable}; give a share from 0 to 1, such as 0.01",
+        )
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -55,14 +64,12 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     terminal.quiet_libraries()
     model, card = load_model(options.run)
     data, which = open_for_eval(what, Path(options.run))
-    samples = data.val
-    if not hasattr(samples, "stream"):
-        samples = RenamedClasses(samples, data.class_names, card.class_names)
-    else:
-        require(data.class_names == card.class_names, f"--data {data.name}: its classes are not the model's")
+    for line in data.notes:
+        terminal.warn(line)
+    samples = RenamedClasses(data.val, data.class_names, card.class_names)
     runner = Runner(model, device)
     results, skipped = evaluate(runner, card, data, samples, device, what.max_undecodable, options.json)
-    picture = write_confusion(what, Path(options.run), card, data, results)
+    picture = write_confusion(what, Path(options.run), card, data, which, results)
     if options.json:
         shown = {
             "run": options.run,
@@ -124,7 +131,8 @@ class TrainedOn:
 def open_for_eval(what: EvalOptions, run: Path) -> tuple[ImageData, str]:
     """The images to measure on, and what to call them.
 
-    A folder of classes that the run was trained on is split as it was then; another one is taken whole.
+    Of data that the run was trained on, wherever they lie now, it is the images that it held out; others are taken
+    whole where they have no half to hold out.
     """
     config = TrainedOn.of(run)
     name = what.data or config.data
@@ -133,12 +141,18 @@ def open_for_eval(what: EvalOptions, run: Path) -> tuple[ImageData, str]:
     if what.data is None and fetches("data", name):
         raise UserError(f"the run's {CONFIG} names data to be fetched: give --data {name} if you mean to")
     own = what.data is None or same_place(name, str(config.data))
-    split = what.split if what.split != "auto" else ("val" if own else "all")
-    if split == "all" or not own:
-        fraction = 1.0 if split == "all" else 0.2
-        return open_data(name, fraction, 0, what.class_names, strict=False), "images"
-    names = what.class_names or config.class_names
-    return open_data(name, config.val_fraction, config.seed, names, strict=False), "held-out images"
+    if own and what.split != "all":
+        return open_own(name, config, what.class_names, run), OWN
+    data = open_data(name, 0.2 if what.split == "val" else 1.0, 0, what.class_names, strict=False)
+    if what.split != "all" and data.moved_from(HeldOut.read(folder_of(run))):
+        return open_own(name, config, what.class_names, run), OWN
+    return data, "images"
+
+
+def open_own(name: str, config: TrainedOn, class_names: str | None, run: Path) -> ImageData:
+    """The data of a run, with the images that it held out."""
+    names, drawn = class_names or config.class_names, how_drawn(folder_of(run))
+    return open_data(name, config.val_fraction, config.seed, names, strict=False, **drawn)
 
 
 def same_place(name: str, other: str) -> bool:
@@ -168,14 +182,22 @@ def evaluate(
                 "the warnings name them: repair or remove them",
             )
             bar.advance(task, len(batch.targets) + len(batch.skipped))
+    require(skipped < len(samples), f"none of the {len(samples)} images can be decoded; there is nothing to measure")
     return evaluation.compute(), skipped
 
 
-def write_confusion(what: EvalOptions, run: Path, card: ModelCard, data: ImageData, results: Results) -> Path | None:
+def write_confusion(
+    what: EvalOptions, run: Path, card: ModelCard, data: ImageData, which: str, results: Results
+) -> Path | None:
+    """The picture of the confusion matrix; in the run's folder, that of its held-out images is not replaced by others.
+
+    None where there are too many classes for one, or it cannot be written.
+    """
     if results.confusion is None:
         return None
     folder = Path(what.output) if what.output else folder_of(run)
-    path = folder / "confusion.png"
+    own = which == OWN or what.output is not None
+    path = folder / ("confusion.png" if own else f"confusion-{Path(data.name).resolve().name}.png")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         title = f"{card.model} on {data.name}: {terminal.percent(results.top1)}%"

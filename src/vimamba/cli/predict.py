@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import glob
+import io
 import json
 import os
 from pathlib import Path
@@ -17,11 +19,11 @@ from torch.utils.data import DataLoader
 from vimamba.cli import terminal
 from vimamba.cli.inference import DeviceOptions, Runner
 from vimamba.cli.parsing import add_options, take
-from vimamba.data.folder import find_images
 from vimamba.data.loaders import ImageDataset
 from vimamba.data.samples import FileSamples
 from vimamba.data.transforms import Preprocessing, eval_transform
-from vimamba.errors import UserError
+from vimamba.data.walk import LeftOut, find_images
+from vimamba.errors import UserError, escaped, require
 from vimamba.tasks.weights import load_model
 
 FEW = 256  # images that are decoded sooner than worker processes start
@@ -34,12 +36,14 @@ def arguments(parser: ArgumentParser) -> None:
     add_options(parser, DeviceOptions)
     parser.add_argument("--top", type=int, default=5, help="classes shown for each image")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, one line an image")
+    parser.add_argument("--csv", action="store_true", help="print a table with a header, one row an image")
 
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
     device = take(DeviceOptions, options)
     if options.top < 1:
         raise UserError(f"--top is {options.top}; it must be at least 1")
+    require(not (options.json and options.csv), "--json and --csv: choose one to print")
     terminal.quiet_libraries()
     model, card = load_model(options.run)
     paths = list_images(options.images)
@@ -53,12 +57,18 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     # One console for lines and bar where both go to the terminal: the lines then appear above the bar.
     shown_on = out if out.is_terminal else terminal.console(stderr=True)
     failed = 0
+    if options.csv:
+        numbered = [f"{column}_{place}" for place in range(1, top + 1) for column in ("class", "probability")]
+        print_row(out, ["image", *numbered, "error"])
     with terminal.progress_bar(shown_on) as bar:
         task = bar.add_task("predicting", total=len(paths))
         for items in loader:
             for path, answer in name_batch(runner, items, card.class_names, top):
                 failed += isinstance(answer, str)
-                print_answer(out, path, answer, options.json)
+                if options.csv:
+                    print_row(out, row_of(path, answer, top))
+                else:
+                    print_answer(out, path, answer, options.json)
             bar.advance(task, len(items))
     if failed:
         terminal.warn(f"{failed} of {len(paths)} images could not be read")
@@ -69,21 +79,23 @@ def default_workers_for_files() -> int:
     return min(8, max(1, (os.cpu_count() or 2) - 1))
 
 
-def list_images(given: list[str]) -> list[Path]:
+def list_images(given: list[str]) -> list[str]:
     """Files as they are, folders and patterns by what they hold; in the order given, each once."""
-    found: dict[Path, None] = {}
+    found: dict[str, None] = {}
     for name in given:
         path = Path(name)
         if path.is_dir():
-            inside = find_images(path)
-            if not inside:
-                raise UserError(f"{name}: holds no images")
+            left_out = LeftOut()
+            inside = find_images(path, left_out)
+            require(bool(inside), f"{escaped(name)}: holds no images")
+            for line in left_out.lines(path):
+                terminal.warn(line)
         elif path.exists() or not glob.has_magic(name):
-            inside = [path]  # a missing file is reported in its own line
+            inside = [str(path)]  # a missing file is reported in its own line
         else:
-            inside = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
+            inside = [match for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
             if not inside:
-                raise UserError(f"{name}: no file matches the pattern")
+                raise UserError(f"{escaped(name)}: no file matches the pattern")
         found.update(dict.fromkeys(inside))
     return list(found)
 
@@ -91,7 +103,7 @@ def list_images(given: list[str]) -> list[Path]:
 class PathDataset(ImageDataset):
     """Images by path: (path, tensor), or (path, why not)."""
 
-    def __init__(self, paths: list[Path], prep: Preprocessing):
+    def __init__(self, paths: list[str], prep: Preprocessing):
         super().__init__(FileSamples(paths, [0] * len(paths)), eval_transform(prep))
 
     def __getitem__(self, index: Any) -> Any:
@@ -124,10 +136,24 @@ def print_answer(out: Console, path: str, answer: list[tuple[str, float]] | str,
             if isinstance(answer, str)
             else {"predictions": [{"class": name, "probability": round(p, 6)} for name, p in answer]}
         )
-        out.print(json.dumps({"image": path, **body}), markup=False)
+        out.out(json.dumps({"image": path, **body}))
     elif isinstance(answer, str):
         terminal.warn(answer)
     else:
         first, *others = [(escape(name), f"{100 * p:.1f}%") for name, p in answer]
         rest = "  ".join(f"{name} {share}" for name, share in others)
-        out.print(f"{escape(path)}  [bold green]{first[0]}[/] {first[1]}  [dim]{rest}[/]")
+        out.print(f"{escape(escaped(path))}  [bold green]{first[0]}[/] {first[1]}  [dim]{rest}[/]")
+
+
+def row_of(path: str, answer: list[tuple[str, float]] | str, top: int) -> list[str]:
+    """An image's row of the table: its classes with their probabilities, or why it could not be read."""
+    if isinstance(answer, str):
+        return [escaped(path), *[""] * (2 * top), answer]
+    return [escaped(path), *(cell for name, p in answer for cell in (name, f"{p:.6f}")), ""]
+
+
+def print_row(out: Console, cells: list[str]) -> None:
+    """One line of CSV on stdout."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    out.out(line.getvalue())

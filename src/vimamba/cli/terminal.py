@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -26,7 +27,9 @@ WORST_SHOWN = 20
 def console(stderr: bool = False) -> Console:
     """A console on today's stdout or stderr (tests replace them); never wraps in a file or a pipe."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, highlight=False, soft_wrap=True, markup=True)
+    if isinstance(stream, io.TextIOWrapper):  # a notebook's takes anything
+        stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
+    return Console(file=stream, highlight=False, soft_wrap=True, markup=True, emoji=False)
 
 
 def warn(line: str) -> None:

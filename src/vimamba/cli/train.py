@@ -20,6 +20,7 @@ from vimamba.cli.train_progress import TrainProgress, duration
 from vimamba.data.loaders import ImageDataModule, default_workers
 from vimamba.data.sample import write_digits
 from vimamba.data.sources import BUILT_IN, ImageData, open_data
+from vimamba.data.split import how_drawn
 from vimamba.data.transforms import AugmentOptions, Preprocessing
 from vimamba.errors import UserError, naming, one_line, require
 from vimamba.models.description import BUILDING, check_arguments, check_plain
@@ -155,7 +156,10 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     terminal.quiet_libraries()
     console = terminal.console()
     check_model_name(run_options.model)
-    data = open_data(run_options.data, run_options.val_fraction, run_options.seed, run_options.class_names)
+    data = open_data(
+        run_options.data, run_options.val_fraction, run_options.seed, run_options.class_names,
+        **(how_drawn(Path(options.resume)) if options.resume else {}),
+    )  # fmt: skip
     if optim.lr is None and (run_options.pretrained or run_options.checkpoint):
         optim.lr = 2e-4  # trained weights are lost at the rate that new ones need
     if augment.augment == "auto":
@@ -175,6 +179,8 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
         run_folder.prepare_folder(folder, options.overwrite)
         run_folder.check_space(folder, task.model)
         write_config(options, folder)
+    if first_process and (held_out := data.held_out()):
+        held_out.write(folder)
     workers = default_workers(data) if run_options.num_workers is None else run_options.num_workers
     module = ImageDataModule(data, prep, augment, optim.batch_size, workers, run_options.seed)
     print_heading(console, task, data, trainer, machine, note)
@@ -305,6 +311,8 @@ def print_heading(
         f"{len(card.class_names)} classes",
         markup=False,
     )
+    for line in data.notes:
+        terminal.warn(line)
     if note:
         console.print(note, markup=False)
     console.print()

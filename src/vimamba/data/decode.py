@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import stat
 import warnings
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vimamba.errors import UserError
+from vimamba.errors import UserError, escaped
 
 MODES = {1: "L", 3: "RGB"}
+
+# What Pillow opens and is no picture of something: drawings (EPS by running Ghostscript), films, tables of numbers.
+NO_PHOTOGRAPHS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 class DecodeError(UserError):
     """A file that cannot be read as an image: its name and the reason."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(f"{name}: {reason}")
+        super().__init__(f"{escaped(name)}: {reason}")
         self.name = name
         self.reason = reason
 
@@ -27,25 +32,46 @@ class DecodeError(UserError):
         return DecodeError, (self.name, self.reason)
 
 
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - NO_PHOTOGRAPHS))
+
+
+@functools.cache
+def extensions() -> tuple[str, ...]:
+    """The endings of file names that are taken for images: those of every format that Pillow reads here."""
+    return tuple(sorted(ending for ending, kind in Image.registered_extensions().items() if kind in formats()))
+
+
 def decode_image(source: str | os.PathLike[str] | IO[bytes], name: str | None = None) -> Image.Image:
     """Read an image, turn it upright as its EXIF says, and bring it to 8 bits, "L" or "RGB".
 
-    16-bit and floating-point pixels are scaled, not clipped. Transparent images are laid on white.
+    Pixels of more bits are scaled by what is white in their file, those of unknown scale by the range that they use,
+    and none is clipped. Transparent images are laid on white.
 
     Raises:
-        DecodeError: the file is missing, empty, truncated, not an image, or larger than Pillow's
+        DecodeError: the file is missing, empty, truncated, not a regular file, not an image, or larger than Pillow's
             limit against decompression bombs.
     """
     name = name if name is not None else str(source)
     try:
+        if isinstance(source, str | os.PathLike) and not stat.S_ISREG(mode := os.stat(source).st_mode):
+            raise IsADirectoryError if stat.S_ISDIR(mode) else NotAFileError  # a pipe would be waited for
         with warnings.catch_warnings():
             # Pillow refuses an image over twice MAX_IMAGE_PIXELS and only warns below that: those are read.
             warnings.simplefilter("ignore")
-            with Image.open(source) as image:
+            with Image.open(source, formats=formats()) as image:
+                meant = _Grey.of(image)
                 image.load()
-                return flatten(_upright(image))
+                return _flatten(_upright(image), meant)
     except Exception as error:  # Pillow's format readers raise whatever their parsers stumble over
         raise DecodeError(name, _reason(source, error)) from error
+
+
+class NotAFileError(OSError):
+    """A pipe, a socket or a device."""
 
 
 def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
@@ -54,18 +80,67 @@ def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def flatten(image: Image.Image) -> Image.Image:
+class _Grey(NamedTuple):
+    """How the values of a grey image are meant, as far as its format tells; copies of the image forget it."""
+
+    white: float | None  # the value of white in a deep one
+    white_is_zero: bool
+    unsigned: bool  # 32 bits, which Pillow reads as signed
+    transparent: int | None  # the one value that stands for transparent, as loaded pixels show it
+
+    @classmethod
+    def of(cls, image: Image.Image) -> _Grey:
+        """Of an image that is open and not loaded yet."""
+        bits = _tiff_tag(image, 258, 16)
+        white = 2.0**bits - 1 if image.mode.startswith("I;16") else None  # 12 bits come in 16 too
+        if image.mode == "I" and image.format in ("PNG", "PPM"):
+            white = 65535.0  # Pillow brings 16-bit PGM of any white to this, and 16-bit PNG in some of its versions
+        value = image.info.get("transparency")
+        if not (image.mode in ("1", "L") or image.mode[0] == "I") or not isinstance(value, int):
+            value = None
+        elif image.tile:  # type: ignore[attr-defined]
+            args = image.tile[0].args  # type: ignore[attr-defined]
+            # 2 and 4 bits are spread to 8 when loaded; Pillow leaves the transparent value as it was.
+            value *= {"L;2": 85, "L;4": 17}.get(args[0] if isinstance(args, tuple) else args, 1)
+        inverted = image.mode.startswith("I;16") and _tiff_tag(image, 262, 1) == 0  # which Pillow does for fewer bits
+        unsigned = image.mode == "I" and (bits, _tiff_tag(image, 339, 1)) == (32, 1)
+        return cls(white, inverted, unsigned, value)
+
+    def to_8_bit(self, pixels: np.ndarray) -> np.ndarray:
+        """From 0 to white; where white is not known, by the range that the pixels use."""
+        values = pixels.view(np.uint32) if self.unsigned and pixels.dtype.itemsize == 4 else pixels
+        values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
+        low, high = 0.0, self.white or 0.0
+        if self.white is None:
+            low, high = min(0.0, float(values.min())), float(values.max())
+            if low == 0.0:
+                steps = (255.0, 65535.0) if pixels.dtype.kind in "iu" else (1.0, 255.0, 65535.0)
+                high = next((step for step in steps if high <= step), high)
+        scaled = (values - low) * (255.0 / max(high - low, 1e-12))
+        grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+        return 255 - grey if self.white_is_zero else grey
+
+
+def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
+    value: Any = getattr(image, "tag_v2", {}).get(tag, default)
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
+def _flatten(image: Image.Image, meant: _Grey) -> Image.Image:
     """Any Pillow mode to "L" or "RGB": palettes resolved, deep pixels scaled, transparency laid on white."""
-    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+    if image.mode in ("1", "L") or image.mode[0] in "IF":
+        pixels = np.asarray(image)
+        grey = meant.to_8_bit(pixels) if image.mode[0] in "IF" else np.asarray(image.convert("L"))
+        if meant.transparent is not None:
+            clear = (grey if image.mode == "1" else pixels) == meant.transparent
+            grey = np.where(clear, np.uint8(255), grey)
+        return Image.fromarray(grey)
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
-    if image.mode == "1":
-        return image.convert("L")
-    if image.mode[0] in "IF":
-        return Image.fromarray(_to_8_bit(image))
     if image.mode == "LA":
-        grey = Image.new("L", image.size, 255)
-        grey.paste(image.getchannel("L"), mask=image.getchannel("A"))
-        return grey
+        grey_image = Image.new("L", image.size, 255)
+        grey_image.paste(image.getchannel("L"), mask=image.getchannel("A"))
+        return grey_image
     if image.mode in ("RGBA", "RGBa", "La", "PA") or "transparency" in image.info:
         opaque = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
@@ -79,31 +154,17 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_8_bit(image: Image.Image) -> np.ndarray:
-    """Integers of 16 bits by their full range; wider ones and floats by the range that they use."""
-    pixels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = float(pixels.min()), float(pixels.max())
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        low, high = 0.0, 65535.0
-    elif low >= 0.0:
-        low = 0.0
-        steps = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        high = next((step for step in steps if high <= step), high)
-    scaled = (pixels - low) * (255.0 / max(high - low, 1e-12))
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-
-
 def _reason(source: str | os.PathLike[str] | IO[bytes], error: Exception) -> str:
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if isinstance(error, FileNotFoundError):
-            return "there is no such file"
-        if path.is_dir():
-            return "is a folder, not an image"
-        if isinstance(error, PermissionError):
-            return "may not be read (permission denied)"
-        if path.is_file() and path.stat().st_size == 0:
-            return "is empty (0 bytes)"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder, not an image"
+    if isinstance(error, NotAFileError):
+        return "is a pipe or a device, not a file"
+    if isinstance(error, PermissionError):
+        return "may not be read (permission denied)"
+    if isinstance(source, str | os.PathLike) and Path(source).is_file() and Path(source).stat().st_size == 0:
+        return "is empty (0 bytes)"
     if isinstance(error, UnidentifiedImageError):
         return "is not an image in a format that Pillow reads"
     if isinstance(error, Image.DecompressionBombError):

@@ -101,8 +101,7 @@ def default_workers(data: ImageData) -> int:
 class ImageDataModule(pl.LightningDataModule):
     """Loaders for training and validation on as many devices as there are.
 
-    Its state is the place in the run, so that training resumes at the next batch with the same images; within an epoch
-    of shards, whose stream has no places, it resumes at that epoch's first images.
+    Its state is the place in the run, so that training resumes at the next batch with the same images.
     """
 
     def __init__(
@@ -113,7 +112,6 @@ class ImageDataModule(pl.LightningDataModule):
         self.data, self.prep, self.augment = data, prep, augment
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.epoch, self.batches_done = 0, 0
-        self._stream: Any = None  # of the training images, where they come in shards
 
     def state_dict(self) -> dict[str, int]:
         assert self.trainer is not None
@@ -127,10 +125,6 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         transform = train_transform(self.prep, self.augment)
-        if hasattr(self.data.train, "stream"):
-            self._stream = self.data.train.stream(transform, True, self.batch_size, self.num_workers, self.seed)
-            self._stream.set_epoch(self.epoch)
-            return self._loader(self._stream, None, drop_last=True)
         dataset = ImageDataset(self.data.train, transform)
         ranks, rank = self._place()
         if self.augment.repeated_augmentation > 1:
@@ -141,19 +135,12 @@ class ImageDataModule(pl.LightningDataModule):
         # A last batch of one or two images gives noisy gradients; a data set smaller than a batch keeps it.
         return self._loader(dataset, sampler, drop_last=len(sampler) >= self.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """To be called before each epoch. Lightning tells samplers of it; a stream of shards has none."""
-        if self._stream is not None:
-            self._stream.set_epoch(epoch)
-
     def val_dataloader(self) -> DataLoader:
         return self.eval_loader(self.data.val)
 
     def eval_loader(self, samples: Any) -> DataLoader:
         """Every image once, in order."""
         transform = eval_transform(self.prep)
-        if hasattr(samples, "stream"):
-            return self._loader(samples.stream(transform, False, self.batch_size, self.num_workers, self.seed), None)
         ranks, rank = self._place()
         shard = Strided(len(samples), ranks, rank)
         return self._loader(ImageDataset(samples, transform), shard)

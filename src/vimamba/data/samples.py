@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Protocol
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from vimamba.data.decode import decode_image
+
+S = TypeVar("S")
 
 
 class Samples(Protocol):
@@ -18,6 +22,24 @@ class Samples(Protocol):
     def image(self, index: int) -> Image.Image: ...
     def target(self, index: int) -> int: ...
     def name(self, index: int) -> str: ...
+
+
+class LastingSamples(Samples, Protocol):
+    """Images that are known again later, and of which some can be held out."""
+
+    targets: np.ndarray
+
+    def keys(self) -> list[str]:
+        """Their names within the data set, wherever that lies."""
+        ...
+
+    def marks(self) -> list[int]:
+        """A number of each by which a change may be told, such as the size of its file."""
+        ...
+
+    def select(self: S, rows: list[int]) -> S:
+        """Some of them, in that order."""
+        ...
 
 
 class ArraySamples:
@@ -40,18 +62,19 @@ class ArraySamples:
 
 
 class FileSamples:
-    """Image files."""
+    """Image files, below `root` if that is given."""
 
-    def __init__(self, paths: list[Path], targets: list[int]):
+    def __init__(self, paths: Sequence[str] | np.ndarray, targets: Sequence[int] | np.ndarray, root: str = ""):
         # One string a file: a list of a million Path objects costs half a gigabyte and is copied to each worker.
-        self.paths = np.array([str(path) for path in paths])
+        self.paths = np.array(paths, dtype=np.str_)
         self.targets = np.array(targets, dtype=np.int64)
+        self.root = root
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def image(self, index: int) -> Image.Image:
-        return decode_image(str(self.paths[index]))
+        return decode_image(self.name(index))
 
     def target(self, index: int) -> int:
         return int(self.targets[index])
@@ -59,21 +82,54 @@ class FileSamples:
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
+    def keys(self) -> list[str]:
+        start = len(os.path.join(self.root, "")) if self.root else 0
+        return [path[start:].replace(os.sep, "/") for path in self.paths.tolist()]
+
+    def marks(self) -> list[int]:
+        return [_size(path) for path in self.paths.tolist()]
+
+    def select(self, rows: list[int]) -> FileSamples:
+        return FileSamples(self.paths[rows], self.targets[rows], self.root)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
 
 class HubSamples:
-    """A timm reader of a hub data set, whose images are decoded here rather than by timm."""
+    """Rows of a timm reader of a hub data set, whose images are decoded here rather than by timm."""
 
-    def __init__(self, reader: Any, prefix: str):
+    def __init__(self, reader: Any, prefix: str, rows: np.ndarray | None = None):
         self.reader, self.prefix = reader, prefix
+        self.rows = np.arange(len(reader)) if rows is None else rows
+
+    @functools.cached_property
+    def targets(self) -> np.ndarray:
+        """The class of each row, read without the images; -1 where the data set does not tell."""
+        labels = self.reader.dataset[self.reader.label_key]
+        return np.array([-1 if label is None else label for label in labels], dtype=np.int64)[self.rows]
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.rows)
 
     def image(self, index: int) -> Image.Image:
-        return decode_image(self.reader[index][0], self.name(index))
+        return decode_image(self.reader[int(self.rows[index])][0], self.name(index))
 
     def target(self, index: int) -> int:
-        return int(self.reader[index][1])
+        return int(self.targets[index])
 
     def name(self, index: int) -> str:
-        return f"{self.prefix}[{index}]"
+        return f"{self.prefix}[{self.rows[index]}]"
+
+    def keys(self) -> list[str]:
+        return [self.name(index) for index in range(len(self))]
+
+    def marks(self) -> list[int]:
+        return self.targets.tolist()
+
+    def select(self, rows: list[int]) -> HubSamples:
+        return HubSamples(self.reader, self.prefix, self.rows[rows])

@@ -8,10 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vimamba.data import folder as folders
 from vimamba.data import sample
-from vimamba.data.samples import HubSamples, Samples
-from vimamba.errors import UserError, nearest, require
+from vimamba.data.copies import copies_across
+from vimamba.data.folder import Classes, Reading, read_folder
+from vimamba.data.samples import FileSamples, HubSamples
+from vimamba.data.shards import open_shards
+from vimamba.data.split import Draw, HeldOut, changes, fingerprint, halve, hold_out, hold_out_as_0_1
+from vimamba.errors import UserError, escaped, naming, nearest, one_line, require
 
 BUILT_IN = {"mnist": "5000 handwritten digits, 28 x 28, carried in the package"}
 HUB_PREFIXES = ("hfds/", "hfids/", "wds/")
@@ -23,39 +26,77 @@ class ImageData:
 
     name: str
     class_names: list[str]
-    train: Samples | Any  # Any: timm's iterable data sets (shards), built anew for each loader by `stream`
-    val: Samples | Any
+    train: Any  # Samples; LastingSamples but for the built-in ones
+    val: Any
     description: str = ""
     img_size: tuple[int, int] | None = None  # native size, where all images share a small one
     in_chans: int = 3
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     small: bool = False  # in memory and cheap to decode: no worker processes needed
+    drawn: bool = False  # whether the held-out images were drawn, not a half of their own
+    notes: list[str] = dataclasses.field(default_factory=list)  # what was left out or taken for something, a line each
 
     @property
     def photographs(self) -> bool:
         """Whether flips and colour changes keep the meaning, as far as one can tell."""
         return self.name not in BUILT_IN
 
+    def held_out(self) -> HeldOut | None:
+        """For the run to keep; None where the held-out images are the same for ever."""
+        return None if self.name in BUILT_IN else HeldOut.of(self.drawn, self.train, self.val)
+
+    def moved_from(self, kept: HeldOut | None) -> bool:
+        """Whether these are the images that a run kept a record of, in another place."""
+        if kept is None or self.name in BUILT_IN or len(self.train) + len(self.val) != len(kept.train + kept.held_out):
+            return False
+        return fingerprint(self.train, self.val) == kept.fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """How the images to hold out are taken from data that have no half of them."""
+
+    val_fraction: float
+    seed: int
+    strict: bool
+    draw: Draw
+    kept: HeldOut | None
+
+    def halve(self, name: str, samples: Any, class_names: list[str]) -> tuple[Any, Any]:
+        if self.val_fraction == 1.0:
+            require(not self.strict, "--val_fraction 1 leaves nothing to train on")
+            return samples.select([]), samples
+        with naming(f"--data {escaped(name)}"):
+            return halve(samples, class_names, self.val_fraction, self.seed, self.draw, self.kept)
+
 
 def open_data(
-    name: str, val_fraction: float = 0.2, seed: int = 0, class_names: str | None = None, strict: bool = True
+    name: str,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    class_names: str | None = None,
+    strict: bool = True,
+    draw: Draw = hold_out,
+    kept: HeldOut | None = None,
 ) -> ImageData:
     """Find the images that `--data` names.
 
     strict asks for what training needs: two classes or more, each of them in both halves. Without it only the
-    held-out half matters: a folder without `val/` and `train/` is held out whole (val_fraction 1).
+    held-out half matters: data without one are held out whole if val_fraction is 1. Where there is no half to hold
+    out, `draw` takes it, unless a run `kept` what it held out: `how_drawn` tells them.
     """
     require(
         0.0 < val_fraction <= 1.0,
         f"--val_fraction is {val_fraction}; give a share between 0 and 1, such as 0.2",
     )
+    opening = Opening(val_fraction, seed, strict, draw, kept)
     if name in BUILT_IN:
-        data = _built_in(name)
-    elif name.startswith(HUB_PREFIXES):
-        data = _hub(name, class_names)
-    elif Path(name).is_dir():
-        data = _folder(Path(name), val_fraction, seed, strict)
+        return _built_in(name)
+    if name.startswith(HUB_PREFIXES):
+        data = _hub(name, class_names, opening)
+    elif os.path.isdir(name):
+        data = _folder(Path(name), opening)
     else:
         raise UserError(_unknown(name))
     if strict:
@@ -63,6 +104,13 @@ def open_data(
         require(
             count > 1,
             f"--data {name}: found one class only ('{data.class_names[0]}'); training needs two or more",
+        )
+    if kept is not None:
+        data.notes += [f"{escaped(name)}: {line}" for line in changes(kept, data.train, data.val)]
+    elif data.drawn and draw is hold_out_as_0_1:
+        data.notes.append(
+            f"{escaped(name)}: the run is of version 0.1, which kept no list of its held-out images; they are drawn as "
+            "it did, and are the same only if no image was added or removed since"
         )
     return data
 
@@ -85,76 +133,103 @@ def _built_in(name: str) -> ImageData:
     )
 
 
-def _folder(root: Path, val_fraction: float, seed: int, strict: bool) -> ImageData:
-    train_dir, val_dir = folders.half(root, folders.TRAIN_NAMES), folders.half(root, folders.VAL_NAMES)
-    if train_dir is None and val_dir is not None:
-        require(not strict, f"--data {root}: has {val_dir.name}/ but no train/")
-        images = folders.read_classes(val_dir)
-        names, train, val = list(images), {}, images
-    elif train_dir is not None and val_dir is not None:
-        train, val = folders.read_classes(train_dir), folders.read_classes(val_dir)
-        names = list(train)
-        unknown = [c for c in val if c not in train]
-        first, hint = (unknown[0], nearest(unknown[0], names)) if unknown else ("", "")
-        require(not unknown, f"{val_dir}: class '{first}' is not in {train_dir}{hint}")
-        missing = [c for c in names if c not in val]
+def _folder(root: Path, opening: Opening) -> ImageData:
+    reading, kept = read_folder(root), opening.kept
+    names = list(reading.train or reading.val or {})
+
+    def samples(classes: Classes) -> FileSamples:
+        index = {name: position for position, name in enumerate(names)}
+        paths = [path for paths in classes.values() for path in paths]
+        return FileSamples(paths, [index[name] for name in classes for _ in classes[name]], str(root))
+
+    train = samples(reading.train)
+    drawn = reading.val is None or (kept is not None and kept.drawn)
+    if drawn:
+        one = next(((name, *paths) for name, paths in reading.train.items() if len(paths) == 1), None)
         require(
-            not (strict and missing),
-            f"{val_dir}: no images of class {', '.join(map(repr, missing[:5]))}, which {train_dir} has; "
-            "hold some of them out, or give one folder of classes to be split by --val_fraction",
+            one is None or kept is not None or opening.val_fraction == 1.0,
+            f"--data {root}: class '{one and one[0]}' has a single image, {one and escaped(one[1])}; a split needs two "
+            "of each class",
         )
+        train, val = opening.halve(str(root), train, names)
     else:
-        images = folders.read_classes(train_dir or root)
-        names = list(images)
-        if val_fraction == 1.0:
-            require(not strict, "--val_fraction 1 leaves nothing to train on")
-            train, val = {}, images
-        elif len(images) == 1 and strict:
-            train, val = images, images  # refused by the caller, with the better reason
-        else:
-            train, val = folders.split_by_seed(images, val_fraction, seed)
-    return ImageData(str(root), names, folders.to_samples(train, names), folders.to_samples(val, names), str(root))
+        _check_halves(root, reading, opening.strict)
+        val = samples(reading.val or {})
+    copies = copies_across(train, val) if opening.strict else []
+    notes = [*reading.notes, *(f"{root}: {line}" for line in copies)]
+    return ImageData(str(root), names, train, val, str(root), drawn=drawn, notes=notes)
 
 
-def _hub(name: str, class_names: str | None) -> ImageData:
+def _check_halves(root: Path, reading: Reading, strict: bool) -> None:
+    train, val = reading.train, reading.val or {}
+    train_dir, val_dir = (root / name for name in reading.halves or ("", ""))
+    require(bool(train) or not strict, f"--data {root}: has {val_dir.name}/ but no train/ with one sub-folder a class")
+    unknown = [name for name in val if name not in train] if train else []
+    first, hint = (unknown[0], nearest(unknown[0], train)) if unknown else ("", "")
+    require(not unknown, f"{val_dir}: class '{first}' is not in {train_dir}{hint}")
+    missing = [name for name in train if name not in val]
+    require(
+        not (strict and missing),
+        f"{val_dir}: no images of class {', '.join(map(repr, missing[:5]))}, which {train_dir} has; "
+        "hold some of them out, or give one folder of classes to be split by --val_fraction",
+    )
+
+
+def _hub(name: str, class_names: str | None, opening: Opening) -> ImageData:
     prefix, rest = name.split("/", 1)
-    package = "webdataset" if prefix == "wds" else "datasets"
     require(bool(rest), f"--data {name}: name what comes after {prefix}/, such as hfds/cifar10 or wds/FOLDER")
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"--data {name}: needs the package {package}; run pip install 'vimamba[hub]'")
     names = _read_names(class_names) if class_names else None
     if prefix == "wds":
-        from vimamba.data.shards import open_shards
+        names, parts, notes = open_shards(name, Path(rest), names)
+    else:
+        if importlib.util.find_spec("datasets") is None:
+            raise UserError(f"--data {name}: needs the package datasets; run pip install 'vimamba[hub]'")
+        names, parts, notes = _hub_table(name, rest, names)
+    train, val, drawn = parts["train"], parts.get("val"), False
+    if val is None:
+        drawn = True
+        train, val = opening.halve(name, train, names)
+        notes.append(f"{name}: it has no split to hold out: {len(val)} images of its train split are held out")
+    return ImageData(name, names, train, val, name, drawn=drawn, notes=notes)
 
-        return open_shards(name, Path(rest), names)
-    return _hub_table(name, rest, names)
 
-
-def _hub_table(name: str, rest: str, names: list[str] | None) -> ImageData:
+def _hub_table(name: str, rest: str, names: list[str] | None) -> tuple[list[str], dict[str, Any], list[str]]:
     from timm.data import create_dataset
 
-    def open_split(split: str) -> Any:
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        return create_dataset(f"hfds/{rest}", root=None, split=split).reader
-
-    readers: dict[str, Any] = {}
-    problems: list[str] = []
-    for kind, splits in {"train": folders.TRAIN_NAMES, "val": ("validation", "val", "valid", "test")}.items():
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    parts: dict[str, Any] = {}
+    for kind, splits in {"train": ("train", "training"), "val": ("validation", "val", "valid", "test")}.items():
+        problem: Exception = ValueError()
         for split in splits:
             try:
-                readers[kind] = open_split(split)
+                parts[kind] = HubSamples(
+                    create_dataset(f"hfds/{rest}", root=None, split=split).reader, f"{name}:{split}"
+                )
                 break
             except Exception as error:  # the hub's many: no such data set, no such split, no network
-                problems.append(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-        require(kind in readers, f"--data {name}: cannot open a split {' or '.join(splits)} ({problems[-1:]})")
-    by_index = {index: label for label, index in (readers["train"].class_to_idx or {}).items()}
+                problem = error
+        absent = kind == "val" and isinstance(problem, ValueError)  # datasets' kind of error for an unknown split
+        require(
+            kind in parts or absent,
+            f"--data {name}: cannot open a split {' or '.join(splits)} ({one_line(problem)})",
+        )
+    by_index = {index: label for label, index in (parts["train"].reader.class_to_idx or {}).items()}
     names = names or [by_index[i] for i in sorted(by_index)]
     require(
         bool(names),
         f"--data {name}: its labels carry no names; list them, one a line, in a file: --class_names",
     )
-    train, val = HubSamples(readers["train"], f"{name}:train"), HubSamples(readers["val"], f"{name}:val")
-    return ImageData(name, names, train, val, name)
+    for part in parts.values():
+        try:
+            beyond = sorted({*part.targets.tolist()} - {*range(len(names))})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{part.prefix}: its labels are no class numbers ({one_line(error)})") from error
+        require(
+            not beyond,
+            f"{part.prefix}: has the label {beyond[:1]}, and the {len(names)} classes count from 0 to {len(names) - 1} "
+            "(-1 stands for none); if there are more, list them, one a line, in a file: --class_names",
+        )
+    return names, parts, []
 
 
 def _read_names(path: str) -> list[str]:

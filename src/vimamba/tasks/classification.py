@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torchmetrics import MeanMetric
 
-from vimamba.data.loaders import Batch, ImageDataModule
+from vimamba.data.loaders import Batch
 from vimamba.data.transforms import AugmentOptions, mix_seed
 from vimamba.layers.gate import collect_gates
 from vimamba.tasks.optim import OptimOptions, build_optimizer, lr_factor
@@ -56,10 +56,10 @@ class ClassificationTask(pl.LightningModule):
         torch.manual_seed(step_seed)
         np.random.seed(step_seed)  # timm's Mixup
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         images_BCHW, targets = batch.images, batch.targets
-        if len(images_BCHW) == 0:
-            return None
+        if len(images_BCHW) == 0:  # none could be decoded; other processes wait for this one's gradients all the same
+            return torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum() * 0.0
         with collect_gates() as gates:
             if self.mixup is not None and len(images_BCHW) > 1:
                 even = len(images_BCHW) // 2 * 2  # Mixup pairs each image with another
@@ -79,8 +79,6 @@ class ClassificationTask(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.train_loss.reset()
-        if isinstance(module := self.trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
-            module.set_epoch(self.current_epoch)
 
     def on_validation_epoch_start(self) -> None:
         self.evaluation.reset()

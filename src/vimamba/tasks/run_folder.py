@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from vimamba.data.split import HELD_OUT
 from vimamba.errors import UserError, naming, require, shown
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.figures import save_curves
@@ -32,7 +33,7 @@ CONFIG, METRICS, WEIGHTS, CURVES, PER_CLASS = (
     "per_class.csv",
 )
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
-OWN_FILES = (CONFIG, METRICS, WEIGHTS, CURVES, PER_CLASS, "confusion.png", LAST, BEST)
+OWN_FILES = (CONFIG, HELD_OUT, METRICS, WEIGHTS, CURVES, PER_CLASS, "confusion.png", LAST, BEST)
 
 
 class StoppedBySignal(Exception):  # noqa: N818 - not an error
@@ -283,6 +284,9 @@ class SkippedFiles(pl.Callback):
                 self.counts[which] = self.counts.get(which, 0) + 1
                 self.warn(f"{line}; skipped")
         bad = self.counts.get(which, 0)
+        require(
+            bad < max(count, 1), f"stopped: none of the {count} {which} images can be decoded; the warnings say why"
+        )
         require(
             bad <= self.most * count,
             f"stopped: {bad} of the {count} {which} images cannot be decoded, more than {self.most:.0%}; "

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import sys
-import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +17,10 @@ from timm.models import _hub
 from torch import nn
 
 from vimamba.data.transforms import Preprocessing
-from vimamba.errors import UserError, naming, nearest, one_line, require, shown
+from vimamba.errors import UserError, naming, nearest, one_line, require, showable, shown
 from vimamba.models.checkpoints import load_weights, read_checkpoint, state_dict_of
 from vimamba.models.description import MAX_TEXT, create, skeleton
 from vimamba.models.registry import convert_checkpoint
-
-HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, halves of letters, and separators of lines
-TURNS = {*"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}  # which make a text read otherwise than it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +41,7 @@ class ModelCard:
         names = self.class_names
         require(isinstance(names, list) and bool(names), f"class_names is {shown(names)}; it must list texts")
         for name in names:
-            readable = isinstance(name, str) and 0 < len(name) <= MAX_TEXT and not TURNS & {*name}
-            if not readable or any(unicodedata.category(letter) in HIDDEN for letter in name):
+            if not (isinstance(name, str) and 0 < len(name) <= MAX_TEXT and showable(name)):
                 raise UserError(f"the class name {shown(name)} is no text of 1 to {MAX_TEXT} letters that can be shown")
         if len(set(names)) < len(names):
             twice = next(name for i, name in enumerate(names) if name in names[:i])
