@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.cli.runs import train_arguments, write_photos
 from vimamba.tasks.classification import ClassificationTask
-from vimamba.tasks.run_folder import RunFolder
+from vimamba.tasks.run_keeper import RunKeeper
 
 FILES = ("config.yaml", "metrics.csv", "model.safetensors", "curves.png", "per_class.csv")
 CHECKPOINTS = ("checkpoints/last.ckpt", "checkpoints/best.ckpt")
@@ -123,10 +123,8 @@ def test_a_model_of_a_folder_is_known_by_its_registered_name_afterwards(vimamba,
     assert described["model"] == "vim_nano"
     assert described["preprocessing"]["mean"] == [0.25, 0.5, 0.75]
     assert described["model_args"] == {"depth": 2, "embed_dim": 16, "d_state": 4}
-    status, _, err = vimamba("train", "--resume", tmp_path / "run", "--epochs", 2)
-    assert status == 2
-    assert "names a model to be fetched; type --model local-dir:" in err
-    assert vimamba("train", "--resume", tmp_path / "run", "--epochs", 2, *model[:2])[0] == 0
+    (tmp_path / "own" / "config.json").unlink()
+    assert vimamba("train", "--resume", tmp_path / "run", "--epochs", 2)[0] == 0  # from what the checkpoint says
 
 
 @pytest.mark.parametrize("argument", ["norm_layer: [1]", "block_args: {a: 1}", "nothing: 1"])
@@ -269,9 +267,9 @@ def test_a_folder_that_cannot_be_written_is_refused(vimamba, photos, tmp_path):
 
 def test_a_disk_that_fills_up_costs_no_finished_epoch(vimamba, photos, tmp_path, monkeypatch):
     run, saved = tmp_path / "run", []
-    original = RunFolder.save_checkpoint
+    original = RunKeeper._save
 
-    def save_checkpoint(self, trainer):
+    def save(self, trainer, *more):
         if saved:
 
             def full(path):
@@ -280,9 +278,9 @@ def test_a_disk_that_fills_up_costs_no_finished_epoch(vimamba, photos, tmp_path,
 
             monkeypatch.setattr(trainer, "save_checkpoint", full)
         saved.append(1)
-        original(self, trainer)
+        original(self, trainer, *more)
 
-    monkeypatch.setattr(RunFolder, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(RunKeeper, "_save", save)
     status, _, err = vimamba(*train_arguments(photos, run))
     monkeypatch.undo()
     assert status == 2

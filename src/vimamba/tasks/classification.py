@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from torchmetrics import MeanMetric
 
 from vimamba.data.loaders import Batch, ImageDataModule
 from vimamba.data.transforms import AugmentOptions, mix_seed
-from vimamba.tasks.optim import OptimOptions, build_optimizer, lr_factor
+from vimamba.tasks.optim import OptimOptions, build_optimizer, lr_factor, parameter_groups
 from vimamba.tasks.results import Evaluation, Results
 from vimamba.tasks.weights import ModelCard
 
@@ -41,9 +42,14 @@ class ClassificationTask(pl.LightningModule):
             )
         self.ema = ModelEmaV3(model, optim.ema, use_warmup=True) if optim.ema else None
         self.evaluation = Evaluation(card.class_names)
-        self.train_loss = MeanMetric()
+        self.train_loss = MeanMetric(nan_strategy="disable")  # looking for them at each step would wait for the device
         self.train_loss.persistent(True)  # an epoch that was interrupted keeps its first half
         self.results: Results | None = None
+        self._diverged: torch.Tensor | None = None  # on the device: whether any loss so far was not finite
+
+    def diverged(self) -> bool:
+        """Whether any step's loss so far was not a finite number; asking waits for the device."""
+        return self._diverged is not None and bool(self._diverged)
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -55,10 +61,10 @@ class ClassificationTask(pl.LightningModule):
         torch.manual_seed(step_seed)
         np.random.seed(step_seed)  # timm's Mixup
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         images_BCHW, targets = batch.images, batch.targets
-        if len(images_BCHW) == 0:
-            return None
+        if len(images_BCHW) == 0:  # nothing could be decoded; other processes wait for this one's gradients
+            return sum((p.sum() for p in self.model.parameters()), torch.zeros((), device=self.device)) * 0.0
         if self.mixup is not None and len(images_BCHW) > 1:
             even = len(images_BCHW) // 2 * 2  # Mixup pairs each image with another
             images_BCHW, targets = self.mixup(images_BCHW[:even], targets[:even])
@@ -68,12 +74,29 @@ class ClassificationTask(pl.LightningModule):
             loss = nn.functional.cross_entropy(logits_BC, targets, label_smoothing=self.smoothing)
         self.train_loss.update(loss.detach(), len(images_BCHW))
         gate_loss: Any = getattr(self.model, "gate_loss", None)  # models whose directions are gated
-        return loss if gate_loss is None else loss + gate_loss()
+        loss = loss if gate_loss is None else loss + gate_loss()
+        broken = ~loss.detach().isfinite()
+        self._diverged = broken if self._diverged is None else self._diverged | broken
+        return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
             self.ema.update(self.model, step=self.global_step + 1)
+
+    def on_train_start(self) -> None:
+        """A resumed run goes on with the rates and weight decay asked for now, not with those of its checkpoint."""
+        (optimizer,) = self.trainer.optimizers
+        schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
+        steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        if self.current_epoch and not getattr(self.trainer.datamodule, "batches_done", 0):  # type: ignore[attr-defined]
+            schedule.last_epoch = self.current_epoch * steps  # which differs from before on other devices
+        groups = parameter_groups(self.model, self.optim)
+        for position, (group, now) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+            rate = now.get("lr", self.optim.highest_lr)
+            schedule.base_lrs[position] = group["initial_lr"] = rate
+            group["lr"] = rate * schedule.lr_lambdas[position](schedule.last_epoch)
+            group["weight_decay"] = now["weight_decay"]
 
     def on_train_epoch_start(self) -> None:
         self.train_loss.reset()
