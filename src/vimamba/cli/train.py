@@ -15,6 +15,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.strategies import StrategyRegistry
 from rich.console import Console
 from timm.data import resolve_data_config
 from torch import nn
@@ -29,7 +30,7 @@ from vimamba.data.loaders import ImageDataModule, default_workers
 from vimamba.data.sample import write_digits
 from vimamba.data.sources import BUILT_IN, ImageData, open_data
 from vimamba.data.transforms import AugmentOptions, Preprocessing
-from vimamba.errors import UserError, naming, one_line, require
+from vimamba.errors import UserError, naming, nearest, one_line, require
 from vimamba.models.description import BUILDING, check_arguments, check_plain
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.optim import OptimOptions
@@ -204,6 +205,9 @@ def build_trainer(
     optim: OptimOptions, machine: MachineOptions, folder: Path, callbacks: list[pl.Callback]
 ) -> pl.Trainer:
     """Lightning's trainer, without the files and lines of its own."""
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    hint = nearest(machine.strategy, known) or "; give auto, ddp or fsdp"
+    require(machine.strategy in known, f"--strategy {machine.strategy}: there is no such strategy{hint}")
     try:
         trainer = pl.Trainer(
             **dataclasses.asdict(machine),
@@ -220,8 +224,10 @@ def build_trainer(
             use_distributed_sampler=False,
         )
     except Exception as error:  # Lightning's own errors, one kind for each option
-        given = " ".join(f"--{key} {value}" for key, value in dataclasses.asdict(machine).items())
-        raise UserError(f"{given}: not possible here: {error}") from error
+        plain = MachineOptions()
+        given = {key: value for key, value in vars(machine).items() if value != getattr(plain, key)} or vars(machine)
+        options = " ".join(f"--{key} {value}" for key, value in given.items())
+        raise UserError(f"{options}: not possible here: {one_line(error)}") from error
     check_processes(trainer, machine)
     if trainer.precision != machine.precision:  # Lightning takes another without asking
         raise UserError(f"--precision {machine.precision}: needs a GPU; on the CPU give bf16-mixed or 32-true")
