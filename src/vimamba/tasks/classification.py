@@ -72,7 +72,7 @@ class ClassificationTask(pl.LightningModule):
         else:
             logits_BC = self.model(images_BCHW).float()
             loss = nn.functional.cross_entropy(logits_BC, targets, label_smoothing=self.smoothing)
-        self.train_loss.update(loss.detach(), len(images_BCHW))
+        self.train_loss.update(loss.detach().expand(len(images_BCHW)))  # without a check for NaN it ignores weights
         gate_loss: Any = getattr(self.model, "gate_loss", None)  # models whose directions are gated
         loss = loss if gate_loss is None else loss + gate_loss()
         broken = ~loss.detach().isfinite()
