@@ -14,6 +14,7 @@ import yaml
 from tests.cli.runs import train_arguments, write_photos
 from tests.cli.test_train import interrupt_at, last_state, metrics
 from vimamba.cli import main
+from vimamba.cli.machine import cores
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.run_folder import RunFolder
 
@@ -67,7 +68,9 @@ def test_a_killed_process_releases_its_folder_and_is_resumed(vimamba, photos, tm
     program = """
 import sys
 from vimamba.cli import main
+from vimamba.cli.machine import cores
 from vimamba.cli import main
+from vimamba.cli.machine import cores
 from vimamba.tasks.classification import ClassificationTask
 original, steps = ClassificationTask.training_step, iter(range(1000))
 def training_step(self, batch, batch_idx):
@@ -92,6 +95,29 @@ main(sys.argv[1:])
     assert vimamba(*train_arguments(photos, whole))[0] == 0
     same_run(run, whole)
     assert not (run / ".lock").exists()
+
+
+@pytest.mark.skipif(cores() < 2, reason="needs two cores")
+def test_two_processes_and_then_one(vimamba, photos, tmp_path):
+    run = tmp_path / "run"
+    for path in sorted((photos / "train").rglob("*.png"))[:9]:  # batches without an image, in one process or in both
+        path.write_bytes(b"")
+    more = ("--batch_size", 1, "--max_undecodable", 0.9, "--checkpoint_every", "5steps", "--schedule", "constant")
+    command = [
+        sys.executable,
+        "-m",
+        "vimamba",
+        *train_arguments(photos, run, *more, "--devices", 2, "--strategy", "ddp"),
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [(row["epoch"], row["step"]) for row in metrics(run)] == [("1", "12"), ("2", "24")]
+    status, out, _ = vimamba("train", "--resume", run, "--devices", 1, "--strategy", "auto", "--epochs", 3)
+    assert status == 0
+    assert "devices 2 -> 1, strategy ddp -> auto" in out
+    assert metrics(run)[2]["step"] == "48"
+    (schedule,) = torch.load(run / LAST, weights_only=True)["lr_schedulers"]
+    assert schedule["last_epoch"] == 3 * 24  # of one process's steps, as if the run had had them from the first
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
@@ -258,6 +284,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(vimamba, pho
     status, _, err = vimamba("train", "--resume", run, "--epochs", 2)
     assert status == 2
     assert err == f"error: --resume {run}: cannot be written to (Permission denied)\n"
+
+
+def test_a_disk_without_space_for_the_run_is_refused_before_it(vimamba, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    status, _, err = vimamba(*train_arguments(photos, tmp_path / "run"))
+    assert status == 2
+    assert "the run needs about 0 MB for its checkpoints and 0 MB are free" in err
+    assert not (tmp_path / "run").exists()
 
 
 # -- numbers that are none

@@ -164,7 +164,16 @@ def test_what_is_typed_for_timm_is_left_out_of_the_file(vimamba, photos, tmp_pat
         (["--resume", "nowhere"], "--resume nowhere: holds no config.yaml"),
         (["--data", "hfds/some/thing"], "pip install 'vimamba[hub]'"),
         (["--data", "wds/some"], "pip install 'vimamba[hub]'"),
-        (["--strategy", "dpd"], "--strategy dpd"),
+        (["--strategy", "dpd"], "--strategy dpd: there is no such strategy; did you mean ddp"),
+        (["--strategy", "ddp_spawn"], "--strategy ddp_spawn: copies this process"),
+        (["--strategy", "ddp_fork_find_unused_parameters_true"], "copies this process, which holds what cannot be"),
+        (["--strategy", "fsdp"], "--strategy fsdp: not possible here"),
+        (["--devices", "1000"], "--devices 1000: starts as many processes on the CPU, which has"),
+        (["--num_nodes", "2"], "--num_nodes 2: would wait for the other machines for ever; start it on each of them"),
+        (["--num_nodes", "0"], "--num_nodes is 0; it must be at least 1"),
+        (["--num_workers", "100000"], "--num_workers is 100000; it counts processes, at most"),
+        (["--num_workers", "-1"], "--num_workers is -1; it counts processes"),
+        (["--seed", str(2**64)], f"--seed is {2**64}; give a number from 0 to 2^62"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(vimamba, photos, tmp_path, monkeypatch, options, message):
@@ -174,7 +183,17 @@ def test_wrong_options_are_refused_in_one_sentence(vimamba, photos, tmp_path, mo
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_large_a_batch_is_said_as_that(vimamba, photos, tmp_path, monkeypatch):
+    def training_step(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ClassificationTask, "training_step", training_step)
+    status, _, err = vimamba(*train_arguments(photos, tmp_path / "run"))
+    assert status == 2
+    assert err.startswith("error: --batch_size 6: does not fit into the memory; give less")
 
 
 def break_photos(photos, how):

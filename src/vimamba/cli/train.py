@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from timm.data import resolve_data_config
 from torch import nn
@@ -152,6 +153,11 @@ def fit(
         if resumed and not keeper.started:  # Lightning trips over a checkpoint of something else in many ways
             wrong = f"{resumed.checkpoint.relative_to(folder)} cannot be continued from"
             raise UserError(f"--resume {folder}: {wrong} ({type(error).__name__}: {one_line(error)})") from error
+        if isinstance(error, MisconfigurationException):  # what a strategy cannot do shows when it begins
+            raise UserError(f"--strategy {trainer.strategy.strategy_name}: {one_line(error)}") from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            smaller = f"--batch_size {task.optim.batch_size}: does not fit into the memory; give less, and --accumulate"
+            raise UserError(f"{smaller} for as many images a step; {keeper.kept()}") from error
         raise
     return 0
 
