@@ -154,7 +154,7 @@ def fit(
             wrong = f"{resumed.checkpoint.relative_to(folder)} cannot be continued from"
             raise UserError(f"--resume {folder}: {wrong} ({type(error).__name__}: {one_line(error)})") from error
         if isinstance(error, MisconfigurationException):  # what a strategy cannot do shows when it begins
-            raise UserError(f"--strategy {trainer.strategy.strategy_name}: {one_line(error)}") from error
+            raise UserError(f"the trainer refuses: {one_line(error)}") from error
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             smaller = f"--batch_size {task.optim.batch_size}: does not fit into the memory; give less, and --accumulate"
             raise UserError(f"{smaller} for as many images a step; {keeper.kept()}") from error
@@ -244,7 +244,8 @@ def check_processes(trainer: pl.Trainer, machine: MachineOptions) -> None:
     """Refuse more processes than there are cores for, and machines that would wait for each other for ever."""
     few = trainer.strategy.root_device.type != "cpu" or trainer.num_devices <= cores()
     require(
-        few, f"--devices {machine.devices}: these are processes on the CPU, which has {cores()} cores; give no more"
+        few,
+        f"--devices {machine.devices}: starts as many processes on the CPU, which has {cores()} cores; give no more",
     )
     environment = getattr(trainer.strategy, "cluster_environment", None)
     launched = "MASTER_ADDR" in os.environ or (environment is not None and environment.creates_processes_externally)
