@@ -348,6 +348,23 @@ def test_a_state_that_is_not_finite_is_never_saved(vimamba, photos, tmp_path, mo
     assert len(metrics(run)) == 2
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_state_past_mending_is_not_resumed_for_ever(vimamba, photos, tmp_path, monkeypatch, epochs):
+    """A kept state may be finite and still lead nowhere: then the run says what else to do."""
+    run = tmp_path / "run"
+    more = ("--epochs", epochs, "--checkpoint_every", "2steps")
+    for arguments in (train_arguments(photos, run, *more), ["train", "--resume", run, "--lr", 1e-4]):
+        with monkeypatch.context() as patch:
+            spoil(patch, 4 * epochs - 2 if arguments[1] == "--data" else 0, "loss")
+            status, _, err = vimamba(*arguments)
+        assert status == 2
+    start = f"--checkpoint {run}/model.safetensors" if epochs == 2 else f"--output {run} --overwrite"
+    assert err.endswith(f", or, as that state may be past mending, start a new run with {start} and such an --lr\n")
+    again = ["--checkpoint", run / "model.safetensors"] if epochs == 2 else ["--overwrite"]
+    output = tmp_path / "new" if epochs == 2 else run
+    assert vimamba(*train_arguments(photos, output, *more, *again, "--lr", 1e-4))[0] == 0
+
+
 def test_a_held_out_loss_that_is_not_finite_is_said_as_that(vimamba, photos, tmp_path, monkeypatch):
     run = tmp_path / "run"
     original = ClassificationTask.validation_step

@@ -54,7 +54,7 @@ class RunKeeper(pl.Callback):
         self.folder, self.every, self.signals, self.trained_on = folder, every, signals, trained_on
         self.record = Record()
         self.started = False  # whether everything that a checkpoint brings has been taken in
-        self.saved_at = ""  # the place in the run of the last checkpoint
+        self.saved_at = self._resumed_at = ""  # places in the run: of the last checkpoint, of the one resumed
         self._world = 0  # processes that the resumed run had
         self._last_seen = self._last_saved = 0.0
 
@@ -82,7 +82,7 @@ class RunKeeper(pl.Callback):
                     f"--resume {self.folder.path}: it stopped within epoch {trainer.current_epoch + 1}, whose images "
                     f"are dealt out to {self._world} processes, not {trainer.world_size}; resume it on as many devices"
                 )
-        self._world, self.started = trainer.world_size, True
+        self._world, self._resumed_at, self.started = trainer.world_size, self.saved_at, True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._count_time()
@@ -176,12 +176,15 @@ class RunKeeper(pl.Callback):
         self.saved_at, self._last_saved = where, time.monotonic()
 
     def _diverged(self, task: ClassificationTask, problem: str) -> UserError:
-        rate = f"--lr (it was {task.optim.highest_lr:g})"
-        if self.saved_at:
-            return UserError(
-                f"{problem}; {self.kept()}: continue from it with --resume {self.folder.path} and a lower {rate}"
-            )
-        return UserError(f"{problem}; start again with a lower {rate}; {self.kept()}")
+        """What is wrong, what is kept, and how to go on from it."""
+        rate, run = f"a lower --lr (it was {task.optim.highest_lr:g})", self.folder.path
+        if not self.saved_at:
+            return UserError(f"{problem}; start again with {rate}; {self.kept()}")
+        more = ""
+        if self.saved_at == self._resumed_at:  # finite numbers, but perhaps no longer of a model that can learn
+            start = f"--checkpoint {run / WEIGHTS}" if self.record.best else f"--output {run} --overwrite"
+            more = f", or, as that state may be past mending, start a new run with {start} and such an --lr"
+        return UserError(f"{problem}; {self.kept()}: continue from it with --resume {run} and {rate}{more}")
 
     def _count_time(self) -> None:
         now = time.monotonic()
