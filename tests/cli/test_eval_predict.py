@@ -292,6 +292,8 @@ def test_a_spoilt_checkpoint_is_not_resumed(vimamba, trained, tmp_path, monkeypa
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     last = run / "checkpoints/last.ckpt"
+    for other in ("previous", "best"):  # to which it would fall back
+        (run / f"checkpoints/{other}.ckpt").unlink()
     more = []
     if how == "hostile":
         torch.save({"state_dict": Hostile()}, last)

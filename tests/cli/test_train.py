@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.cli.runs import train_arguments, write_photos
 from vimamba.tasks.classification import ClassificationTask
-from vimamba.tasks.run_folder import RunFolder
+from vimamba.tasks.run_keeper import RunKeeper
 
 FILES = ("config.yaml", "metrics.csv", "model.safetensors", "curves.png", "per_class.csv")
 CHECKPOINTS = ("checkpoints/last.ckpt", "checkpoints/best.ckpt")
@@ -123,10 +123,8 @@ def test_a_model_of_a_folder_is_known_by_its_registered_name_afterwards(vimamba,
     assert described["model"] == "vim_nano"
     assert described["preprocessing"]["mean"] == [0.25, 0.5, 0.75]
     assert described["model_args"] == {"depth": 2, "embed_dim": 16, "d_state": 4}
-    status, _, err = vimamba("train", "--resume", tmp_path / "run", "--epochs", 2)
-    assert status == 2
-    assert "names a model to be fetched; type --model local-dir:" in err
-    assert vimamba("train", "--resume", tmp_path / "run", "--epochs", 2, *model[:2])[0] == 0
+    (tmp_path / "own" / "config.json").unlink()
+    assert vimamba("train", "--resume", tmp_path / "run", "--epochs", 2)[0] == 0  # from what the checkpoint says
 
 
 @pytest.mark.parametrize("argument", ["norm_layer: [1]", "block_args: {a: 1}", "nothing: 1"])
@@ -166,7 +164,16 @@ def test_what_is_typed_for_timm_is_left_out_of_the_file(vimamba, photos, tmp_pat
         (["--resume", "nowhere"], "--resume nowhere: holds no config.yaml"),
         (["--data", "hfds/some/thing"], "pip install 'vimamba[hub]'"),
         (["--data", "wds/some"], "some/_info.json is missing"),
-        (["--strategy", "dpd"], "--strategy dpd"),
+        (["--strategy", "dpd"], "--strategy dpd: there is no such strategy; did you mean ddp"),
+        (["--strategy", "ddp_spawn"], "--strategy ddp_spawn: copies this process"),
+        (["--strategy", "ddp_fork_find_unused_parameters_true"], "copies this process, which holds what cannot be"),
+        (["--strategy", "fsdp"], "--strategy fsdp: not possible here"),
+        (["--devices", "1000"], "--devices 1000: starts as many processes on the CPU, which has"),
+        (["--num_nodes", "2"], "--num_nodes 2: would wait for the other machines for ever; start it on each of them"),
+        (["--num_nodes", "0"], "--num_nodes is 0; it must be at least 1"),
+        (["--num_workers", "100000"], "--num_workers is 100000; it counts processes, at most"),
+        (["--num_workers", "-1"], "--num_workers is -1; it counts processes"),
+        (["--seed", str(2**64)], f"--seed is {2**64}; give a number from 0 to 2^62"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(vimamba, photos, tmp_path, monkeypatch, options, message):
@@ -176,7 +183,17 @@ def test_wrong_options_are_refused_in_one_sentence(vimamba, photos, tmp_path, mo
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_large_a_batch_is_said_as_that(vimamba, photos, tmp_path, monkeypatch):
+    def training_step(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ClassificationTask, "training_step", training_step)
+    status, _, err = vimamba(*train_arguments(photos, tmp_path / "run"))
+    assert status == 2
+    assert err.startswith("error: --batch_size 6: does not fit into the memory; give less")
 
 
 def break_photos(photos, how):
@@ -269,9 +286,9 @@ def test_a_folder_that_cannot_be_written_is_refused(vimamba, photos, tmp_path):
 
 def test_a_disk_that_fills_up_costs_no_finished_epoch(vimamba, photos, tmp_path, monkeypatch):
     run, saved = tmp_path / "run", []
-    original = RunFolder.save_checkpoint
+    original = RunKeeper._save
 
-    def save_checkpoint(self, trainer):
+    def save(self, trainer, *more):
         if saved:
 
             def full(path):
@@ -280,9 +297,9 @@ def test_a_disk_that_fills_up_costs_no_finished_epoch(vimamba, photos, tmp_path,
 
             monkeypatch.setattr(trainer, "save_checkpoint", full)
         saved.append(1)
-        original(self, trainer)
+        original(self, trainer, *more)
 
-    monkeypatch.setattr(RunFolder, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(RunKeeper, "_save", save)
     status, _, err = vimamba(*train_arguments(photos, run))
     monkeypatch.undo()
     assert status == 2

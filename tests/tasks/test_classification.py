@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from vimamba.data.loaders import Batch
 from vimamba.data.transforms import AugmentOptions, Preprocessing
 from vimamba.errors import UserError
 from vimamba.tasks.classification import ClassificationTask
@@ -102,3 +103,26 @@ def test_the_moving_average_is_evaluated_and_kept(tmp_path):
 def test_any_timm_model_is_built_for_the_data(name):
     model = build_model(name, 3, 1, (32, 32)).eval()
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
+
+
+def test_the_training_loss_is_the_mean_over_images():
+    card = ModelCard("vim_nano", TINY, ["a", "b", "c"], PREP)
+    task = ClassificationTask(tiny(), card, OptimOptions(), AugmentOptions())
+    torch.manual_seed(0)
+    losses = []
+    for count in (5, 1, 0, 2):  # the last one of an epoch is smaller
+        images = torch.randn(count, 1, 16, 16) if count else torch.empty(0)
+        losses += [
+            float(task.training_step(Batch(images, torch.zeros(count, dtype=torch.int64), []), 0).detach())
+        ] * count
+    assert float(task.train_loss.compute()) == pytest.approx(sum(losses) / 8)
+    assert not task.diverged()
+    task.training_step(Batch(images * torch.nan, torch.zeros(2, dtype=torch.int64), []), 0)
+    task.training_step(Batch(images, torch.zeros(2, dtype=torch.int64), []), 1)
+    assert task.diverged()  # though the last loss is finite
+
+
+def test_a_held_out_loss_that_is_no_number_is_not_left_out():
+    evaluation = Evaluation(["a", "b"])
+    evaluation.update(torch.tensor([[1.0, 2.0], [torch.nan, 1.0]]), torch.tensor([0, 1]))
+    assert evaluation.compute().loss != evaluation.compute().loss

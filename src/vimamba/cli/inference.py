@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vimamba.cli.machine import check_workers
 from vimamba.cli.parsing import Precision
 from vimamba.data.samples import Samples
 from vimamba.errors import UserError, nearest, require
@@ -32,10 +33,7 @@ class DeviceOptions:
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"--batch_size is {self.batch_size}; it must be at least 1")
-        require(
-            self.num_workers is None or self.num_workers >= 0,
-            f"--num_workers is {self.num_workers}; it counts",
-        )
+        check_workers(self.num_workers)
 
 
 class Runner:
@@ -60,14 +58,23 @@ class Runner:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; auto takes an accelerator if there is one."""
+    """The device of that name; auto takes an accelerator if there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
+        return found or torch.device("cpu")
+    count = torch.accelerator.device_count() if found else 0
+    usable = ["cpu", *(f"{found.type}:{i}" for i in range(count) if found)]
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name}: torch knows no such device; give cpu, cuda, cuda:1, mps or auto") from error
+        raise UserError(f"--device {name}: torch knows no such device; give auto or {' or '.join(usable)}") from error
+    here = device.type == "cpu" or (found is not None and device.type == found.type and (device.index or 0) < count)
+    require(here, f"--device {name}: there is none here; give auto or {' or '.join(usable)}")
+    return device
 
 
 class RenamedClasses:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,100 +15,32 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 from timm.data import resolve_data_config
+from torch import nn
 
 from vimamba.cli import terminal
-from vimamba.cli.parsing import Precision, add_options, config_files, fetches, read_config, take
+from vimamba.cli.machine import cores
+from vimamba.cli.parsing import add_options, config_files, fetches, read_config, take
+from vimamba.cli.resume import Resumed, check_same, config_of, resume
+from vimamba.cli.train_options import GROUPS, OF_THE_CALL, MachineOptions, RunOptions
 from vimamba.cli.train_progress import TrainProgress, duration
 from vimamba.data.loaders import ImageDataModule, default_workers
 from vimamba.data.sample import write_digits
 from vimamba.data.sources import BUILT_IN, ImageData, open_data
-from vimamba.data.split import how_drawn
+from vimamba.data.split import HELD_OUT, how_drawn
 from vimamba.data.transforms import AugmentOptions, Preprocessing
-from vimamba.errors import UserError, naming, one_line, require
+from vimamba.errors import UserError, naming, nearest, one_line, require
 from vimamba.models.description import BUILDING, check_arguments, check_plain
-from vimamba.tasks import run_folder
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.optim import OptimOptions
-from vimamba.tasks.run_folder import RunFolder, SkippedFiles, StoppedBySignal
+from vimamba.tasks.run_folder import CONFIG, OWN_FILES, RunFolder
+from vimamba.tasks.run_keeper import CheckpointEvery, RunKeeper
+from vimamba.tasks.signals import StoppedAtOnce, StoppedBySignal, StopSignals
+from vimamba.tasks.skipped import SkippedFiles
 from vimamba.tasks.weights import Architecture, ModelCard, architecture, build_model, check_model_name, load_start
-
-OF_THE_CALL = ("config", "print_config", "resume", "overwrite")  # not part of a run's config.yaml
-
-
-@dataclasses.dataclass
-class RunOptions:
-    """What to learn from, with what, and where to keep it.
-
-    Args:
-        data: mnist (built in), a folder with train/ and val/ or with one sub-folder for each class, hfds/NAME of
-            the hub, or wds/FOLDER of shards
-        model: a model of `vimamba models` or any of timm's
-        output: folder for what the run leaves; runs/DATA-MODEL if not given
-        model_args: keyword arguments of the model, such as --model_args.depth 8
-        pretrained: start from the model's published weights
-        checkpoint: start from the weights in this file
-        img_size: height and width the model sees, or one number; the data's or the model's own if not given
-        in_chans: 1 (grey) or 3 (colour); the data's own if not given
-        val_fraction: share held out of a folder that has no val/
-        class_names: file with one class name a line, for hub data and shards whose labels have none
-        num_workers: processes that decode images; chosen by the machine if not given
-        max_undecodable: share of files that may be undecodable before the run stops
-        seed: of the weights, the order of the images and their augmentation
-    """
-
-    data: str
-    model: str
-    output: str | None = None
-    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    pretrained: bool = False
-    checkpoint: str | None = None
-    img_size: int | tuple[int, int] | None = None
-    in_chans: int | None = None
-    val_fraction: float = 0.2
-    class_names: str | None = None
-    num_workers: int | None = None
-    max_undecodable: float = 0.01
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        sizes = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or (1,)
-        require(min(sizes) >= 1, f"--img_size is {self.img_size}; it must be at least 1")
-        require(
-            self.in_chans in (None, 1, 3),
-            f"--in_chans is {self.in_chans}; images have 1 (grey) or 3 (colour)",
-        )
-        require(
-            self.num_workers is None or self.num_workers >= 0,
-            f"--num_workers is {self.num_workers}; it counts",
-        )
-        require(self.seed >= 0, f"--seed is {self.seed}; it cannot be negative")
-        require(
-            not (self.pretrained and self.checkpoint),
-            "--pretrained and --checkpoint: choose one to start from",
-        )
-
-
-@dataclasses.dataclass
-class MachineOptions:
-    """What to compute on; passed to Lightning.
-
-    Args:
-        accelerator: cpu, gpu, mps ...; auto takes the fastest
-        devices: how many, or which: 2, [0, 3], auto
-        strategy: auto, ddp, fsdp ...
-        num_nodes: machines
-        precision: 32-true, bf16-mixed or 16-mixed
-    """
-
-    accelerator: str = "auto"
-    devices: int | list[int] | str = "auto"
-    strategy: str = "auto"
-    num_nodes: int = 1
-    precision: Precision = "32-true"
-
-
-GROUPS = (RunOptions, OptimOptions, AugmentOptions, MachineOptions)
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -118,43 +53,43 @@ def arguments(parser: ArgumentParser) -> None:
 
 def before_parsing(arguments: list[str]) -> list[str]:
     """`--resume RUN` brings the run's own options, over which others may be given."""
+    own = None
     for position, argument in enumerate(arguments):
-        if argument.startswith("--resume"):
+        if argument == "--resume" or argument.startswith("--resume="):
             folder = argument.partition("=")[2] or "".join(arguments[position + 1 : position + 2])
             require(bool(folder), "--resume: give the folder of a run")
-            config = Path(folder) / run_folder.CONFIG
-            require(config.is_file(), f"--resume {folder}: holds no {run_folder.CONFIG}; it is not a run's folder")
-            arguments = ["--config", str(config), *arguments, "--output", folder]
+            own = config_of(folder)
+            arguments = ["--config", str(own), "--output", folder, *arguments]
             break
+    typed = {argument.partition("=")[0] for argument in arguments}
     for path in config_files(arguments):
-        check_config(path, read_config(path), {argument.partition("=")[0] for argument in arguments})
+        check_config(path, read_config(path), typed, builds=path != own)
     return arguments
 
 
-def check_config(path: Path, values: dict[str, Any], typed: set[str]) -> None:
-    """Refuse a file's options that fetch or replace, unless they were typed too: the file may be a stranger's."""
+def check_config(path: Path, values: dict[str, Any], typed: set[str], builds: bool = True) -> None:
+    """Refuse a file's options that fetch or replace, unless they were typed too: the file may be a stranger's.
+
+    A resumed run builds its model from what its checkpoint says, so that its config may name what is no longer there.
+    """
     for name in OF_THE_CALL:
         require(name not in values, f"--config {path}: {name} must be typed, as --{name}; a file may not say it")
-    for name in ("data", "model"):
+    for name in ("data", "model") if builds else ("data",):
         if fetches(name, values.get(name)) and f"--{name}" not in typed:
             raise UserError(
                 f"--config {path}: names a {name} to be fetched; type --{name} {values[name]} if you mean it"
             )
-    model_args = values.get("model_args")
+    model_args = values.get("model_args") if builds else None
     building = sorted(BUILDING & model_args.keys()) if isinstance(model_args, dict) else []
     if building and not any(argument.startswith("--model_args") for argument in typed):
         raise UserError(f"--config {path}: model_args may not give {building[0]}; type --model_args.{building[0]}")
 
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
-    run_options = take(RunOptions, options)
-    optim, augment, machine = (
-        take(OptimOptions, options),
-        take(AugmentOptions, options),
-        take(MachineOptions, options),
-    )
+    run_options, machine = take(RunOptions, options), take(MachineOptions, options)
+    optim, augment = take(OptimOptions, options), take(AugmentOptions, options)
     terminal.quiet_libraries()
-    console = terminal.console()
+    resumed = resume(parser, options) if options.resume else None
     check_model_name(run_options.model)
     data = open_data(
         run_options.data, run_options.val_fraction, run_options.seed, run_options.class_names,
@@ -164,42 +99,72 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
         optim.lr = 2e-4  # trained weights are lost at the rate that new ones need
     if augment.augment == "auto":
         augment.augment = "crop" if data.photographs else "affine"
-    behind = architecture(run_options.model)
-    prep = choose_preprocessing(run_options, data, behind)
-    card = describe_model(run_options, data.class_names, prep, behind)
-    folder = Path(run_options.output or default_output(run_options))
-    if options.resume:
-        run_folder.check_resumable(folder, card)
-    files = RunFolder(folder, data.name)
+    if resumed:
+        card = resumed.card
+        check_same(options.resume, card, run_options.model, run_options.model_args, data.class_names)
+    else:
+        behind = architecture(run_options.model)
+        prep = choose_preprocessing(run_options, data, behind)
+        card = describe_model(run_options, data.class_names, prep, behind)
+    path = Path(run_options.output or default_output(run_options))
+    held_out = data.held_out()
+    texts = {CONFIG: config_text(options, path)} | ({HELD_OUT: held_out.text()} if held_out else {})
+    folder = RunFolder(path, texts, resumed.checkpoint if resumed else None)
+    signals = StopSignals()
+    keeper = RunKeeper(folder, CheckpointEvery.parse(run_options.checkpoint_every), signals, data.name)
     skipped = SkippedFiles(terminal.warn, run_options.max_undecodable)
-    trainer = build_trainer(optim, machine, folder, [files, skipped, TrainProgress(console, files)])
-    task, note = build_task(run_options, card, optim, augment)
-    first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    if first_process and not options.resume:
-        run_folder.prepare_folder(folder, options.overwrite)
-        run_folder.check_space(folder, task.model)
-        write_config(options, folder)
-    if first_process and (held_out := data.held_out()):
-        held_out.write(folder)
+    console = terminal.console()
+    trainer = build_trainer(optim, machine, path, [keeper, skipped, TrainProgress(console, keeper)])
+    model, note = (card.build(), "") if resumed else build_start(run_options, card)
+    if resumed:
+        note = f"continued from {resumed.checkpoint.name}" + "".join(f", {change}" for change in resumed.changes)
+    task = ClassificationTask(model, card, optim, augment, run_options.seed)
     workers = default_workers(data) if run_options.num_workers is None else run_options.num_workers
-    module = ImageDataModule(data, prep, augment, optim.batch_size, workers, run_options.seed)
-    print_heading(console, task, data, trainer, machine, note)
+    module = ImageDataModule(data, card.preprocessing, augment, optim.batch_size, workers, run_options.seed)
+    first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    with folder.held(options.overwrite) if first_process else contextlib.nullcontext():
+        if first_process and not resumed:
+            folder.check_space(task.model, averaged=task.ema is not None)
+        print_heading(console, task, data, trainer, machine, note)
+        with signals:
+            status = fit(trainer, task, module, resumed, keeper, run_options, console)
+    if status == 0 and trainer.is_global_zero:
+        print_summary(console, path, keeper, skipped)
+    return status
+
+
+def fit(
+    trainer: pl.Trainer, task: ClassificationTask, module: ImageDataModule, resumed: Resumed | None,
+    keeper: RunKeeper, options: RunOptions, console: Console,
+) -> int:  # fmt: skip
+    """Train to the end or until asked to stop; the exit status."""
+    folder = keeper.folder.path
+    typed = [(n, getattr(options, n)) for n in ("data",) if fetches(n, getattr(options, n))]
+    more = "".join(f" --{name} {shlex.quote(value)}" for name, value in typed)
+    again = f"vimamba train --resume {shlex.quote(str(folder))}{more}"
     try:
-        trainer.fit(task, module, ckpt_path=folder / run_folder.LAST if options.resume else None, weights_only=True)
+        trainer.fit(task, module, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)
     except StoppedBySignal as stopped:
-        files.draw_curves(card) if files.rows else None
-        console.print(f"\nStopped at {stopped.where}; everything is saved. Continue with")
-        typed = [(n, getattr(run_options, n)) for n in ("data", "model") if fetches(n, getattr(run_options, n))]
-        more = "".join(f" --{name} {shlex.quote(value)}" for name, value in typed)
-        console.print(f"  vimamba train --resume {shlex.quote(str(folder))}{more}", style="bold")
+        keeper.draw_curves(task.card)
+        with contextlib.suppress(OSError):  # the terminal may be what went away
+            console.print(f"\nStopped at {stopped.where}; everything is saved. Continue with")
+            console.print(f"  {again}", style="bold")
         return 128 + stopped.signum
-    except Exception as error:
-        if options.resume and not files.started:  # Lightning trips over a checkpoint of something else in many ways
-            wrong = f"{run_folder.LAST} cannot be continued from ({type(error).__name__}: {one_line(error)})"
-            raise UserError(f"--resume {folder}: {wrong}") from error
+    except StoppedAtOnce:
+        console.print(f"\nStopped at once; {keeper.kept()}{f': {again}' if keeper.saved_at else ''}", markup=False)
+        return 128 + signal.SIGINT
+    except UserError:
         raise
-    if trainer.is_global_zero:
-        print_summary(console, folder, files, skipped)
+    except Exception as error:
+        if resumed and not keeper.started:  # Lightning trips over a checkpoint of something else in many ways
+            wrong = f"{resumed.checkpoint.relative_to(folder)} cannot be continued from"
+            raise UserError(f"--resume {folder}: {wrong} ({type(error).__name__}: {one_line(error)})") from error
+        if isinstance(error, MisconfigurationException):  # what a strategy cannot do shows when it begins
+            raise UserError(f"the trainer refuses: {one_line(error)}") from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            smaller = f"--batch_size {task.optim.batch_size}: does not fit into the memory; give less, and --accumulate"
+            raise UserError(f"{smaller} for as many images a step; {keeper.kept()}") from error
+        raise
     return 0
 
 
@@ -236,9 +201,7 @@ def describe_model(options: RunOptions, class_names: list[str], prep: Preprocess
     return ModelCard(behind.name, model_args, class_names, prep)
 
 
-def build_task(
-    options: RunOptions, card: ModelCard, optim: OptimOptions, augment: AugmentOptions
-) -> tuple[ClassificationTask, str]:
+def build_start(options: RunOptions, card: ModelCard) -> tuple[nn.Module, str]:
     """The model with its first weights, and a note on where they are from."""
     torch.manual_seed(options.seed)
     prep = card.preprocessing
@@ -247,13 +210,16 @@ def build_task(
     note = "published weights" if options.pretrained else ""
     if options.checkpoint:
         note = load_start(model, Path(options.checkpoint))
-    return ClassificationTask(model, card, optim, augment, options.seed), note
+    return model, note
 
 
 def build_trainer(
     optim: OptimOptions, machine: MachineOptions, folder: Path, callbacks: list[pl.Callback]
 ) -> pl.Trainer:
     """Lightning's trainer, without the files and lines of its own."""
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    hint = nearest(machine.strategy, known) or "; give auto, ddp or fsdp"
+    require(machine.strategy in known, f"--strategy {machine.strategy}: there is no such strategy{hint}")
     try:
         trainer = pl.Trainer(
             **dataclasses.asdict(machine),
@@ -270,24 +236,39 @@ def build_trainer(
             use_distributed_sampler=False,
         )
     except Exception as error:  # Lightning's own errors, one kind for each option
-        given = " ".join(f"--{key} {value}" for key, value in dataclasses.asdict(machine).items())
-        raise UserError(f"{given}: not possible here: {error}") from error
+        plain = MachineOptions()
+        given = {key: value for key, value in vars(machine).items() if value != getattr(plain, key)} or vars(machine)
+        options = " ".join(f"--{key} {value}" for key, value in given.items())
+        raise UserError(f"{options}: not possible here: {one_line(error)}") from error
+    check_processes(trainer, machine)
     if trainer.precision != machine.precision:  # Lightning takes another without asking
         raise UserError(f"--precision {machine.precision}: needs a GPU; on the CPU give bf16-mixed or 32-true")
     return trainer
 
 
-def write_config(options: Namespace, folder: Path) -> None:
+def check_processes(trainer: pl.Trainer, machine: MachineOptions) -> None:
+    """Refuse more processes than there are cores for, and machines that would wait for each other for ever."""
+    few = trainer.strategy.root_device.type != "cpu" or trainer.num_devices <= cores()
+    require(
+        few,
+        f"--devices {machine.devices}: starts as many processes on the CPU, which has {cores()} cores; give no more",
+    )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    launched = "MASTER_ADDR" in os.environ or (environment is not None and environment.creates_processes_externally)
+    require(
+        trainer.num_nodes == 1 or launched,
+        f"--num_nodes {machine.num_nodes}: would wait for the other machines for ever; start it on each of them with "
+        "torchrun or srun, or with MASTER_ADDR, MASTER_PORT and NODE_RANK set",
+    )
+
+
+def config_text(options: Namespace, folder: Path) -> str:
     """Every option of the run, so that `--config` repeats it."""
     kept = options.clone()
     for name in OF_THE_CALL:
         kept.pop(name, None)
     kept["output"] = str(folder)
-    try:
-        text = yaml.safe_dump(kept.as_dict(), sort_keys=False, allow_unicode=True)
-        (folder / run_folder.CONFIG).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder / run_folder.CONFIG}: cannot be written ({error.strerror})") from error
+    return yaml.safe_dump(kept.as_dict(), sort_keys=False, allow_unicode=True)
 
 
 def print_heading(
@@ -318,22 +299,22 @@ def print_heading(
     console.print()
 
 
-def print_summary(console: Any, folder: Path, files: RunFolder, skipped: SkippedFiles) -> None:
-    best = files.best
+def print_summary(console: Any, folder: Path, keeper: RunKeeper, skipped: SkippedFiles) -> None:
+    best = keeper.record.best
     console.print()
-    terminal.print_classes(console, files.best_classes)
+    terminal.print_classes(console, keeper.record.best_classes)
     console.print()
     for which, count in skipped.counts.items():
         terminal.warn(f"{count} {which} image{'s' * (count > 1)} could not be decoded and were left out")
     top1 = terminal.percent(best["val_top1"])
     console.print(
         f"[bold green]{top1}%[/] of the held-out images named right by the weights of epoch {best['epoch']}, "
-        f"after {duration(files.seconds)}."
+        f"after {duration(keeper.record.seconds)}."
     )
-    console.print(f"In {folder}: {', '.join(n for n in run_folder.OWN_FILES if (folder / n).exists())}", markup=False)
+    console.print(f"In {folder}: {', '.join(n for n in OWN_FILES if (folder / n).exists())}", markup=False)
     name = shlex.quote(str(folder))
     pictures = "IMAGE..."
-    if files.trained_on in BUILT_IN:
+    if keeper.trained_on in BUILT_IN:
         pictures = f"{shlex.quote(str(write_digits(folder / 'digits')[0].parent))}/*.png"
     console.print(f"Next: vimamba eval {name}", markup=False)
     console.print(f"      vimamba predict {name} {pictures}", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.progress import TextColumn
 
 from vimamba.cli.terminal import percent, progress_bar
-from vimamba.tasks.run_folder import RunFolder
+from vimamba.tasks.run_keeper import RunKeeper
 
 HEADER = f"{'epoch':>7}  {'rate':>8}  {'loss':>7}  {'held-out loss':>13}  {'top-1 %':>7}  {'top-5 %':>7}  {'time':>7}"
 
@@ -17,8 +18,8 @@ HEADER = f"{'epoch':>7}  {'rate':>8}  {'loss':>7}  {'held-out loss':>13}  {'top-
 class TrainProgress(pl.Callback):
     """Shows where a run is and when it will be done."""
 
-    def __init__(self, console: Console, run: RunFolder):
-        self.console, self.run = console, run
+    def __init__(self, console: Console, keeper: RunKeeper):
+        self.console, self.keeper = console, keeper
         self.bar = progress_bar(console, TextColumn("loss {task.fields[loss]}"))
         self.task: Any = None
         self.loss: float | None = None
@@ -28,14 +29,14 @@ class TrainProgress(pl.Callback):
         if not trainer.is_global_zero:
             return
         self.console.print(f"[bold]{HEADER}[/]")
-        for row in self.run.rows:
+        for row in self.keeper.record.rows:
             self._print_row(row, trainer)
         val_batches = sum(int(n) for n in trainer.num_val_batches)
         train_batches = int(trainer.num_training_batches)
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer.current_epoch < 1 else 0
+        done = trainer.datamodule.batches_done  # type: ignore[attr-defined]
         each = train_batches + val_batches
         self.task = self.bar.add_task(
-            "", total=(trainer.max_epochs or 0) * each, completed=len(self.run.rows) * each + done, loss="-"
+            "", total=(trainer.max_epochs or 0) * each, completed=len(self.keeper.record.rows) * each + done, loss="-"
         )
         self.bar.start()
 
@@ -45,14 +46,13 @@ class TrainProgress(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.task is None:
             return
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         # Reading the loss waits for the device, so not at every step.
-        if batch_idx % 10 == 0 and loss is not None and self.console.is_terminal:
-            value = float(loss) * trainer.accumulate_grad_batches
+        if batch_idx % 10 == 0 and self.console.is_terminal:
+            value = float(outputs["loss"]) * trainer.accumulate_grad_batches
             self.loss = value if self.loss is None else 0.7 * self.loss + 0.3 * value
             self.bar.update(self.task, loss=f"{self.loss:.3f}")
         self.bar.advance(self.task)
-        if self.run.signum:
+        if self.keeper.signals.asked:
             self._describe(trainer, " (stopping)")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -63,14 +63,18 @@ class TrainProgress(pl.Callback):
             self.bar.advance(self.task)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.task is not None and self.run.rows:
-            self._print_row(self.run.rows[-1], trainer)
+        if self.task is not None and self.keeper.record.rows:
+            self._print_row(self.keeper.record.rows[-1], trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        self.bar.stop()
+        self._stop_bar()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.bar.stop()
+        self._stop_bar()
+
+    def _stop_bar(self) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self.bar.stop()
 
     def _describe(self, trainer: pl.Trainer, what: str) -> None:
         if self.task is not None:
@@ -78,7 +82,7 @@ class TrainProgress(pl.Callback):
 
     def _print_row(self, row: dict[str, Any], trainer: pl.Trainer) -> None:
         seconds, self.seconds = row["seconds"] - self.seconds, row["seconds"]
-        best = row["val_top1"] >= max(r["val_top1"] for r in self.run.rows[: row["epoch"]])
+        best = row["val_top1"] >= max(r["val_top1"] for r in self.keeper.record.rows[: row["epoch"]])
         epoch = f"{row['epoch']}/{trainer.max_epochs}"
         self.console.print(
             f"{epoch:>7}  {row['lr']:>8.2g}  {row['train_loss']:>7.4f}  {row['val_loss']:>13.4f}  "

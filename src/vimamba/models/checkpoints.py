@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vimamba.errors import UserError, naming, one_line, shown
+from vimamba.files import whole
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -183,7 +184,6 @@ def published_weights(hub_id: str, filename: str) -> OfficialWeights:
         ) from None
     tensors = {k: v.contiguous() for k, v in state_dict_of(read_checkpoint(fetched)).items()}
     cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_suffix(f".{os.getpid()}.partial")
-    save_file(tensors, partial)
-    partial.replace(cached)
+    with whole(cached) as partial:
+        save_file(tensors, partial)
     return OfficialWeights(tensors)

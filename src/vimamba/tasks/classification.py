@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ from torchmetrics import MeanMetric
 from vimamba.data.loaders import Batch
 from vimamba.data.transforms import AugmentOptions, mix_seed
 from vimamba.layers.gate import collect_gates
-from vimamba.tasks.optim import OptimOptions, build_optimizer, lr_factor
+from vimamba.tasks.optim import OptimOptions, build_optimizer, lr_factor, parameter_groups
 from vimamba.tasks.results import Evaluation, Results
 from vimamba.tasks.weights import ModelCard
 
@@ -42,9 +43,14 @@ class ClassificationTask(pl.LightningModule):
             )
         self.ema = ModelEmaV3(model, optim.ema, use_warmup=True) if optim.ema else None
         self.evaluation = Evaluation(card.class_names)
-        self.train_loss = MeanMetric()
+        self.train_loss = MeanMetric(nan_strategy="disable")  # looking for them at each step would wait for the device
         self.train_loss.persistent(True)  # an epoch that was interrupted keeps its first half
         self.results: Results | None = None
+        self._diverged: torch.Tensor | None = None  # on the device: whether any loss so far was not finite
+
+    def diverged(self) -> bool:
+        """Whether any step's loss so far was not a finite number; asking waits for the device."""
+        return self._diverged is not None and bool(self._diverged)
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -68,14 +74,31 @@ class ClassificationTask(pl.LightningModule):
             else:
                 logits_BC = self.model(images_BCHW).float()
                 loss = nn.functional.cross_entropy(logits_BC, targets, label_smoothing=self.smoothing)
-        self.train_loss.update(loss.detach(), len(images_BCHW))
+        self.train_loss.update(loss.detach().expand(len(images_BCHW)))  # without a check for NaN it ignores weights
         model: Any = self.model  # another of timm's has no gates
-        return loss + model.gate_loss(gates) if gates else loss
+        loss = loss + model.gate_loss(gates) if gates else loss
+        broken = ~loss.detach().isfinite()
+        self._diverged = broken if self._diverged is None else self._diverged | broken
+        return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
             self.ema.update(self.model, step=self.global_step + 1)
+
+    def on_train_start(self) -> None:
+        """A resumed run goes on with the rates and weight decay asked for now, not with those of its checkpoint."""
+        (optimizer,) = self.trainer.optimizers
+        schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
+        steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        if self.current_epoch and not getattr(self.trainer.datamodule, "batches_done", 0):  # type: ignore[attr-defined]
+            schedule.last_epoch = self.current_epoch * steps  # which differs from before on other devices
+        groups = parameter_groups(self.model, self.optim)
+        for position, (group, now) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+            rate = now.get("lr", self.optim.highest_lr)
+            schedule.base_lrs[position] = group["initial_lr"] = rate
+            group["lr"] = rate * schedule.lr_lambdas[position](schedule.last_epoch)
+            group["weight_decay"] = now["weight_decay"]
 
     def on_train_epoch_start(self) -> None:
         self.train_loss.reset()

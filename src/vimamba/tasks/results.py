@@ -60,7 +60,7 @@ class Evaluation(nn.Module):
     def __init__(self, class_names: list[str], confusion: bool = False):
         super().__init__()
         self.class_names, count = class_names, len(class_names)
-        self.loss = MeanMetric()
+        self.loss = MeanMetric(nan_strategy="disable")  # a loss that is not a number is said, not left out
         self.top1 = MulticlassAccuracy(count, average="micro", validate_args=False)
         self.top5 = MulticlassAccuracy(count, top_k=min(5, count), average="micro", validate_args=False)
         self.stats = MulticlassStatScores(count, average=None, validate_args=False)

@@ -18,6 +18,7 @@ from torch import nn
 
 from vimamba.data.transforms import Preprocessing
 from vimamba.errors import UserError, naming, nearest, one_line, require, showable, shown
+from vimamba.files import whole
 from vimamba.models.checkpoints import load_weights, read_checkpoint, state_dict_of
 from vimamba.models.description import MAX_TEXT, create, skeleton
 from vimamba.models.registry import convert_checkpoint
@@ -132,16 +133,27 @@ def architecture(name: str) -> Architecture:
 
 
 def save_model(path: Path, model: nn.Module, card: ModelCard) -> None:
-    """Weights and card in one safetensors file; the file is whole or not there."""
+    """Weights and card in one safetensors file, the same bytes for the same weights; it is whole or not there."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial, metadata={"format": "pt", "vimamba": json.dumps(card.to_dict())})
-        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
-        os.replace(partial, path)
+        with whole(path) as partial:
+            save_file(tensors, partial, metadata={"format": "pt", "vimamba": json.dumps(card.to_dict())})
+            _sort_metadata(partial)
+            partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({one_line(error)})") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes its metadata in an order that it draws anew in each process."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length, "both write compact JSON"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _umask() -> int:
@@ -179,7 +191,11 @@ def load_model(run: str | Path) -> tuple[nn.Module, ModelCard]:
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
     """Tensors by name, and vimamba's description if the file carries one; nothing in it is executed."""
-    contents = read_checkpoint(path)
+    return described_weights(read_checkpoint(path))
+
+
+def described_weights(contents: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
+    """The same of what a file holds."""
     return _evaluated(contents), contents.get("vimamba")
 
 

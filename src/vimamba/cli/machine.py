@@ -1,0 +1,23 @@
+"""What this machine can bear, asked before it is tried."""
+
+from __future__ import annotations
+
+import os
+
+from vimamba.errors import require
+
+MOST_WORKERS = 64  # where there are few cores; a process takes about 300 MB
+
+
+def cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_workers(count: int | None) -> None:
+    """Refuse a number of decoding processes that is none, or that would bring the machine to a halt."""
+    most = max(MOST_WORKERS, 4 * cores())
+    require(
+        count is None or 0 <= count <= most,
+        f"--num_workers is {count}; it counts processes, at most {most} on the {cores()} cores here",
+    )

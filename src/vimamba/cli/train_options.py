@@ -1,0 +1,98 @@
+"""The options of vimamba train beyond those of its optimiser and its augmentation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from vimamba.cli.machine import check_workers
+from vimamba.cli.parsing import Precision
+from vimamba.data.transforms import AugmentOptions
+from vimamba.errors import require
+from vimamba.tasks.optim import OptimOptions
+from vimamba.tasks.run_keeper import CheckpointEvery
+
+
+@dataclasses.dataclass
+class RunOptions:
+    """What to learn from, with what, and where to keep it.
+
+    Args:
+        data: mnist (built in), a folder with train/ and val/ or with one sub-folder for each class, hfds/NAME of
+            the hub, or wds/FOLDER of shards
+        model: a model of `vimamba models` or any of timm's
+        output: folder for what the run leaves; runs/DATA-MODEL if not given
+        model_args: keyword arguments of the model, such as --model_args.depth 8
+        pretrained: start from the model's published weights
+        checkpoint: start from the weights in this file
+        img_size: height and width the model sees, or one number; the data's or the model's own if not given
+        in_chans: 1 (grey) or 3 (colour); the data's own if not given
+        val_fraction: share held out of a folder that has no val/
+        class_names: file with one class name a line, for hub data and shards whose labels have none
+        num_workers: processes that decode images; chosen by the machine if not given
+        max_undecodable: share of files that may be undecodable before the run stops
+        checkpoint_every: minutes or steps, such as 10min or 500steps, between the checkpoints within an epoch, which
+            are what a kill or a lost machine may cost; null keeps one after each epoch only
+        seed: of the weights, the order of the images and their augmentation
+    """
+
+    data: str
+    model: str
+    output: str | None = None
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pretrained: bool = False
+    checkpoint: str | None = None
+    img_size: int | tuple[int, int] | None = None
+    in_chans: int | None = None
+    val_fraction: float = 0.2
+    class_names: str | None = None
+    num_workers: int | None = None
+    max_undecodable: float = 0.01
+    checkpoint_every: str | None = "10min"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or (1,)
+        require(min(sizes) >= 1, f"--img_size is {self.img_size}; it must be at least 1")
+        require(
+            self.in_chans in (None, 1, 3),
+            f"--in_chans is {self.in_chans}; images have 1 (grey) or 3 (colour)",
+        )
+        check_workers(self.num_workers)
+        CheckpointEvery.parse(self.checkpoint_every)
+        require(0 <= self.seed < 2**62, f"--seed is {self.seed}; give a number from 0 to 2^62")
+        require(
+            not (self.pretrained and self.checkpoint),
+            "--pretrained and --checkpoint: choose one to start from",
+        )
+
+
+@dataclasses.dataclass
+class MachineOptions:
+    """What to compute on; passed to Lightning.
+
+    Args:
+        accelerator: cpu, gpu, mps ...; auto takes the fastest
+        devices: how many, or which: 2, [0, 3], auto
+        strategy: auto, ddp, fsdp ...
+        num_nodes: machines
+        precision: 32-true, bf16-mixed or 16-mixed
+    """
+
+    accelerator: str = "auto"
+    devices: int | list[int] | str = "auto"
+    strategy: str = "auto"
+    num_nodes: int = 1
+    precision: Precision = "32-true"
+
+    def __post_init__(self) -> None:
+        require(self.num_nodes >= 1, f"--num_nodes is {self.num_nodes}; it must be at least 1")
+        apart = self.strategy.removesuffix("_find_unused_parameters_true").removesuffix("_find_unused_parameters_false")
+        require(
+            not apart.endswith(("_spawn", "_fork", "_notebook")),
+            f"--strategy {self.strategy}: copies this process, which holds what cannot be copied; give ddp",
+        )
+
+
+GROUPS = (RunOptions, OptimOptions, AugmentOptions, MachineOptions)
+OF_THE_CALL = ("config", "print_config", "resume", "overwrite")  # not part of a run's config.yaml
