@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 RUN := runs/demo
+PARALLEL := -n auto --dist worksteal
 
 .PHONY: install demo test test-sanitized test-timm lint types bench clean
 
@@ -23,8 +24,8 @@ demo: install
 	@echo "Pictures: $(RUN)/curves.png $(RUN)/confusion.png and the digits in $(RUN)/digits/"
 
 test: lint types
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops/interpreted
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/ops/interpreted
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a library beside the installed one.
 SANITIZERS = $(shell for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done)

@@ -56,7 +56,7 @@ def of_wrong_kind() -> list[tuple[str, str]]:
             if kind is None or name == "--print_config":
                 continue
             if action.nargs != "*" and kind is not bool:
-                found.append((f"{given} {name}", f"{name}: expected "))
+                found.append((f"{given} {name}", f"{name}: "))
             found += [(f"{given}|{name}|{word}", f"{name}: expected ") for word in wrong_kinds(kind)]
     return found
 
@@ -81,7 +81,7 @@ MODEL_ARGS = {
     "d_conv": "0", "d_state": "-1", "depth": "0", "embed_dim": "0", "expand": "-1", "drop_path_rate": "7",
     "num_classes": "5", "in_chans": "2", "img_size": "7", "features_only": "true", "global_pool": "''",
     "merge": "max", "bidirectional": "both", "paths": "[row, row]", "conv": "3d", "nonsense": "1", "deph": "4",
-    "pretrained": "true", "checkpoint_path": "x.pth", "cache_dir": "x", "norm": "batch", "rope": "full", "stride": "0",
+    "pretrained": "true", "checkpoint_path": "x.pth", "norm": "batch", "rope": "full", "stride": "0",
     "patch_size": "64", "class_token": "last", "num_registers": "-1", "layer_scale": "x", "dt_rank": "0",
 }  # fmt: skip
 OTHERS = {
@@ -98,7 +98,7 @@ OTHERS = {
     "eval /dev/null": "/dev/null",
     "predict nowhere image.png": "nowhere: there is no such run",
     "predict /etc/hostname image.png": "/etc/hostname",
-    "bench --sizes 0": "--sizes 0",
+    "bench --sizes 0": "--sizes 0: it must be at least 1",
     "bench --threads 100000": "--threads 100000",
     "bench --seconds -1": "--seconds",
     "bench --models vim_nono": "vim_nono",

@@ -260,7 +260,7 @@ def test_the_earlier_run_is_replaced_at_the_first_checkpoint(vimamba, photos, tr
     for name in ("config.yaml", "model.safetensors", LAST, BEST):
         assert (cut / name).read_bytes() == (trained / name).read_bytes()
     found = {str(path.relative_to(tmp_path / "later")) for path in (tmp_path / "later").rglob("[!.]*.*")}
-    assert found == {"config.yaml", LAST}
+    assert found == {"config.yaml", "held_out.json", LAST}
     assert yaml.safe_load((tmp_path / "later" / "config.yaml").read_text())["seed"] == 3
 
 

@@ -11,7 +11,7 @@ from tests.cli.test_train import last_state, metrics
 from vimamba.cli import main
 from vimamba.cli.resume import TAKEN
 from vimamba.cli.train_options import GROUPS
-from vimamba.models import registry
+from vimamba.models import build
 from vimamba.tasks import weights
 from vimamba.tasks.classification import ClassificationTask
 
@@ -161,7 +161,7 @@ def test_resuming_needs_neither_the_first_weights_nor_the_network(vimamba, photo
     def fetch(*arguments):
         raise AssertionError("the network is not needed")
 
-    monkeypatch.setattr(registry, "published_weights", fetch)
+    monkeypatch.setattr(build, "published_weights", fetch)
     monkeypatch.setattr(weights, "load_start", fetch)
     assert vimamba("train", "--resume", run, "--epochs", 3)[0] == 0
     (optimizer,) = torch.load(run / LAST, weights_only=True)["optimizer_states"]

@@ -100,7 +100,9 @@ def check(options: Namespace) -> None:
     most = {"sizes": 16384, "batch": 65536, "threads": 16 * (os.cpu_count() or 1), "repeats": 10**6}
     for key, bound in most.items():
         for value in options[key] if isinstance(options[key], list) else [options[key]]:
-            require(value is None or 1 <= value <= bound, f"--{key} {value}: it must be from 1 to {bound}")
+            require(
+                value is None or 1 <= value <= bound, f"--{key} {value}: it must be at least 1, and at most {bound}"
+            )
     require(0 <= options.seconds < math.inf, f"--seconds {options.seconds}: it must be a time of 0 or more")
     for name in (*options.models, *options.against):
         check_name(name)

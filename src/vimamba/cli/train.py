@@ -99,6 +99,8 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
         optim.lr = 2e-4  # trained weights are lost at the rate that new ones need
     if augment.augment == "auto":
         augment.augment = "crop" if data.photographs else "affine"
+    unused = f"--auto_augment {augment.auto_augment}: goes with --augment crop, and here it is {augment.augment}"
+    require(augment.auto_augment is None or augment.augment == "crop", unused)
     if resumed:
         card = resumed.card
         check_same(options.resume, card, run_options.model, run_options.model_args, data.class_names)

@@ -58,6 +58,11 @@ class RunOptions:
             self.in_chans in (None, 1, 3),
             f"--in_chans is {self.in_chans}; images have 1 (grey) or 3 (colour)",
         )
+        require(0 < self.val_fraction < 1, f"--val_fraction is {self.val_fraction}; give a share between 0 and 1")
+        require(0 <= self.max_undecodable <= 1, f"--max_undecodable is {self.max_undecodable}; give a share, 0 to 1")
+        instead = {"num_classes": "leave it out", "in_chans": "give --in_chans", "img_size": "give --img_size"}
+        for name, advice in instead.items():
+            require(name not in self.model_args, f"--model_args.{name}: the data decide it; {advice}")
         check_workers(self.num_workers)
         CheckpointEvery.parse(self.checkpoint_every)
         require(0 <= self.seed < 2**62, f"--seed is {self.seed}; give a number from 0 to 2^62")

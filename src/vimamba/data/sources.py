@@ -91,6 +91,8 @@ def open_data(
         f"--val_fraction is {val_fraction}; give a share between 0 and 1, such as 0.2",
     )
     opening = Opening(val_fraction, seed, strict, draw, kept)
+    named = f"--class_names {class_names}: is for hub data and shards; the classes of {name} have names"
+    require(class_names is None or name.startswith(HUB_PREFIXES), named)
     if name in BUILT_IN:
         return _built_in(name)
     if name.startswith(HUB_PREFIXES):

@@ -125,7 +125,19 @@ class AugmentOptions:
             require(getattr(self, name) >= 0.0, f"--{name} is {getattr(self, name)}; it cannot be negative")
         low, high = self.crop_scale
         require(0.0 < low <= high <= 1.0, f"--crop_scale is {low}, {high}; give two shares, 0 < low <= high <= 1")
+        if self.auto_augment is not None:
+            _check_policy(self.auto_augment)
         require(self.repeated_augmentation >= 1, "--repeated_augmentation counts copies; it must be at least 1")
+
+
+def _check_policy(policy: str) -> None:
+    try:
+        create_transform(32, is_training=True, auto_augment=policy)
+    except (AssertionError, KeyError, ValueError) as error:
+        detail = f" ({error})" if str(error) else ""
+        raise UserError(
+            f"--auto_augment {policy}: timm knows no such policy{detail}; try rand-m9-mstd0.5-inc1"
+        ) from error
 
 
 def eval_transform(prep: Preprocessing) -> Transform:
@@ -159,25 +171,19 @@ def train_transform(prep: Preprocessing, options: AugmentOptions) -> Transform:
             tv.Normalize(prep.mean, prep.std),
             *erase,
         ])  # fmt: skip
-    try:
-        steps = create_transform(
-            input_size=prep.img_size,
-            is_training=True,
-            scale=options.crop_scale,
-            hflip=options.hflip,
-            color_jitter=options.color_jitter,
-            auto_augment=options.auto_augment,
-            interpolation=prep.interpolation,
-            mean=prep.mean,
-            std=prep.std,
-            re_prob=options.random_erasing,
-            re_mode="pixel",
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        detail = f" ({error})" if str(error) else ""
-        raise UserError(
-            f"--auto_augment {options.auto_augment}: timm knows no such policy{detail}; try rand-m9-mstd0.5-inc1"
-        ) from error
+    steps = create_transform(
+        input_size=prep.img_size,
+        is_training=True,
+        scale=options.crop_scale,
+        hflip=options.hflip,
+        color_jitter=options.color_jitter,
+        auto_augment=options.auto_augment,
+        interpolation=prep.interpolation,
+        mean=prep.mean,
+        std=prep.std,
+        re_prob=options.random_erasing,
+        re_mode="pixel",
+    )
     # timm's policies draw in colour; a one-channel model gets its channel after them.
     if prep.in_chans == 1 and options.auto_augment:
         *before, to_tensor, normalize = [step for step in steps.transforms if not _is_erasing(step)]

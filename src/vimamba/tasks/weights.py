@@ -78,7 +78,15 @@ class ModelCard:
 
 def check_model_name(name: str) -> None:
     """Refuse a name that neither vimamba nor timm knows, with the nearest that they do."""
-    if ":" in name or timm.is_model(name.split(".")[0]):
+    if ":" in name:
+        return
+    if timm.is_model(name.split(".")[0]):
+        try:
+            timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+        except RuntimeError as error:
+            known = [tagged for tagged in timm.list_pretrained() if tagged.startswith(f"{name.split('.')[0]}.")]
+            tags = f"; there are {', '.join(known)}" if known else "; it has none"
+            raise UserError(f"--model {name}: there is no such tag of the model{tags}") from error
         return
     hint = nearest(name, timm.list_models()) or "; `vimamba models` lists them"
     raise UserError(f"--model {name}: there is no such model{hint}")
@@ -214,7 +222,8 @@ def load_start(model: nn.Module, path: Path) -> str:
 
     Returns a note on what was done.
     """
-    contents = read_checkpoint(path)
+    with naming("--checkpoint"):
+        contents = read_checkpoint(path)
     with naming(f"--checkpoint {path}"):
         tensors = convert_checkpoint({**contents, "model": _evaluated(contents)}, model)
     # timm's convention: a model's module adapts the names and sizes of its published checkpoints.
