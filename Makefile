@@ -41,7 +41,7 @@ TIMM := 1.0.31
 TIMM_TESTS := build/timm
 test-timm: install
 	$(BIN)/python -m tests.timm_suite.prepare $(TIMM_TESTS) $(TIMM)
-	$(BIN)/python -m pytest -q -p tests.timm_suite.plugin -c $(TIMM_TESTS)/timm-$(TIMM)/pyproject.toml \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -p tests.timm_suite.plugin -c $(TIMM_TESTS)/timm-$(TIMM)/pyproject.toml \
 		--rootdir $(TIMM_TESTS) $(TIMM_TESTS)/test_models.py -W ignore
 
 lint: install

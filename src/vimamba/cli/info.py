@@ -17,7 +17,7 @@ from vimamba.cli import package_version, terminal
 
 PACKAGES = (
     "torch", "torchvision", "triton", "timm", "lightning", "torchmetrics", "jsonargparse",
-    "safetensors", "huggingface-hub", "datasets", "webdataset",
+    "safetensors", "huggingface-hub", "datasets",
 )  # fmt: skip
 
 
