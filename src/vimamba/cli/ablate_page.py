@@ -114,7 +114,7 @@ A direction is a path over the grid of patches and a sense. These are arguments 
 | `paths=["row", "column"]` | which orders are read, below; `"column:backward"` for one sense of one |
 | `path_weights="shared"` | all paths use one set of weights |
 | `merge="gate"`, `gate="image"` or `"token"` | directions weighed by a learned gate, the mean at the start |
-| `gate_sparsity=0.1` | factor in `model.gate_loss(gates)` (see `collect_gates`), low where layers have chosen; `vimamba train` adds it |
+| `gate_sparsity=0.1` | factor in `model.gate_loss(gates)`, low where layers have chosen; `vimamba train` adds it |
 | `model.set_gate_threshold(0.3)` | in evaluation, do not compute directions whose image gate is under this |
 | `conv="2d"` | a 3×3 convolution on the grid in place of the causal one |
 | `stem="conv"` | 3×3 convolutions of stride 2 in place of the patch embedding |
