@@ -23,11 +23,14 @@ inline T* row(const Rows& rows, int64_t b, int64_t position) {
 struct Stretch {
   int64_t position;
   int steps, sense;
+  int64_t ahead = 0;  // from here to the stretch that is read next, in positions
   int64_t lowest() const { return sense > 0 ? position : position - steps + 1; }
 };
 
-inline Stretch stretch_of(const Scan& scan, int64_t step, int steps) {
-  return scan.reverse ? Stretch{scan.length - 1 - step, steps, -1} : Stretch{step, steps, 1};
+inline Stretch stretch_of(const Scan& scan, int64_t step, int steps, bool next_is_before = false) {
+  const int sense = scan.reverse ? -1 : 1;
+  return {scan.reverse ? scan.length - 1 - step : step, steps, sense,
+          next_is_before ? -sense * kChunk : sense * steps};
 }
 
 // `lanes` neighbours, `lane_stride` apart, at every step of a stretch, into (T, `tile_stride`) float32,
@@ -48,7 +51,7 @@ inline void load_tile(const T* from, int64_t lane_stride, int64_t time_stride, i
         square[i] = i < lanes ? load(from + i * lane_stride + lowest, count) : vf{};
         // The stretch after this one, which comes when all blocks have passed: too many streams for the
         // hardware.
-        if (i < lanes) __builtin_prefetch(from + i * lane_stride + lowest + at.sense * at.steps, 0, 2);
+        if (i < lanes) __builtin_prefetch(from + i * lane_stride + lowest + at.ahead, 0, 2);
       }
       transpose(square);
       for (int i = 0; i < count; ++i)

@@ -227,7 +227,7 @@ void scan_backward_task(const Scan& scan, const ScanGradients& grad, int64_t b, 
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     const int64_t step = chunk * kChunk;
     const int steps = (int)(scan.length - step < kChunk ? scan.length - step : kChunk);
-    const Stretch at = stretch_of(scan, step, steps);
+    const Stretch at = stretch_of(scan, step, steps, true);
     int64_t packed_group = -1;
     for (int64_t i = begin; i < end; ++i) {
       const Block block = block_at(i, scan.dim, scan.groups);
