@@ -58,3 +58,8 @@ def check_number(name: str, value: Any, low: float = -math.inf) -> None:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type of states, sums and weights beside activations of `dtype`: float64 stays, the others are float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """A tensor in that type."""
+    return tensor.to(wide(tensor.dtype))

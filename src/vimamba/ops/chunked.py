@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimamba.ops.arguments import widen
 from vimamba.ops.backends import CHUNK
 
 _CACHED_ELEMENTS = {"cpu": 2**20}
@@ -34,10 +35,6 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 class _Inputs(NamedTuple):
     """The scan's inputs for one slice of the batch, time-major and in the wide type."""
 
@@ -52,7 +49,7 @@ class _Inputs(NamedTuple):
 def _time_major(matrix: Tensor, rows: slice, groups: int) -> Tensor:
     if matrix.dim() == 2:
         return matrix.reshape(groups, -1, matrix.shape[1])
-    wide = _wide(matrix[rows]).permute(3, 0, 1, 2).unsqueeze(3)
+    wide = widen(matrix[rows]).permute(3, 0, 1, 2).unsqueeze(3)
     return wide if groups == matrix.shape[1] else wide.repeat_interleave(groups // matrix.shape[1], dim=2)
 
 
@@ -63,12 +60,12 @@ def _groups(B: Tensor, C: Tensor) -> int:
 
 def _inputs(u, delta, A, B, C, delta_bias, delta_softplus: bool, rows: slice) -> _Inputs:
     groups = _groups(B, C)
-    raw = _wide(delta[rows]).permute(2, 0, 1)
+    raw = widen(delta[rows]).permute(2, 0, 1)
     if delta_bias is not None:
         raw = raw + delta_bias
     steps = F.softplus(raw) if delta_softplus else raw
     A_GPN = A.reshape(groups, -1, A.shape[1])
-    u_LBD = _wide(u[rows]).permute(2, 0, 1)
+    u_LBD = widen(u[rows]).permute(2, 0, 1)
     return _Inputs(u_LBD, raw, steps, A_GPN, _time_major(B, rows, groups), _time_major(C, rows, groups))
 
 
@@ -129,7 +126,7 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, s
             _, h_TBGPN, h_BGPN = _states(x, chunk, h_BGPN, reverse)
             y_TBD = _output(h_TBGPN, _at(x.C, chunk), D, x.u_LBD[chunk])
             if z is not None:
-                y_TBD *= F.silu(_wide(z[rows, :, chunk])).permute(2, 0, 1)
+                y_TBD *= F.silu(widen(z[rows, :, chunk])).permute(2, 0, 1)
             out[rows, :, chunk] = y_TBD.permute(1, 2, 0)
             # The chunk's states die here; the last one lives on as a copy that does not hold the whole chunk.
             h_BGPN = h_BGPN.clone()
@@ -172,9 +169,9 @@ def scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delt
             start = states[rows, k].unflatten(1, group)
             decay_TBGPN, h_TBGPN, _ = _states(x, chunk, start, reverse)
             C_chunk, u_TBD, delta_TBD = _at(x.C, chunk), x.u_LBD[chunk], x.delta_LBD[chunk]
-            dy_TBD = _wide(dout[here]).permute(2, 0, 1)
+            dy_TBD = widen(dout[here]).permute(2, 0, 1)
             if z is not None and dz is not None:
-                z_TBD = _wide(z[here]).permute(2, 0, 1)
+                z_TBD = widen(z[here]).permute(2, 0, 1)
                 dy_TBD, dz_TBD = _gate_gradient(dy_TBD, _output(h_TBGPN, C_chunk, D, u_TBD), z_TBD)
                 dz[here] = dz_TBD.permute(1, 2, 0)
             g_TBGPN, carry = _adjoints(dy_TBD, C_chunk, decay_TBGPN, carry, reverse)
@@ -222,13 +219,13 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> 
 
 def conv_forward(x, weight, bias, silu, reverse):
     """See `vimamba.ops.causal_conv1d`."""
-    y = _convolve(_wide(x), weight, bias, reverse)
+    y = _convolve(widen(x), weight, bias, reverse)
     return (F.silu(y) if silu else y).to(x.dtype)
 
 
 def conv_backward(dy, x, weight, bias, silu, reverse):
     """See `vimamba.ops.causal_conv1d`."""
-    wide, grad = _wide(x), _wide(dy)
+    wide, grad = widen(x), widen(dy)
     if silu:
         raw = _convolve(wide, weight, bias, reverse)
         gate = torch.sigmoid(raw)
@@ -242,7 +239,7 @@ def conv_backward(dy, x, weight, bias, silu, reverse):
 
 def norm_forward(x, residual, weight, eps, out_dtype):
     """See `vimamba.ops.rms_norm`."""
-    total = _wide(x) + residual if residual is not None else _wide(x).clone()
+    total = widen(x) + residual if residual is not None else widen(x).clone()
     rstd = torch.rsqrt(total.square().mean(-1) + eps)
     return (total * rstd.unsqueeze(-1) * weight).to(out_dtype), total, rstd
 
@@ -251,7 +248,7 @@ def norm_backward(dnormed, dtotal, total, weight, rstd):
     """See `vimamba.ops.rms_norm`."""
     rstd = rstd.unsqueeze(-1)
     unit = total * rstd
-    grad = _wide(dnormed)
+    grad = widen(dnormed)
     dunit = grad * weight
     dsum = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * rstd
     return dsum if dtotal is None else dsum.add_(dtotal), (grad * unit).reshape(-1, grad.shape[-1]).sum(0)

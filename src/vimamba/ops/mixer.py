@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vimamba.ops import backends, composed_mixer, reference
-from vimamba.ops.arguments import check_flags, check_number, check_shape, check_tensors, wide
+from vimamba.ops.arguments import check_flags, check_number, check_shape, check_tensors, wide, widen
 
 torch.library.define(
     "vimamba::mixer",
@@ -48,7 +48,7 @@ class Direction(NamedTuple):
     @property
     def decay_rates(self) -> Tensor:
         """A (dim, state), in float32 or more whatever the type of A_log."""
-        return -torch.exp(self.A_log.to(wide(self.A_log.dtype)))
+        return -torch.exp(widen(self.A_log))
 
     @property
     def weights(self) -> tuple[Tensor, ...]:

@@ -15,20 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimamba.ops.arguments import widen
+
 if TYPE_CHECKING:
     from vimamba.ops.mixer import Direction
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _per_channel(matrix: Tensor, dim: int, length: int) -> Tensor:
     """B or C in any accepted form, as (batch or 1, dim, state, length)."""
     if matrix.dim() == 2:
-        return _wide(matrix)[None, :, :, None].expand(1, -1, -1, length)
+        return widen(matrix)[None, :, :, None].expand(1, -1, -1, length)
     grouped = matrix[:, None] if matrix.dim() == 3 else matrix
-    return _wide(grouped).repeat_interleave(dim // grouped.shape[1], dim=1)
+    return widen(grouped).repeat_interleave(dim // grouped.shape[1], dim=1)
 
 
 def selective_scan(
@@ -46,10 +44,10 @@ def selective_scan(
     reverse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t and y_t = C_t h_t + D u_t (arXiv 2312.00752, section 3)."""
-    u, delta, A = _wide(u_BDL), _wide(delta_BDL), _wide(A_DN)
+    u, delta, A = widen(u_BDL), widen(delta_BDL), widen(A_DN)
     batch, dim, length = u.shape
     if delta_bias_D is not None:
-        delta = delta + _wide(delta_bias_D)[:, None]
+        delta = delta + widen(delta_bias_D)[:, None]
     if delta_softplus:
         delta = F.softplus(delta)
     B_BDNL, C_BDNL = _per_channel(B, dim, length), _per_channel(C, dim, length)
@@ -61,9 +59,9 @@ def selective_scan(
         y_BD[t] = (h_BDN * C_BDNL[..., t]).sum(-1)
     y = torch.stack(y_BD, dim=-1)
     if D_D is not None:
-        y = y + _wide(D_D)[:, None] * u
+        y = y + widen(D_D)[:, None] * u
     if z_BDL is not None:
-        y = y * F.silu(_wide(z_BDL))
+        y = y * F.silu(widen(z_BDL))
     out = y.to(u_BDL.dtype)
     return (out, h_BDN) if return_last_state else out
 
@@ -77,11 +75,11 @@ def causal_conv1d(
     reverse: bool = False,
 ) -> Tensor:
     """Each output sees its own token and the width - 1 before it, or after it with `reverse`."""
-    x, weight = _wide(x_BDL), _wide(weight_DW)
+    x, weight = widen(x_BDL), widen(weight_DW)
     if reverse:
         x = x.flip(-1)
     padded = F.pad(x, (weight.shape[1] - 1, 0))
-    bias = None if bias_D is None else _wide(bias_D)
+    bias = None if bias_D is None else widen(bias_D)
     y = F.conv1d(padded, weight[:, None].to(x.dtype), bias, groups=weight.shape[0])
     if reverse:
         y = y.flip(-1)
@@ -97,8 +95,8 @@ def rms_norm(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The normalised sum of `x` and `residual`, and that sum itself."""
-    total = _wide(x) if residual is None else _wide(x) + _wide(residual)
-    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * _wide(weight_E)
+    total = widen(x) if residual is None else widen(x) + widen(residual)
+    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * widen(weight_E)
     return normed.to(out_dtype or x.dtype), total
 
 
