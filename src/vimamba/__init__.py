@@ -1,18 +1,51 @@
 """Vision Mamba: images through bidirectional state space models, on CPU and GPU.
 
-Importing vimamba registers its models with timm.
+Importing vimamba registers its models with timm. `train` and `load_run` need pip install 'vimamba[train]'.
 """
 
-from vimamba.models import VisionMamba, create_model, list_models, load_hustvl
-from vimamba.ops import causal_conv1d, rms_norm, selective_scan
+from __future__ import annotations
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
+
+from vimamba.layers.block import Block
+from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.models import VisionMamba, create_model, list_models, load_hustvl
+from vimamba.models.pyramid import VisionMambaPyramid
+from vimamba.ops import causal_conv1d, rms_norm, selective_scan
+from vimamba_command import package_version
+
+if TYPE_CHECKING:
+    from vimamba.inference.predictor import load_run
+    from vimamba.tasks.training import train
+
+__version__ = package_version()
 __all__ = [
+    "BidirectionalMixer",
+    "Block",
     "VisionMamba",
+    "VisionMambaPyramid",
     "causal_conv1d",
     "create_model",
     "list_models",
     "load_hustvl",
+    "load_run",
     "rms_norm",
     "selective_scan",
+    "train",
 ]
+
+# These need Lightning and others, which models and ops do without: imported when they are asked for.
+_LAZY = {"train": "vimamba.tasks.training", "load_run": "vimamba.inference.predictor"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vimamba' has no attribute '{name}'")
+    import importlib
+
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "vimamba":
+            raise
+        raise ImportError(f"vimamba.{name} needs the package {error.name}; run pip install 'vimamba[train]'") from error

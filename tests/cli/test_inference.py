@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vimamba.cli.inference import pick_device
 from vimamba.errors import UserError
+from vimamba.inference.runner import pick_device
 
 
 @pytest.mark.parametrize("name", ["meta", "cuda", "cuda:1", "mps", "xla", "vulkan", "gpu", "", "cpu:-1", "0", "meta:0"])
@@ -24,6 +24,6 @@ def test_a_device_is_one_of_those_there_are(monkeypatch):
     assert [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
     for name in ("cuda:2", "mps", "meta"):
         with pytest.raises(
-            UserError, match=f"--device {name}: there is none here; give auto or cpu or cuda:0 or cuda:1"
+            UserError, match=f"`device` {name}: there is none here; give auto or cpu or cuda:0 or cuda:1"
         ):
             pick_device(name)

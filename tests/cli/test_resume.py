@@ -9,11 +9,11 @@ import yaml
 from tests.cli.runs import train_arguments, write_photos
 from tests.cli.test_train import last_state, metrics
 from vimamba.cli import main
-from vimamba.cli.resume import TAKEN
-from vimamba.cli.train_options import GROUPS
 from vimamba.models import build
 from vimamba.tasks import weights
 from vimamba.tasks.classification import ClassificationTask
+from vimamba.tasks.config import GROUPS
+from vimamba.tasks.resume import TAKEN
 
 LAST = "checkpoints/last.ckpt"
 
@@ -37,6 +37,7 @@ def run(half, tmp_path):
 OTHER = {
     "num_workers": 1, "max_undecodable": 0.5, "checkpoint_every": "2steps", "epochs": 3, "lr": 1e-4,
     "weight_decay": 0.5, "schedule": "cosine", "warmup_epochs": 0.5, "min_lr": 1e-5, "clip_grad": 0.5,
+    "patience": 9, "logger": "csv", "compile": True, "grad_checkpointing": True,
     "devices": 1, "accelerator": "auto", "strategy": "ddp_find_unused_parameters_false", "num_nodes": 1,
 }  # fmt: skip
 
@@ -82,7 +83,7 @@ REFUSED = {
     "in_chans": 1, "precision": "bf16-mixed", "pretrained": "true", "checkpoint": "other.pth", "class_names": "names",
     "model": "vim_tiny_patch16_224", "model_args.depth": 2, "augment": "none", "crop_scale": "[0.5, 1.0]", "hflip": 0.1,
     "color_jitter": 0.1, "auto_augment": "rand-m9", "random_erasing": 0.3, "mixup": 0.5, "cutmix": 0.5,
-    "label_smoothing": 0.0, "repeated_augmentation": 2,
+    "label_smoothing": 0.0, "repeated_augmentation": 2, "opt": "lamb", "task": "value",
 }  # fmt: skip
 
 

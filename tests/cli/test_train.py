@@ -148,7 +148,7 @@ def test_what_is_typed_for_timm_is_left_out_of_the_file(vimamba, photos, tmp_pat
         (["--model", "vim_nanno"], "--model vim_nanno: there is no such model; did you mean vim_nano"),
         (["--data", "mnits"], "--data mnits: there is no such folder or built-in sample; did you mean mnist?"),
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
-        (["--epochs", "ten"], "--epochs: expected a whole number, got ten"),
+        (["--epochs", "ten"], "--epochs: expected a whole number or null, got ten"),
         (["--batch-size", "-4"], "--batch_size is -4; it must be at least 1"),
         (["--epohs", "3"], "--epohs: there is no such option; did you mean --epochs"),
         (["--lr", "-1"], "--lr is -1.0; it cannot be negative"),

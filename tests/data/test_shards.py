@@ -55,7 +55,7 @@ def test_shards(tmp_path):
     with pytest.raises(UserError, match=r"_info.json is missing"):
         open_data(f"wds/{tmp_path}")
     write_shards(tmp_path, {"Training": (1, 6), "validation": (1, 4)}, {"class_names": None})
-    with pytest.raises(UserError, match="--class_names"):
+    with pytest.raises(UserError, match="`class_names`"):
         open_data(f"wds/{tmp_path}")
     (tmp_path / "names.txt").write_text("even\nodd\n")
     data = open_data(f"wds/{tmp_path}", class_names=str(tmp_path / "names.txt"))

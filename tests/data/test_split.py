@@ -215,5 +215,5 @@ def test_labels_of_hub_data_are_checked_at_once(tmp_path, label, message):
 def test_draws_of_0_1_are_those_of_its_random_numbers():
     names = list("abcdefghij")
     assert hold_out_as_0_1(1, "x", names, 0.3, 4) == {*np.random.RandomState(5).permutation(10)[:3].tolist()}
-    with pytest.raises(UserError, match="--val_fraction is 0"):
+    with pytest.raises(UserError, match="`val_fraction` is 0"):
         open_data("mnist", 0.0)

@@ -10,7 +10,7 @@ import torch
 from tests.cli.runs import train_arguments, write_photos
 from tests.strangers.conftest import description
 from vimamba.cli import main
-from vimamba.cli.parsing import read_config
+from vimamba.tasks.config import read_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))

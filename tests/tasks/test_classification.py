@@ -1,6 +1,7 @@
 """Parameter groups, the learning rate, and what an evaluation counts."""
 
 from itertools import pairwise
+from math import isnan
 
 import pytest
 import timm
@@ -10,9 +11,9 @@ from torch import nn
 from vimamba.data.loaders import Batch
 from vimamba.data.transforms import AugmentOptions, Preprocessing
 from vimamba.errors import UserError
-from vimamba.tasks.classification import ClassificationTask
+from vimamba.tasks.classification import ClassificationTask, ClassResult
 from vimamba.tasks.optim import OptimOptions, lr_factor, parameter_groups
-from vimamba.tasks.results import Evaluation
+from vimamba.tasks.task import evaluation_of, results_of
 from vimamba.tasks.weights import ModelCard, build_model, load_model, save_model
 
 TINY = {"depth": 2, "embed_dim": 16, "d_state": 4}
@@ -64,7 +65,16 @@ def test_the_rate_warms_up_and_falls():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"lr": 0.0}, {"lr": float("inf")}, {"ema": 1.0}, {"accumulate": 0}, {"clip_grad": -1.0}]
+    "wrong",
+    [
+        {"epochs": 0},
+        {"lr": 0.0},
+        {"lr": float("inf")},
+        {"ema": 1.0},
+        {"accumulate": 0},
+        {"clip_grad": -1.0},
+        {"opt": "adamv"},
+    ],
 )
 def test_wrong_values_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
@@ -72,15 +82,15 @@ def test_wrong_values_are_refused(wrong):
 
 
 def test_an_evaluation_counts_per_class():
-    evaluation = Evaluation(["a", "b", "c"], confusion=True)
+    names = ["a", "b", "c"]
+    evaluation = evaluation_of(ClassificationTask, names, detailed=True)
     logits = torch.eye(3)[[0, 0, 1, 1]] * 9  # predicted a a b b
     evaluation.update(logits[:3], torch.tensor([0, 1, 1]))
     evaluation.update(logits[3:], torch.tensor([1]))
-    results = evaluation.compute()
+    results = results_of(ClassificationTask, evaluation, names)
     assert results.images == 4
-    assert results.top1 == 0.75
-    assert results.top5 == 1.0
-    a, b, c = results.per_class
+    assert (results.numbers["top1"], results.numbers["top5"]) == (0.75, 1.0)
+    a, b, c = (ClassResult(**row) for row in results.per_class)
     assert (a.images, a.correct, a.recall, a.precision) == (1, 1, 1.0, 0.5)
     assert (b.images, b.correct, b.recall, b.precision) == (3, 2, pytest.approx(2 / 3), 1.0)
     assert (c.images, c.recall, c.precision, c.f1) == (0, None, None, None)
@@ -123,6 +133,6 @@ def test_the_training_loss_is_the_mean_over_images():
 
 
 def test_a_held_out_loss_that_is_no_number_is_not_left_out():
-    evaluation = Evaluation(["a", "b"])
+    evaluation = evaluation_of(ClassificationTask, ["a", "b"])
     evaluation.update(torch.tensor([[1.0, 2.0], [torch.nan, 1.0]]), torch.tensor([0, 1]))
-    assert evaluation.compute().loss != evaluation.compute().loss
+    assert isnan(results_of(ClassificationTask, evaluation, ["a", "b"]).numbers["loss"])

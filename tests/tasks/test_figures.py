@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from vimamba.tasks.figures import _drawable, save_confusion, save_curves
+from vimamba.tasks.record import Record
 
 LONG = "a name that goes on and on, and on, " * 9
 NAMES = {
@@ -35,8 +36,9 @@ def test_nothing_confused_and_no_images(tmp_path):
 
 
 def test_curves_of_one_epoch_with_a_name_of_mathematics(tmp_path):
-    row = {"epoch": 1, "train_loss": 1.0, "val_loss": 2.0, "val_top1": 0.5}
-    save_curves(tmp_path / "curves.png", [row], r"vim_nano on $\frac{1}$ 猫")
+    record = Record()
+    record.add({"epoch": 1, "train_loss": 1.0, "val_loss": 2.0, "val_top1": 0.5}, [], "val_top1", "max")
+    save_curves(tmp_path / "curves.png", record, r"vim_nano on $\frac{1}$ 猫", "top-1 %")
     assert (tmp_path / "curves.png").stat().st_size
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from vimamba.cli.examples import EXAMPLES
+from vimamba.cli.spelling import dashed
 from vimamba.errors import UserError, nearest
 from vimamba_command import COMMANDS, answer, package_version
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        message = " ".join(str(error).split())
+        message = dashed(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "vimamba":
             raise

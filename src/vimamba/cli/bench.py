@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from vimamba.benchmark import Entry, machine, measure, report
 from vimamba.benchmark.entries import ATTENTIONS, DTYPES, MODES, PASSES, check_name
 from vimamba.cli import terminal
 from vimamba.errors import UserError, nearest, require
+from vimamba.processes import cores
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -97,7 +97,7 @@ def check(options: Namespace) -> None:
     for key, known in (("dtype", tuple(DTYPES)), ("passes", PASSES), ("attention", ATTENTIONS), ("mode", MODES)):
         for value in options[key]:
             require(value in known, f"--{key} {value}: it is {' or '.join(known)}{nearest(value, known)}")
-    most = {"sizes": 16384, "batch": 65536, "threads": 16 * (os.cpu_count() or 1), "repeats": 10**6}
+    most = {"sizes": 16384, "batch": 65536, "threads": 16 * cores(), "repeats": 10**6}
     for key, bound in most.items():
         for value in options[key] if isinstance(options[key], list) else [options[key]]:
             require(

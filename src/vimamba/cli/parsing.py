@@ -6,18 +6,15 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from vimamba.cli.kinds import describe, fits, text_fits
 from vimamba.errors import UserError, nearest, one_line, require, shown
+from vimamba.kinds import describe, fits, text_fits
+from vimamba.tasks.config import read_config
 
 Options = TypeVar("Options")
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-MAX_CONFIG = 2**20  # bytes
-MAX_NESTING = 20
 
 
 class Help(DefaultHelpFormatter):
@@ -157,44 +154,6 @@ def _nearest_option(parser: ArgumentParser, name: str) -> str:
 def _brief(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 and text.isprintable() else shown(value)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The options in a YAML file, which may be a stranger's: plain values by name, without aliases.
-
-    Raises:
-        UserError: there is no such file, or it is no such YAML.
-    """
-    require(path.exists(), f"--config: there is no file {path}")
-    require(path.is_file(), f"--config {path}: is no regular file")
-    require(path.stat().st_size > 0, f"--config {path}: is empty (0 bytes)")  # as files of /proc that wait for ever
-    require(path.stat().st_size <= MAX_CONFIG, f"--config {path}: is larger than {MAX_CONFIG // 2**20} MB")
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        text, depth = path.read_text(encoding="utf-8"), 0
-        for event in yaml.parse(text, Loader=loader):
-            # A few lines of nested aliases stand for more values than there is memory.
-            alias = isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None)
-            require(not alias, f"--config {path}: has an anchor or alias (& or *), which is not read; write it out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            require(depth <= MAX_NESTING, f"--config {path}: is nested deeper than {MAX_NESTING} levels")
-        values = yaml.load(text, Loader=loader)
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: is not UTF-8 (byte {error.start}); save it as that") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: is not valid YAML ({one_line(error)})") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise UserError(f"--config {path}: holds {shown(values)}, not options by name")
-    return values
-
-
-def fetches(option: str, value: Any) -> bool:
-    """Whether an option's value names something on the hub or in a folder of models, which a file may not."""
-    text = str(value)
-    return (option == "model" and ":" in text) or (option == "data" and text.startswith(("hfds/", "hfids/")))
 
 
 def _underscored(argument: str) -> str:

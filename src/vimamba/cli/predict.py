@@ -6,25 +6,20 @@ import csv
 import glob
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.markup import escape
-from torch.utils.data import DataLoader
 
 from vimamba.cli import terminal
-from vimamba.cli.inference import DeviceOptions, Runner
 from vimamba.cli.parsing import add_options, take
-from vimamba.data.loaders import ImageDataset
-from vimamba.data.samples import FileSamples
-from vimamba.data.transforms import Preprocessing, eval_transform
 from vimamba.data.walk import LeftOut, find_images
 from vimamba.errors import UserError, escaped, require
-from vimamba.tasks.weights import load_model
+from vimamba.inference.predictor import load_run
+from vimamba.inference.runner import DeviceOptions
+from vimamba.processes import default_workers
 
 FEW = 256  # images that are decoded sooner than worker processes start
 
@@ -45,14 +40,12 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
         raise UserError(f"--top is {options.top}; it must be at least 1")
     require(not (options.json and options.csv), "--json and --csv: choose one to print")
     terminal.quiet_libraries()
-    model, card = load_model(options.run)
+    predictor = load_run(options.run, device.device, device.precision)
     paths = list_images(options.images)
-    runner = Runner(model, device)
     workers = device.num_workers
     if workers is None:
-        workers = 0 if len(paths) <= FEW else default_workers_for_files()
-    loader = DataLoader(PathDataset(paths, card.preprocessing), device.batch_size, num_workers=workers, collate_fn=list)
-    top = min(options.top, len(card.class_names))
+        workers = 0 if len(paths) <= FEW else default_workers()
+    top = min(options.top, len(predictor.class_names))
     out = terminal.console()
     # One console for lines and bar where both go to the terminal: the lines then appear above the bar.
     shown_on = out if out.is_terminal else terminal.console(stderr=True)
@@ -62,21 +55,16 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
         print_row(out, ["image", *numbered, "error"])
     with terminal.progress_bar(shown_on) as bar:
         task = bar.add_task("predicting", total=len(paths))
-        for items in loader:
-            for path, answer in name_batch(runner, items, card.class_names, top):
-                failed += isinstance(answer, str)
-                if options.csv:
-                    print_row(out, row_of(path, answer, top))
-                else:
-                    print_answer(out, path, answer, options.json)
-            bar.advance(task, len(items))
+        for path, answer in zip(paths, predictor.stream(paths, device.batch_size, workers), strict=True):
+            failed += isinstance(answer, UserError)
+            if options.csv:
+                print_row(out, row_of(path, answer, top))
+            else:
+                print_answer(out, path, answer, top, options.json)
+            bar.advance(task)
     if failed:
         terminal.warn(f"{failed} of {len(paths)} images could not be read")
     return 1 if failed else 0
-
-
-def default_workers_for_files() -> int:
-    return min(8, max(1, (os.cpu_count() or 2) - 1))
 
 
 def list_images(given: list[str]) -> list[str]:
@@ -100,56 +88,24 @@ def list_images(given: list[str]) -> list[str]:
     return list(found)
 
 
-class PathDataset(ImageDataset):
-    """Images by path: (path, tensor), or (path, why not)."""
-
-    def __init__(self, paths: list[str], prep: Preprocessing):
-        super().__init__(FileSamples(paths, [0] * len(paths)), eval_transform(prep))
-
-    def __getitem__(self, index: Any) -> Any:
-        item = super().__getitem__(index)
-        return self.samples.name(index), item if isinstance(item, str) else item[0]
-
-
-def name_batch(
-    runner: Runner, items: list[tuple[str, torch.Tensor | str]], class_names: list[str], top: int
-) -> list[tuple[str, list[tuple[str, float]] | str]]:
-    """For each image its likeliest classes with their probabilities, or why it could not be read."""
-    good = [image for _, image in items if not isinstance(image, str)]
-    probabilities, classes = (t.tolist() for t in runner(torch.stack(good)).softmax(-1).topk(top)) if good else ([], [])
-    rows = iter(zip(probabilities, classes, strict=True))
-    answers: list[tuple[str, list[tuple[str, float]] | str]] = []
-    for path, image in items:
-        if isinstance(image, str):
-            answers.append((path, image))
-        else:
-            shares, indices = next(rows)
-            answers.append((path, [(class_names[i], p) for i, p in zip(indices, shares, strict=True)]))
-    return answers
-
-
-def print_answer(out: Console, path: str, answer: list[tuple[str, float]] | str, as_json: bool) -> None:
+def print_answer(out: Console, path: str, answer: Any, top: int, as_json: bool) -> None:
     """One line: on stdout what the image shows, on stderr what is wrong with it."""
     if as_json:
-        body = (
-            {"error": answer}
-            if isinstance(answer, str)
-            else {"predictions": [{"class": name, "probability": round(p, 6)} for name, p in answer]}
-        )
+        body = {"error": str(answer)} if isinstance(answer, UserError) else answer.to_dict(top)
         out.out(json.dumps({"image": path, **body}))
-    elif isinstance(answer, str):
-        terminal.warn(answer)
+    elif isinstance(answer, UserError):
+        terminal.warn(str(answer))
     else:
-        first, *others = [(escape(name), f"{100 * p:.1f}%") for name, p in answer]
+        first, *others = [(escape(name), f"{100 * p:.1f}%") for name, p in answer.top(top)]
         rest = "  ".join(f"{name} {share}" for name, share in others)
         out.print(f"{escape(escaped(path))}  [bold green]{first[0]}[/] {first[1]}  [dim]{rest}[/]")
 
 
-def row_of(path: str, answer: list[tuple[str, float]] | str, top: int) -> list[str]:
+def row_of(path: str, answer: Any, top: int) -> list[str]:
     """An image's row of the table: its classes with their probabilities, or why it could not be read."""
-    if isinstance(answer, str):
-        return [escaped(path), *[""] * (2 * top), answer]
-    return [escaped(path), *(cell for name, p in answer for cell in (name, f"{p:.6f}")), ""]
+    if isinstance(answer, UserError):
+        return [escaped(path), *[""] * (2 * top), str(answer)]
+    return [escaped(path), *(cell for name, p in answer.top(top) for cell in (name, f"{p:.6f}")), ""]
 
 
 def print_row(out: Console, cells: list[str]) -> None:

@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import os
 import shlex
 import signal
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-import yaml
 from jsonargparse import ArgumentParser, Namespace
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from timm.data import resolve_data_config
-from torch import nn
 
 from vimamba.cli import terminal
-from vimamba.cli.machine import cores
-from vimamba.cli.parsing import add_options, config_files, fetches, read_config, take
-from vimamba.cli.resume import Resumed, check_same, config_of, resume
-from vimamba.cli.train_options import GROUPS, OF_THE_CALL, MachineOptions, RunOptions
-from vimamba.cli.train_progress import TrainProgress, duration
-from vimamba.data.loaders import ImageDataModule, default_workers
+from vimamba.cli.parsing import add_options, config_files
+from vimamba.cli.train_progress import TrainProgress
 from vimamba.data.sample import write_digits
-from vimamba.data.sources import BUILT_IN, ImageData, open_data
-from vimamba.data.split import HELD_OUT, how_drawn
-from vimamba.data.transforms import AugmentOptions, Preprocessing
-from vimamba.errors import UserError, naming, nearest, one_line, require
-from vimamba.models.description import BUILDING, check_arguments, check_plain
-from vimamba.tasks.classification import ClassificationTask
-from vimamba.tasks.optim import OptimOptions
-from vimamba.tasks.run_folder import CONFIG, OWN_FILES, RunFolder
-from vimamba.tasks.run_keeper import CheckpointEvery, RunKeeper
-from vimamba.tasks.signals import StoppedAtOnce, StoppedBySignal, StopSignals
-from vimamba.tasks.skipped import SkippedFiles
-from vimamba.tasks.weights import Architecture, ModelCard, architecture, build_model, check_model_name, load_start
+from vimamba.data.sources import BUILT_IN
+from vimamba.errors import UserError, require
+from vimamba.models.description import BUILDING
+from vimamba.tasks.config import GROUPS, TrainConfig, fetches, read_config
+from vimamba.tasks.resume import config_of
+from vimamba.tasks.run_folder import OWN_FILES
+from vimamba.tasks.signals import StoppedAtOnce, StoppedBySignal
+from vimamba.tasks.training import Training
+
+OF_THE_CALL = ("config", "print_config", "resume", "overwrite")  # not part of a run's config.yaml
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -86,205 +70,39 @@ def check_config(path: Path, values: dict[str, Any], typed: set[str], builds: bo
 
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
-    run_options, machine = take(RunOptions, options), take(MachineOptions, options)
-    optim, augment = take(OptimOptions, options), take(AugmentOptions, options)
+    values = {name: value for name, value in options.as_dict().items() if name not in OF_THE_CALL}
     terminal.quiet_libraries()
-    resumed = resume(parser, options) if options.resume else None
-    check_model_name(run_options.model)
-    data = open_data(
-        run_options.data, run_options.val_fraction, run_options.seed, run_options.class_names,
-        **(how_drawn(Path(options.resume)) if options.resume else {}),
-    )  # fmt: skip
-    if optim.lr is None and (run_options.pretrained or run_options.checkpoint):
-        optim.lr = 2e-4  # trained weights are lost at the rate that new ones need
-    if augment.augment == "auto":
-        augment.augment = "crop" if data.photographs else "affine"
-    unused = f"--auto_augment {augment.auto_augment}: goes with --augment crop, and here it is {augment.augment}"
-    require(augment.auto_augment is None or augment.augment == "crop", unused)
-    if resumed:
-        card = resumed.card
-        check_same(options.resume, card, run_options.model, run_options.model_args, data.class_names)
-    else:
-        behind = architecture(run_options.model)
-        prep = choose_preprocessing(run_options, data, behind)
-        card = describe_model(run_options, data.class_names, prep, behind)
-    path = Path(run_options.output or default_output(run_options))
-    held_out = data.held_out()
-    texts = {CONFIG: config_text(options, path)} | ({HELD_OUT: held_out.text()} if held_out else {})
-    folder = RunFolder(path, texts, resumed.checkpoint if resumed else None)
-    signals = StopSignals()
-    keeper = RunKeeper(folder, CheckpointEvery.parse(run_options.checkpoint_every), signals, data.name)
-    skipped = SkippedFiles(terminal.warn, run_options.max_undecodable)
+    resumed_from = Path(options.resume) if options.resume else None
+    training = Training(TrainConfig.of(values), resumed_from, options.overwrite, terminal.warn)
     console = terminal.console()
-    trainer = build_trainer(optim, machine, path, [keeper, skipped, TrainProgress(console, keeper)])
-    model, note = (card.build(), "") if resumed else build_start(run_options, card)
-    if resumed:
-        note = f"continued from {resumed.checkpoint.name}" + "".join(f", {change}" for change in resumed.changes)
-    task = ClassificationTask(model, card, optim, augment, run_options.seed)
-    workers = default_workers(data) if run_options.num_workers is None else run_options.num_workers
-    module = ImageDataModule(data, card.preprocessing, augment, optim.batch_size, workers, run_options.seed)
-    first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    with folder.held(options.overwrite) if first_process else contextlib.nullcontext():
-        if first_process and not resumed:
-            folder.check_space(task.model, averaged=task.ema is not None)
-        print_heading(console, task, data, trainer, machine, note)
-        with signals:
-            status = fit(trainer, task, module, resumed, keeper, run_options, console)
-    if status == 0 and trainer.is_global_zero:
-        print_summary(console, path, keeper, skipped)
-    return status
-
-
-def fit(
-    trainer: pl.Trainer, task: ClassificationTask, module: ImageDataModule, resumed: Resumed | None,
-    keeper: RunKeeper, options: RunOptions, console: Console,
-) -> int:  # fmt: skip
-    """Train to the end or until asked to stop; the exit status."""
-    folder = keeper.folder.path
-    typed = [(n, getattr(options, n)) for n in ("data",) if fetches(n, getattr(options, n))]
-    more = "".join(f" --{name} {shlex.quote(value)}" for name, value in typed)
-    again = f"vimamba train --resume {shlex.quote(str(folder))}{more}"
+    training.trainer.callbacks.append(TrainProgress(console, training.keeper))  # type: ignore[attr-defined]
+    folder = training.folder.path
+    again = f"vimamba train --resume {shlex.quote(str(folder))}"
+    if fetches("data", options.data):
+        again += f" --data {shlex.quote(options.data)}"
     try:
-        trainer.fit(task, module, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)
+        training.fit(lambda training: print_heading(console, training))
     except StoppedBySignal as stopped:
-        keeper.draw_curves(task.card)
+        training.keeper.draw_curves(training.task)
         with contextlib.suppress(OSError):  # the terminal may be what went away
             console.print(f"\nStopped at {stopped.where}; everything is saved. Continue with")
             console.print(f"  {again}", style="bold")
         return 128 + stopped.signum
     except StoppedAtOnce:
+        keeper = training.keeper
         console.print(f"\nStopped at once; {keeper.kept()}{f': {again}' if keeper.saved_at else ''}", markup=False)
         return 128 + signal.SIGINT
-    except UserError:
-        raise
-    except Exception as error:
-        if resumed and not keeper.started:  # Lightning trips over a checkpoint of something else in many ways
-            wrong = f"{resumed.checkpoint.relative_to(folder)} cannot be continued from"
-            raise UserError(f"--resume {folder}: {wrong} ({type(error).__name__}: {one_line(error)})") from error
-        if isinstance(error, MisconfigurationException):  # what a strategy cannot do shows when it begins
-            raise UserError(f"the trainer refuses: {one_line(error)}") from error
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            smaller = f"--batch_size {task.optim.batch_size}: does not fit into the memory; give less, and --accumulate"
-            raise UserError(f"{smaller} for as many images a step; {keeper.kept()}") from error
-        raise
+    if training.trainer.is_global_zero:
+        print_summary(console, training)
     return 0
 
 
-def default_output(options: RunOptions) -> str:
-    """runs/DATA-MODEL."""
-    return f"runs/{Path(options.data.rstrip('/')).name}-{options.model.replace('/', '_').replace(':', '_')}"
-
-
-def choose_preprocessing(options: RunOptions, data: ImageData, behind: Architecture) -> Preprocessing:
-    """What the options say, else what the data know of themselves, else what the model was made for."""
-    own = resolve_data_config(args={"crop_pct": None}, pretrained_cfg=behind.pretrained_cfg, verbose=False)
-    in_chans = options.in_chans or data.in_chans
-    size = options.img_size or data.img_size or tuple(own["input_size"][-2:])
-    size = (size, size) if isinstance(size, int) else size
-    if data.mean and data.std:
-        mean, std = data.mean[:1] * in_chans, data.std[:1] * in_chans
-    elif in_chans == len(own["mean"]):
-        mean, std = tuple(own["mean"]), tuple(own["std"])
-    else:
-        mean, std = ((sum(own[key]) / len(own[key]),) * in_chans for key in ("mean", "std"))
-    crop_pct = 1.0 if data.img_size else own["crop_pct"]
-    interpolation = "bicubic" if own["interpolation"] == "random" else own["interpolation"]
-    return Preprocessing(size, in_chans, mean, std, interpolation, crop_pct, own["crop_mode"])
-
-
-def describe_model(options: RunOptions, class_names: list[str], prep: Preprocessing, behind: Architecture) -> ModelCard:
-    """What the run's files will say of its model; refused now where they could not be opened again."""
-    model_args = {**behind.model_args, **options.model_args}
-    model_args = {key: value for key, value in model_args.items() if key not in BUILDING}
-    if model_args:
-        with naming("--model_args"):
-            check_plain(model_args)
-            check_arguments(behind.name, model_args)
-    return ModelCard(behind.name, model_args, class_names, prep)
-
-
-def build_start(options: RunOptions, card: ModelCard) -> tuple[nn.Module, str]:
-    """The model with its first weights, and a note on where they are from."""
-    torch.manual_seed(options.seed)
-    prep = card.preprocessing
-    classes = len(card.class_names)
-    model = build_model(options.model, classes, prep.in_chans, prep.img_size, options.model_args, options.pretrained)
-    note = "published weights" if options.pretrained else ""
-    if options.checkpoint:
-        note = load_start(model, Path(options.checkpoint))
-    return model, note
-
-
-def build_trainer(
-    optim: OptimOptions, machine: MachineOptions, folder: Path, callbacks: list[pl.Callback]
-) -> pl.Trainer:
-    """Lightning's trainer, without the files and lines of its own."""
-    known = ["auto", *StrategyRegistry.available_strategies()]
-    hint = nearest(machine.strategy, known) or "; give auto, ddp or fsdp"
-    require(machine.strategy in known, f"--strategy {machine.strategy}: there is no such strategy{hint}")
-    try:
-        trainer = pl.Trainer(
-            **dataclasses.asdict(machine),
-            max_epochs=optim.epochs,
-            gradient_clip_val=optim.clip_grad,
-            accumulate_grad_batches=optim.accumulate,
-            callbacks=callbacks,
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
-    except Exception as error:  # Lightning's own errors, one kind for each option
-        plain = MachineOptions()
-        given = {key: value for key, value in vars(machine).items() if value != getattr(plain, key)} or vars(machine)
-        options = " ".join(f"--{key} {value}" for key, value in given.items())
-        raise UserError(f"{options}: not possible here: {one_line(error)}") from error
-    check_processes(trainer, machine)
-    if trainer.precision != machine.precision:  # Lightning takes another without asking
-        raise UserError(f"--precision {machine.precision}: needs a GPU; on the CPU give bf16-mixed or 32-true")
-    return trainer
-
-
-def check_processes(trainer: pl.Trainer, machine: MachineOptions) -> None:
-    """Refuse more processes than there are cores for, and machines that would wait for each other for ever."""
-    few = trainer.strategy.root_device.type != "cpu" or trainer.num_devices <= cores()
-    require(
-        few,
-        f"--devices {machine.devices}: starts as many processes on the CPU, which has {cores()} cores; give no more",
-    )
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    launched = "MASTER_ADDR" in os.environ or (environment is not None and environment.creates_processes_externally)
-    require(
-        trainer.num_nodes == 1 or launched,
-        f"--num_nodes {machine.num_nodes}: would wait for the other machines for ever; start it on each of them with "
-        "torchrun or srun, or with MASTER_ADDR, MASTER_PORT and NODE_RANK set",
-    )
-
-
-def config_text(options: Namespace, folder: Path) -> str:
-    """Every option of the run, so that `--config` repeats it."""
-    kept = options.clone()
-    for name in OF_THE_CALL:
-        kept.pop(name, None)
-    kept["output"] = str(folder)
-    return yaml.safe_dump(kept.as_dict(), sort_keys=False, allow_unicode=True)
-
-
-def print_heading(
-    console: Any,
-    task: ClassificationTask,
-    data: ImageData,
-    trainer: pl.Trainer,
-    machine: MachineOptions,
-    note: str,
-) -> None:
+def print_heading(console: Console, training: Training) -> None:
+    trainer, card, data = training.trainer, training.card, training.data
     if not trainer.is_global_zero:
         return
-    prep, card = task.card.preprocessing, task.card
-    parameters = sum(p.numel() for p in task.model.parameters())
+    prep, machine = card.preprocessing, training.config.machine
+    parameters = sum(p.numel() for p in training.task.model.parameters())
     size = " x ".join(map(str, prep.img_size)) + (" grey" if prep.in_chans == 1 else "")
     devices = f"{trainer.num_devices} " if trainer.num_devices > 1 else ""
     where = f"{devices}{trainer.strategy.root_device.type}, {machine.precision}"
@@ -294,29 +112,31 @@ def print_heading(
         f"{len(card.class_names)} classes",
         markup=False,
     )
+    console.print(training.schedule, markup=False)
     for line in data.notes:
         terminal.warn(line)
-    if note:
-        console.print(note, markup=False)
+    if training.note:
+        console.print(training.note, markup=False)
     console.print()
 
 
-def print_summary(console: Any, folder: Path, keeper: RunKeeper, skipped: SkippedFiles) -> None:
-    best = keeper.record.best
+def print_summary(console: Console, training: Training) -> None:
+    folder, record, task = training.folder.path, training.keeper.record, training.task
     console.print()
-    terminal.print_classes(console, keeper.record.best_classes)
+    terminal.print_classes(console, record.best_classes)
     console.print()
-    for which, count in skipped.counts.items():
+    for which, count in training.skipped.counts.items():
         terminal.warn(f"{count} {which} image{'s' * (count > 1)} could not be decoded and were left out")
-    top1 = terminal.percent(best["val_top1"])
+    heading = task.columns.get(task.monitor, task.monitor)
+    value = terminal.cell(heading, record.best[record.monitor]) + ("%" if heading.endswith("%") else "")
     console.print(
-        f"[bold green]{top1}%[/] of the held-out images named right by the weights of epoch {best['epoch']}, "
-        f"after {duration(keeper.record.seconds)}."
+        f"[bold green]{task.sentence(value)}[/] by the weights of epoch {record.best['epoch']}, "
+        f"after {terminal.duration(record.seconds)}."
     )
     console.print(f"In {folder}: {', '.join(n for n in OWN_FILES if (folder / n).exists())}", markup=False)
     name = shlex.quote(str(folder))
     pictures = "IMAGE..."
-    if keeper.trained_on in BUILT_IN:
+    if training.data.name in BUILT_IN:
         pictures = f"{shlex.quote(str(write_digits(folder / 'digits')[0].parent))}/*.png"
     console.print(f"Next: vimamba eval {name}", markup=False)
     console.print(f"      vimamba predict {name} {pictures}", markup=False)

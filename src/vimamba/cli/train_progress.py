@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import TextColumn
 
-from vimamba.cli.terminal import percent, progress_bar
+from vimamba.cli.terminal import cell, duration, progress_bar
 from vimamba.tasks.run_keeper import RunKeeper
 
-HEADER = f"{'epoch':>7}  {'rate':>8}  {'loss':>7}  {'held-out loss':>13}  {'top-1 %':>7}  {'top-5 %':>7}  {'time':>7}"
+HEADER = f"{'epoch':>7}  {'rate':>8}  {'loss':>7}  {'held-out loss':>13}"
 
 
 class TrainProgress(pl.Callback):
@@ -22,13 +23,17 @@ class TrainProgress(pl.Callback):
         self.console, self.keeper = console, keeper
         self.bar = progress_bar(console, TextColumn("loss {task.fields[loss]}"))
         self.task: Any = None
+        self.pick: Callable[..., float] = max
+        self.columns: dict[str, str] = {}
         self.loss: float | None = None
         self.seconds = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        self.console.print(f"[bold]{HEADER}[/]")
+        self.pick = max if pl_module.mode == "max" else min
+        self.columns = {f"val_{name}": heading for name, heading in pl_module.columns.items()}
+        self.console.print(f"[bold]{HEADER}{''.join(f'  {h:>7}' for h in self.columns.values())}  {'time':>7}[/]")
         for row in self.keeper.record.rows:
             self._print_row(row, trainer)
         val_batches = sum(int(n) for n in trainer.num_val_batches)
@@ -82,19 +87,13 @@ class TrainProgress(pl.Callback):
 
     def _print_row(self, row: dict[str, Any], trainer: pl.Trainer) -> None:
         seconds, self.seconds = row["seconds"] - self.seconds, row["seconds"]
-        best = row["val_top1"] >= max(r["val_top1"] for r in self.keeper.record.rows[: row["epoch"]])
+        rows, monitor = self.keeper.record.rows[: row["epoch"]], self.keeper.record.monitor
+        best = row[monitor] == self.pick(r[monitor] for r in rows)
         epoch = f"{row['epoch']}/{trainer.max_epochs}"
+        cells = {name: f"{cell(heading, row[name]):>{max(7, len(heading))}}" for name, heading in self.columns.items()}
+        if best and monitor in cells:
+            cells[monitor] = f"[bold green]{cells[monitor]}[/]"
         self.console.print(
             f"{epoch:>7}  {row['lr']:>8.2g}  {row['train_loss']:>7.4f}  {row['val_loss']:>13.4f}  "
-            f"{'[bold green]' if best else ''}{percent(row['val_top1']):>7}{'[/]' if best else ''}  "
-            f"{percent(row['val_top5']):>7}  {duration(seconds):>7}"
+            f"{'  '.join(cells.values())}  {duration(seconds):>7}"
         )
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3:05 or 2:03:04."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

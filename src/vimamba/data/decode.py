@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import stat
 import warnings
@@ -12,7 +13,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vimamba.errors import UserError, escaped
+from vimamba.errors import UserError, escaped, require
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -70,6 +71,21 @@ def decode_image(source: str | os.PathLike[str] | IO[bytes], name: str | None = 
         raise DecodeError(name, _reason(source, error)) from error
 
 
+def flatten(image: Image.Image, name: str = "the image") -> Image.Image:
+    """The same of an image that is open already.
+
+    Raises:
+        DecodeError: its file is truncated, or it has no pixels.
+    """
+    try:
+        meant = _Grey.of(image)
+        image.load()
+        require(min(image.size) > 0, f"it is {image.width} x {image.height} pixels")
+        return _flatten(_upright(image), meant)
+    except Exception as error:
+        raise DecodeError(name, _reason(io.BytesIO(), error)) from error
+
+
 class NotAFileError(OSError):
     """A pipe, a socket or a device."""
 
@@ -98,7 +114,7 @@ class _Grey(NamedTuple):
         value = image.info.get("transparency")
         if not (image.mode in ("1", "L") or image.mode[0] == "I") or not isinstance(value, int):
             value = None
-        elif image.tile:  # type: ignore[attr-defined]
+        elif getattr(image, "tile", None):
             args = image.tile[0].args  # type: ignore[attr-defined]
             # 2 and 4 bits are spread to 8 when loaded; Pillow leaves the transparent value as it was.
             value *= {"L;2": 85, "L;4": 17}.get(args[0] if isinstance(args, tuple) else args, 1)

@@ -79,11 +79,11 @@ def _check_classes(root: Path, classes: Classes, left_out: LeftOut) -> None:
     loose = f" ({count} images lie loose in it)" if count else ""
     require(
         bool(classes),
-        f"--data {root}: no images found in sub-folders, one a class{loose}; looked for {' '.join(extensions())}",
+        f"`data` {root}: no images found in sub-folders, one a class{loose}; looked for {' '.join(extensions())}",
     )
     for name in classes:
         if not showable(name):
-            raise UserError(f"--data {root}: the class folder '{escaped(name)}' has a name that is no text; rename it")
+            raise UserError(f"`data` {root}: the class folder '{escaped(name)}' has a name that is no text; rename it")
 
 
 def find_halves(root: Path, tops: dict[str, list[Found]]) -> tuple[str, str] | None:
@@ -102,18 +102,18 @@ def find_halves(root: Path, tops: dict[str, list[Found]]) -> tuple[str, str] | N
         both = f"{trains[0]}/ and {(vals + tests)[0]}/" if trains and vals + tests else ""
         require(
             not both or bool(others),
-            f"--data {root}: {both} hold images, but no sub-folders of them, one a class",
+            f"`data` {root}: {both} hold images, but no sub-folders of them, one a class",
         )
         return None
     trains, vals, tests = ([name for name in names if name in nested] for names in (trains, vals, tests))
     vals = vals or tests
     for names in (trains, vals):
         listed = " and ".join(f"{name}/" for name in names)
-        require(len(names) < 2, f"--data {root}: {listed} may be the same half; leave one of them there")
+        require(len(names) < 2, f"`data` {root}: {listed} may be the same half; leave one of them there")
     if others and not (trains and vals):
         beside = ", ".join(f"{name}/" for name in others[:3]) + (" ..." if len(others) > 3 else "")
         raise UserError(
-            f"--data {root}: {nested[0]}/ may be a half of the images or a class beside {beside}; "
+            f"`data` {root}: {nested[0]}/ may be a half of the images or a class beside {beside}; "
             f"if it is a half, move {beside} elsewhere or into it, and if it is a class, put its images right into it"
         )
     return "".join(trains), "".join(vals)

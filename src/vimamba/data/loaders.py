@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -91,11 +90,6 @@ def collate(items: list[Any]) -> Batch:
     images = torch.stack([item[0] for item in good]) if good else torch.empty(0)
     targets = torch.tensor([item[1] for item in good], dtype=torch.int64)
     return Batch(images, targets, [item for item in items if isinstance(item, str)])
-
-
-def default_workers(data: ImageData) -> int:
-    """Processes that decode: none for a sample in memory, else what the machine has beside the training."""
-    return 0 if data.small else min(8, max(1, (os.cpu_count() or 2) - 1))
 
 
 class ImageDataModule(pl.LightningDataModule):

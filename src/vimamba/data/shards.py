@@ -146,25 +146,25 @@ def open_shards(
     """
     info_path = next((root / n for n in ("_info.json", "info.json") if (root / n).is_file()), None)
     if info_path is None:
-        raise UserError(f"--data {name}: {root}/_info.json is missing; it lists the splits, shards and their lengths")
+        raise UserError(f"`data` {name}: {root}/_info.json is missing; it lists the splits, shards and their lengths")
     try:
         info = json.loads(info_path.read_text(encoding="utf-8"))
         counts = {split: int(entry["num_samples"]) for split, entry in info["splits"].items()}
         shards = {split: [str(shard) for shard in entry["filenames"]] for split, entry in info["splits"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"--data {name}: {info_path} is not a shard index with splits.*.num_samples and filenames ({error})"
+            f"`data` {name}: {info_path} is not a shard index with splits.*.num_samples and filenames ({error})"
         ) from error
     for shard in sorted({shard for listed in shards.values() for shard in listed}):  # it may be a stranger's
         inside = Path(shard).name == shard and (root / shard).is_file()
-        require(inside, f"--data {name}: {info_path} lists {shown(shard)}, which is no file in that folder")
+        require(inside, f"`data` {name}: {info_path} lists {shown(shard)}, which is no file in that folder")
     train = next((split for split in counts if TRAIN.fullmatch(split)), None)
     val = next((split for kind in (VAL, TEST) for split in counts if kind.fullmatch(split)), None)
     if train is None:
-        raise UserError(f"--data {name}: {info_path} lists no train split, only {', '.join(counts)}")
+        raise UserError(f"`data` {name}: {info_path} lists no train split, only {', '.join(counts)}")
     names: Any = class_names or info.get("class_names")
-    require(bool(names), f"--data {name}: list the class names, one a line, in a file: --class_names FILE")
-    require(isinstance(names, list), f"--data {name}: {info_path} has class_names that are no list")
+    require(bool(names), f"`data` {name}: list the class names, one a line, in a file: `class_names` FILE")
+    require(isinstance(names, list), f"`data` {name}: {info_path} has class_names that are no list")
     parts, notes = {}, []
     for part, split in (("train", train), ("val", val)):
         if split is None:
@@ -173,8 +173,8 @@ def open_shards(
         try:
             found = [(i, entry) for i, shard in enumerate(listed) for entry in read_shard(root / shard, len(names))]
         except UserError as error:
-            raise UserError(f"--data {name}: {error}, or take it out of {info_path}") from error
-        require(bool(found), f"--data {name}: the shards of its split {split} hold no samples")
+            raise UserError(f"`data` {name}: {error}, or take it out of {info_path}") from error
+        require(bool(found), f"`data` {name}: the shards of its split {split} hold no samples")
         parts[part] = ShardSamples(root, listed, found)
         if len(found) != counts[split]:
             said = f"{info_path} says that {split} has {counts[split]} samples"

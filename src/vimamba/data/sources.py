@@ -1,4 +1,4 @@
-"""`--data`: the built-in sample, a folder, a hub data set (hfds/...) or shards (wds/...)."""
+"""`data`: the built-in sample, a folder, a hub data set (hfds/...) or shards (wds/...)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vimamba.data.samples import FileSamples, HubSamples
 from vimamba.data.shards import open_shards
 from vimamba.data.split import Draw, HeldOut, changes, fingerprint, halve, hold_out, hold_out_as_0_1
 from vimamba.errors import UserError, escaped, naming, nearest, one_line, require
+from vimamba.processes import default_workers
 
 BUILT_IN = {"mnist": "5000 handwritten digits, 28 x 28, carried in the package"}
 HUB_PREFIXES = ("hfds/", "hfids/", "wds/")
@@ -36,6 +37,11 @@ class ImageData:
     small: bool = False  # in memory and cheap to decode: no worker processes needed
     drawn: bool = False  # whether the held-out images were drawn, not a half of their own
     notes: list[str] = dataclasses.field(default_factory=list)  # what was left out or taken for something, a line each
+
+    @property
+    def workers(self) -> int:
+        """Processes that decode, if no number is asked for: none for a sample in memory."""
+        return 0 if self.small else default_workers()
 
     @property
     def photographs(self) -> bool:
@@ -65,9 +71,9 @@ class Opening:
 
     def halve(self, name: str, samples: Any, class_names: list[str]) -> tuple[Any, Any]:
         if self.val_fraction == 1.0:
-            require(not self.strict, "--val_fraction 1 leaves nothing to train on")
+            require(not self.strict, "`val_fraction` 1 leaves nothing to train on")
             return samples.select([]), samples
-        with naming(f"--data {escaped(name)}"):
+        with naming(f"`data` {escaped(name)}"):
             return halve(samples, class_names, self.val_fraction, self.seed, self.draw, self.kept)
 
 
@@ -80,7 +86,7 @@ def open_data(
     draw: Draw = hold_out,
     kept: HeldOut | None = None,
 ) -> ImageData:
-    """Find the images that `--data` names.
+    """Find the images that `data` names.
 
     strict asks for what training needs: two classes or more, each of them in both halves. Without it only the
     held-out half matters: data without one are held out whole if val_fraction is 1. Where there is no half to hold
@@ -88,10 +94,10 @@ def open_data(
     """
     require(
         0.0 < val_fraction <= 1.0,
-        f"--val_fraction is {val_fraction}; give a share between 0 and 1, such as 0.2",
+        f"`val_fraction` is {val_fraction}; give a share between 0 and 1, such as 0.2",
     )
     opening = Opening(val_fraction, seed, strict, draw, kept)
-    named = f"--class_names {class_names}: is for hub data and shards; the classes of {name} have names"
+    named = f"`class_names` {class_names}: is for hub data and shards; the classes of {name} have names"
     require(class_names is None or name.startswith(HUB_PREFIXES), named)
     if name in BUILT_IN:
         return _built_in(name)
@@ -105,7 +111,7 @@ def open_data(
         count = len(data.class_names)
         require(
             count > 1,
-            f"--data {name}: found one class only ('{data.class_names[0]}'); training needs two or more",
+            f"`data` {name}: found one class only ('{data.class_names[0]}'); training needs two or more",
         )
     if kept is not None:
         data.notes += [f"{escaped(name)}: {line}" for line in changes(kept, data.train, data.val)]
@@ -120,11 +126,11 @@ def open_data(
 def _unknown(name: str) -> str:
     path = Path(name)
     if path.is_file():
-        return f"--data {name}: is a file; give the folder that holds one sub-folder of images for each class"
+        return f"`data` {name}: is a file; give the folder that holds one sub-folder of images for each class"
     beside = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     hint = nearest(name, [*BUILT_IN, *beside])
     kinds = f"; give {', '.join(BUILT_IN)} (built in), a folder, hfds/NAME or wds/FOLDER"
-    return f"--data {name}: there is no such folder or built-in sample{hint or kinds}"
+    return f"`data` {name}: there is no such folder or built-in sample{hint or kinds}"
 
 
 def _built_in(name: str) -> ImageData:
@@ -150,7 +156,7 @@ def _folder(root: Path, opening: Opening) -> ImageData:
         one = next(((name, *paths) for name, paths in reading.train.items() if len(paths) == 1), None)
         require(
             one is None or kept is not None or opening.val_fraction == 1.0,
-            f"--data {root}: class '{one and one[0]}' has a single image, {one and escaped(one[1])}; a split needs two "
+            f"`data` {root}: class '{one and one[0]}' has a single image, {one and escaped(one[1])}; a split needs two "
             "of each class",
         )
         train, val = opening.halve(str(root), train, names)
@@ -165,7 +171,7 @@ def _folder(root: Path, opening: Opening) -> ImageData:
 def _check_halves(root: Path, reading: Reading, strict: bool) -> None:
     train, val = reading.train, reading.val or {}
     train_dir, val_dir = (root / name for name in reading.halves or ("", ""))
-    require(bool(train) or not strict, f"--data {root}: has {val_dir.name}/ but no train/ with one sub-folder a class")
+    require(bool(train) or not strict, f"`data` {root}: has {val_dir.name}/ but no train/ with one sub-folder a class")
     unknown = [name for name in val if name not in train] if train else []
     first, hint = (unknown[0], nearest(unknown[0], train)) if unknown else ("", "")
     require(not unknown, f"{val_dir}: class '{first}' is not in {train_dir}{hint}")
@@ -173,19 +179,19 @@ def _check_halves(root: Path, reading: Reading, strict: bool) -> None:
     require(
         not (strict and missing),
         f"{val_dir}: no images of class {', '.join(map(repr, missing[:5]))}, which {train_dir} has; "
-        "hold some of them out, or give one folder of classes to be split by --val_fraction",
+        "hold some of them out, or give one folder of classes to be split by `val_fraction`",
     )
 
 
 def _hub(name: str, class_names: str | None, opening: Opening) -> ImageData:
     prefix, rest = name.split("/", 1)
-    require(bool(rest), f"--data {name}: name what comes after {prefix}/, such as hfds/cifar10 or wds/FOLDER")
+    require(bool(rest), f"`data` {name}: name what comes after {prefix}/, such as hfds/cifar10 or wds/FOLDER")
     names = _read_names(class_names) if class_names else None
     if prefix == "wds":
         names, parts, notes = open_shards(name, Path(rest), names)
     else:
         if importlib.util.find_spec("datasets") is None:
-            raise UserError(f"--data {name}: needs the package datasets; run pip install 'vimamba[hub]'")
+            raise UserError(f"`data` {name}: needs the package datasets; run pip install 'vimamba[hub]'")
         names, parts, notes = _hub_table(name, rest, names)
     train, val, drawn = parts["train"], parts.get("val"), False
     if val is None:
@@ -213,13 +219,13 @@ def _hub_table(name: str, rest: str, names: list[str] | None) -> tuple[list[str]
         absent = kind == "val" and isinstance(problem, ValueError)  # datasets' kind of error for an unknown split
         require(
             kind in parts or absent,
-            f"--data {name}: cannot open a split {' or '.join(splits)} ({one_line(problem)})",
+            f"`data` {name}: cannot open a split {' or '.join(splits)} ({one_line(problem)})",
         )
     by_index = {index: label for label, index in (parts["train"].reader.class_to_idx or {}).items()}
     names = names or [by_index[i] for i in sorted(by_index)]
     require(
         bool(names),
-        f"--data {name}: its labels carry no names; list them, one a line, in a file: --class_names",
+        f"`data` {name}: its labels carry no names; list them, one a line, in a file: `class_names`",
     )
     for part in parts.values():
         try:
@@ -229,15 +235,15 @@ def _hub_table(name: str, rest: str, names: list[str] | None) -> tuple[list[str]
         require(
             not beyond,
             f"{part.prefix}: has the label {beyond[:1]}, and the {len(names)} classes count from 0 to {len(names) - 1} "
-            "(-1 stands for none); if there are more, list them, one a line, in a file: --class_names",
+            "(-1 stands for none); if there are more, list them, one a line, in a file: `class_names`",
         )
     return names, parts, []
 
 
 def _read_names(path: str) -> list[str]:
-    require(Path(path).is_file(), f"--class_names {path}: is no file")  # a pipe would be waited for
+    require(Path(path).is_file(), f"`class_names` {path}: is no file")  # a pipe would be waited for
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--class_names {path}: cannot be read ({error})") from error
+        raise UserError(f"`class_names` {path}: cannot be read ({error})") from error
     return [name for name in names if name]

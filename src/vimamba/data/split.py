@@ -135,7 +135,7 @@ def halve(
         require(
             bool(rows),
             f"none of the {len(before)} images that the run held out is there any more; restore them, or measure on "
-            "others with --data",
+            "others with `data`",
         )
     else:
         for position, class_name in enumerate(class_names):

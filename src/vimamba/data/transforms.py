@@ -119,15 +119,15 @@ class AugmentOptions:
     def __post_init__(self) -> None:
         for name in ("hflip", "random_erasing"):
             value = getattr(self, name)
-            require(0.0 <= value <= 1.0, f"--{name} is {value}; a probability lies between 0 and 1")
-        require(0.0 <= self.label_smoothing < 1.0, f"--label_smoothing is {self.label_smoothing}; give 0 to 0.99")
+            require(0.0 <= value <= 1.0, f"`{name}` is {value}; a probability lies between 0 and 1")
+        require(0.0 <= self.label_smoothing < 1.0, f"`label_smoothing` is {self.label_smoothing}; give 0 to 0.99")
         for name in ("mixup", "cutmix", "color_jitter"):
-            require(getattr(self, name) >= 0.0, f"--{name} is {getattr(self, name)}; it cannot be negative")
+            require(getattr(self, name) >= 0.0, f"`{name}` is {getattr(self, name)}; it cannot be negative")
         low, high = self.crop_scale
-        require(0.0 < low <= high <= 1.0, f"--crop_scale is {low}, {high}; give two shares, 0 < low <= high <= 1")
+        require(0.0 < low <= high <= 1.0, f"`crop_scale` is {low}, {high}; give two shares, 0 < low <= high <= 1")
         if self.auto_augment is not None:
             _check_policy(self.auto_augment)
-        require(self.repeated_augmentation >= 1, "--repeated_augmentation counts copies; it must be at least 1")
+        require(self.repeated_augmentation >= 1, "`repeated_augmentation` counts copies; it must be at least 1")
 
 
 def _check_policy(policy: str) -> None:
@@ -136,7 +136,7 @@ def _check_policy(policy: str) -> None:
     except (AssertionError, KeyError, ValueError) as error:
         detail = f" ({error})" if str(error) else ""
         raise UserError(
-            f"--auto_augment {policy}: timm knows no such policy{detail}; try rand-m9-mstd0.5-inc1"
+            f"`auto_augment` {policy}: timm knows no such policy{detail}; try rand-m9-mstd0.5-inc1"
         ) from error
 
 

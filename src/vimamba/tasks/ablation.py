@@ -82,7 +82,7 @@ class Budget:
     def card(self, design: str) -> ModelCard:
         data = self.data
         if data.img_size is None or data.mean is None or data.std is None:
-            raise UserError(f"--data {data.name}: the study takes small images of one size: mnist or digits")
+            raise UserError(f"`data` {data.name}: the study takes small images of one size: mnist or digits")
         prep = Preprocessing(data.img_size, data.in_chans, data.mean, data.std, crop_pct=1.0)
         return ModelCard(self.model, {**self.model_args, **DESIGNS[design]}, data.class_names, prep)
 
@@ -97,18 +97,18 @@ class Budget:
 
     def steps(self, flops: int) -> int:
         """Training steps: the epochs' for the base design, as many as cost the same for another."""
-        steps = self.optim.epochs * (len(self.data.train) // self.optim.batch_size)
+        steps = self.optim.passes * (len(self.data.train) // self.optim.batch)
         return steps if self.equal == "steps" else max(1, round(steps * self.flops(self.build(BASE)) / flops))
 
 
 def open_study_data(name: str) -> ImageData:
-    """What `--data` names; "digits" is scikit-learn's, 1797 digits of 8×8 pixels, every fourth held out."""
+    """What `data` names; "digits" is scikit-learn's, 1797 digits of 8×8 pixels, every fourth held out."""
     if name != "digits":
         return open_data(name)
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        raise UserError("--data digits: needs the package scikit-learn; run pip install 'vimamba[study]'") from None
+        raise UserError("`data` digits: needs the package scikit-learn; run pip install 'vimamba[study]'") from None
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
     held_out = np.arange(len(images)) % 4 == 3
@@ -140,7 +140,7 @@ def run_design(design: str, seed: int, lr: float, budget: Budget) -> Run:
     augment = AugmentOptions(augment="affine")
     optim = dataclasses.replace(budget.optim, lr=lr)
     task = AblationTask(model.train(), budget.card(design), optim, augment, seed)
-    module = ImageDataModule(budget.data, task.card.preprocessing, augment, budget.optim.batch_size, 0, seed)
+    module = ImageDataModule(budget.data, task.card.preprocessing, augment, budget.optim.batch, 0, seed)
     steps = budget.steps(flops)
     trainer = pl.Trainer(
         max_steps=steps, max_epochs=-1, gradient_clip_val=budget.optim.clip_grad, logger=False, deterministic=False,

@@ -1,7 +1,8 @@
-"""The pictures that a run and an evaluation leave."""
+"""The pictures that a run, an evaluation and a prediction leave."""
 
 from __future__ import annotations
 
+import io
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.font_manager import get_font
+from PIL import Image
+
+from vimamba.tasks.record import Record
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
 NAMED = 60
 """Classes that have room for their names."""
+DOTS = 100  # to an inch
 LONG = 40
 """Characters of a name that is not cut."""
 
@@ -27,23 +32,25 @@ def _style(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Loss and held-out accuracy over the epochs."""
+def save_curves(path: Path, record: Record, title: str, heading: str) -> None:
+    """Loss and the number that decides over the epochs; a heading that ends in % shows shares as percentages."""
+    rows = record.rows
     epochs = [row["epoch"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), dpi=150, layout="constrained")
     left.plot(epochs, [row["train_loss"] for row in rows], color=GREY, marker=".", label="training (augmented)")
     left.plot(epochs, [row["val_loss"] for row in rows], color=BLUE, marker=".", label="held out")
     left.set(xlabel="epoch", ylabel="loss")
     left.legend(frameon=False)
-    top1 = [100 * row["val_top1"] for row in rows]
-    right.plot(epochs, top1, color=BLUE, marker=".", label="top-1")
-    best = max(range(len(rows)), key=lambda i: top1[i])
+    share = heading.endswith("%")
+    values = [row[record.monitor] * (100 if share else 1) for row in rows]
+    right.plot(epochs, values, color=BLUE, marker=".")
+    best = epochs.index(record.best["epoch"])
     right.annotate(
-        f"{top1[best]:.2f}%", (epochs[best], top1[best]), (0, -14), textcoords="offset points",
-        ha="center", color=ORANGE, weight="bold",
+        f"{values[best]:.2f}%" if share else f"{values[best]:.4g}", (epochs[best], values[best]), (0, -14),
+        textcoords="offset points", ha="center", color=ORANGE, weight="bold",
     )  # fmt: skip
-    right.plot(epochs[best], top1[best], "o", color=ORANGE)
-    right.set(xlabel="epoch", ylabel="held-out accuracy, %")
+    right.plot(epochs[best], values[best], "o", color=ORANGE)
+    right.set(xlabel="epoch", ylabel=f"held out, {heading}")
     for axes in (left, right):
         _style(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -51,6 +58,27 @@ def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     figure.suptitle(title, fontsize=11, fontfamily=families)
     figure.savefig(path)
     plt.close(figure)
+
+
+def with_caption(image: Image.Image, lines: list[str]) -> Image.Image:
+    """A copy of an image with lines of text below it, in letters of about a fifteenth of its width."""
+    width, height = image.size
+    lines, families = _drawable(lines)
+    inches, row = max(width, 160) / DOTS, 0.24 + max(width, 160) / DOTS / 15
+    figure = plt.figure(figsize=(inches, row * len(lines)), dpi=DOTS)
+    for number, line in enumerate(lines):
+        figure.text(
+            0.02, 1 - (number + 0.5) / len(lines), _shortened(line), va="center",
+            fontsize=72 * row / 2.2, fontfamily=families,
+        )  # fmt: skip
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    plt.close(figure)
+    caption = Image.open(drawn).convert("RGB")
+    whole = Image.new("RGB", (max(width, caption.width), height + caption.height), "white")
+    whole.paste(image.convert("RGB"), ((whole.width - width) // 2, 0))
+    whole.paste(caption, (0, height))
+    return whole
 
 
 def save_confusion(path: Path, confusion_CC: torch.Tensor, class_names: list[str], title: str) -> None:

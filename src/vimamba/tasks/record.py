@@ -7,8 +7,6 @@ import dataclasses
 import io
 from typing import Any
 
-from vimamba.tasks.results import ClassResult
-
 
 @dataclasses.dataclass
 class Record:
@@ -16,21 +14,23 @@ class Record:
 
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
-    best_classes: list[ClassResult] = dataclasses.field(default_factory=list)
+    best_classes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    monitor: str = "val_top1"  # the column that decides
 
     def state_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.best = list(state_dict["rows"]), dict(state_dict["best"])
-        self.best_classes = [ClassResult(**row) for row in state_dict["best_classes"]]
-        self.seconds = state_dict["seconds"]
+        self.best_classes, self.seconds = list(state_dict["best_classes"]), state_dict["seconds"]
+        self.monitor = state_dict.get("monitor", self.monitor)
 
-    def add(self, row: dict[str, Any], per_class: list[ClassResult]) -> bool:
-        """Take in an epoch; whether it is the best so far."""
+    def add(self, row: dict[str, Any], per_class: list[dict[str, Any]], monitor: str, mode: str) -> bool:
+        """Take in an epoch; whether it is the best so far: `monitor` names the column that decides, mode max or min."""
         self.rows.append(row)
-        better = not self.best or row["val_top1"] > self.best["val_top1"]
+        self.monitor, sign = monitor, {"max": 1, "min": -1}[mode]
+        better = not self.best or sign * row[monitor] > sign * self.best[monitor]
         if better:
             self.best, self.best_classes = row, per_class
         return better

@@ -33,6 +33,8 @@ CONFIG, METRICS, WEIGHTS, CURVES, PER_CLASS = (
 LAST, PREVIOUS, BEST = (f"checkpoints/{name}.ckpt" for name in ("last", "previous", "best"))
 OWN_FILES = (CONFIG, HELD_OUT, METRICS, WEIGHTS, CURVES, PER_CLASS, "confusion.png", LAST, PREVIOUS, BEST)
 LOCK = ".lock"
+LOGS = "logs"
+LOGGED = ("tensorboard", "csv", "wandb")  # below it
 
 
 class RunFolder:
@@ -42,12 +44,14 @@ class RunFolder:
     was, and a run that fails leaves nothing. A file is replaced only by a whole one.
     """
 
-    def __init__(self, path: Path, texts: Mapping[str, str], resumed_from: Path | None = None):
-        self.path, self.texts = path, texts  # what a run begins with, by the names of the files
-        self.option = f"--{'resume' if resumed_from else 'output'} {path}"
+    def __init__(self, path: Path, resumed_from: Path | None = None):
+        self.path = path
+        self.texts: Mapping[str, str] = {}  # what a run begins with, by the names of the files
+        self.option = f"`{'resume' if resumed_from else 'output'}` {path}"
         self._replaces = resumed_from is None  # whether the first checkpoint takes the place of another run
         self._last_is_good = resumed_from == path / LAST
         self._begun = False
+        self._old_logs: set[Path] = set()
 
     # -- who may write
 
@@ -60,6 +64,7 @@ class RunFolder:
         """
         checkpoints = (self.path / LAST).parent
         made = [folder for folder in (checkpoints, self.path, *self.path.parents) if not folder.exists()]
+        self._old_logs = self._logs()
         lock: int | None = None
         try:
             try:
@@ -82,6 +87,8 @@ class RunFolder:
                 if lock is not None:
                     (self.path / LOCK).unlink(missing_ok=True)
                     os.close(lock)
+                if not self._begun:
+                    self._remove_logs(self._logs() - self._old_logs)
                 for folder in made:
                     folder.rmdir()
 
@@ -106,15 +113,26 @@ class RunFolder:
 
     def _check_empty(self, overwrite: bool) -> None:
         inside = {entry.name for entry in self.path.iterdir()} - {LOCK, *(p.name for p in self.path.glob(PARTIAL))}
-        if not any((self.path / LAST).parent.glob("[!.]*")):
-            inside.discard("checkpoints")  # of a run that was killed before it had saved anything
+        if not any((self.path / LAST).parent.glob("[!.]*")):  # of a run that was killed before it had saved anything
+            inside -= {"checkpoints", *([LOGS] if self._logs() else [])}
         if not inside or overwrite:
             return
-        resume = f", continue that run with --resume {self.path}" if self.resumable else ""
+        resume = f", continue that run with `resume` {self.path}" if self.resumable else ""
         raise UserError(
             f"{self.option}: exists and is not empty; choose another folder{resume}, "
-            "or replace the run in it with --overwrite"
+            "or replace the run in it with `overwrite`"
         )
+
+    def _logs(self) -> set[Path]:
+        """A folder for each logger and each beginning of a run."""
+        return {folder for name in LOGGED for folder in (self.path / LOGS / name).glob("*")}
+
+    def _remove_logs(self, folders: set[Path]) -> None:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (*{folder.parent for folder in folders}, self.path / LOGS):
+            with contextlib.suppress(OSError):  # another's are in it
+                folder.rmdir()
 
     def check_space(self, model: torch.nn.Module, averaged: bool) -> None:
         """Refuse a run whose files will not fit on the disk, before hours are spent on it."""
@@ -157,6 +175,7 @@ class RunFolder:
         if self._replaces:
             for name in OWN_FILES:
                 (self.path / name).unlink(missing_ok=True)
+            self._remove_logs(self._old_logs)
         for name, text in self.texts.items():
             self.write(name, text)
         self._replaces, self._begun = False, True
@@ -179,7 +198,7 @@ class RunFolder:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or "is the disk full?"
-            kept = f"; the run up to its last checkpoint is kept, continue it with --resume {self.path}"
+            kept = f"; the run up to its last checkpoint is kept, continue it with `resume` {self.path}"
             kept = kept if self.resumable and not self._replaces else ""
             raise UserError(f"{path}: cannot be written ({reason}){kept}") from error
 
@@ -205,7 +224,7 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, 
         if problems or name != LAST:
             warn(f"{problems[0] if problems else f'{folder / LAST}: is missing'}; continuing from {name}")
         return path, contents
-    raise UserError(f"--resume {folder}: {problems[0] if problems else f'holds no {LAST}; there is nothing to resume'}")
+    raise UserError(f"`resume` {folder}: {problems[0] if problems else f'holds no {LAST}; there is nothing to resume'}")
 
 
 def _undamaged(path: Path) -> dict[str, Any]:

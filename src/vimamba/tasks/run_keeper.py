@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,37 +13,15 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from vimamba.errors import UserError
-from vimamba.tasks.classification import ClassificationTask
+from vimamba.tasks.checkpoint_every import CheckpointEvery
 from vimamba.tasks.figures import save_curves
 from vimamba.tasks.record import Record
 from vimamba.tasks.run_folder import CURVES, LAST, METRICS, PER_CLASS, WEIGHTS, RunFolder
 from vimamba.tasks.signals import StoppedBySignal, StopSignals
-from vimamba.tasks.weights import ModelCard, save_model
+from vimamba.tasks.task import Task
+from vimamba.tasks.weights import save_model
 
 LOOK_EVERY = 10  # steps; looking at a loss waits for the device
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointEvery:
-    """How much work a kill may cost: seconds or steps; neither saves after each epoch only."""
-
-    seconds: float = math.inf
-    steps: int = 0
-
-    @classmethod
-    def parse(cls, text: str | None) -> CheckpointEvery:
-        """From `10min`, `500 steps` or None.
-
-        Raises:
-            UserError: it is neither.
-        """
-        if text is None:
-            return cls()
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(min|minutes?|steps?)\s*", text)
-        number, unit = (float(found[1]), found[2]) if found else (0.0, "")
-        if number <= 0 or (unit.startswith("step") and not number.is_integer()):
-            raise UserError(f"--checkpoint_every is '{text}'; give minutes or steps, such as 10min or 500steps")
-        return cls(steps=int(number)) if unit.startswith("step") else cls(seconds=60 * number)
 
 
 class RunKeeper(pl.Callback):
@@ -79,14 +56,14 @@ class RunKeeper(pl.Callback):
             self.saved_at = _place(trainer.current_epoch + 1, done) if done else _place(trainer.current_epoch)
             if done and self._world not in (0, trainer.world_size):
                 raise UserError(
-                    f"--resume {self.folder.path}: it stopped within epoch {trainer.current_epoch + 1}, whose images "
+                    f"`resume` {self.folder.path}: it stopped within epoch {trainer.current_epoch + 1}, whose images "
                     f"are dealt out to {self._world} processes, not {trainer.world_size}; resume it on as many devices"
                 )
         self._world, self._resumed_at, self.started = trainer.world_size, self.saved_at, True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._count_time()
-        task: ClassificationTask = pl_module
+        task: Task = pl_module
         look = task.device.type == "cpu" or (batch_idx + 1) % LOOK_EVERY == 0
         diverged = look and task.diverged()
         asked, due = bool(self.signals.asked), self._due(trainer)
@@ -103,34 +80,34 @@ class RunKeeper(pl.Callback):
             raise StoppedBySignal(self.signals.asked or 2, where)
         self._save(trainer, task, where)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        task: ClassificationTask = pl_module
-        results = task.results
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        task: Task = pl_module  # type: ignore[assignment]
+        results = task.evaluated
         assert results is not None
         self._count_time()
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "train_loss": float(task.train_loss.compute()),
-            "val_loss": results.loss,
-            "val_top1": results.top1,
-            "val_top5": results.top5,
+            **{name: value for name, value in logged.items() if name.startswith(("train_", "val_"))},
             "seconds": round(self.record.seconds, 2),
         }
         where = _place(row["epoch"])
-        for name, loss in {"loss": row["train_loss"], "held-out loss": results.loss}.items():
+        for name, loss in {"loss": row["train_loss"], "held-out loss": row["val_loss"]}.items():
             if not math.isfinite(loss):
                 raise self._diverged(task, f"the {name} is {loss} after {where}")
-        better = self.record.add(row, results.per_class)
+        better = self.record.add(row, results.per_class, f"val_{task.monitor}", task.mode)
 
         def write_files() -> None:
             self.folder.write(METRICS, self.record.to_csv())
             if better:
-                trained = {"data": self.trained_on, "epoch": row["epoch"], "top1": round(results.top1, 5)}
+                decides = {task.monitor: round(results.numbers[task.monitor], 5)}
+                trained = {"data": self.trained_on, "epoch": row["epoch"], **decides}
                 card = dataclasses.replace(task.card, trained=trained)
                 save_model(self.folder.path / WEIGHTS, task.evaluated_model, card)
-                self.folder.write(PER_CLASS, results.to_csv())
+                if results.per_class:
+                    self.folder.write(PER_CLASS, results.to_csv())
 
         self._save(trainer, task, where, write_files)
         if better and trainer.is_global_zero:
@@ -141,13 +118,15 @@ class RunKeeper(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            self.draw_curves(pl_module.card)
+            self.draw_curves(pl_module)
 
-    def draw_curves(self, card: ModelCard) -> None:
+    def draw_curves(self, task: Task) -> None:
         """The picture of the epochs so far."""
         if self.record.rows:
             with contextlib.suppress(OSError):  # a picture is not worth failing a run for
-                save_curves(self.folder.path / CURVES, self.record.rows, f"{card.model} on {self.trained_on}")
+                title = f"{task.card.model} on {self.trained_on}"
+                heading = task.columns.get(task.monitor, task.monitor)
+                save_curves(self.folder.path / CURVES, self.record, title, heading)
 
     # -- saving
 
@@ -161,9 +140,7 @@ class RunKeeper(pl.Callback):
         by_steps = steps > 0 and trainer.global_step % steps == 0
         return by_steps or (trainer.is_global_zero and time.monotonic() - self._last_saved >= self.every.seconds)
 
-    def _save(
-        self, trainer: pl.Trainer, task: ClassificationTask, where: str, write_files: Callable[[], None] | None = None
-    ) -> None:
+    def _save(self, trainer: pl.Trainer, task: Task, where: str, write_files: Callable[[], None] | None = None) -> None:
         """Replace last.ckpt with the state of this moment, unless that is past saving."""
         if _any(trainer, task.diverged() or not is_finite(trainer)):
             raise self._diverged(task, f"the weights or their moments are no finite numbers at {where}")
@@ -175,16 +152,16 @@ class RunKeeper(pl.Callback):
             trainer.save_checkpoint(self.folder.path / LAST)
         self.saved_at, self._last_saved = where, time.monotonic()
 
-    def _diverged(self, task: ClassificationTask, problem: str) -> UserError:
+    def _diverged(self, task: Task, problem: str) -> UserError:
         """What is wrong, what is kept, and how to go on from it."""
-        rate, run = f"a lower --lr (it was {task.optim.highest_lr:g})", self.folder.path
+        rate, run = f"a lower `lr` (it was {task.optim.highest_lr:g})", self.folder.path
         if not self.saved_at:
             return UserError(f"{problem}; start again with {rate}; {self.kept()}")
         more = ""
         if self.saved_at == self._resumed_at:  # finite numbers, but perhaps no longer of a model that can learn
-            start = f"--checkpoint {run / WEIGHTS}" if self.record.best else f"--output {run} --overwrite"
-            more = f", or, as that state may be past mending, start a new run with {start} and such an --lr"
-        return UserError(f"{problem}; {self.kept()}: continue from it with --resume {run} and {rate}{more}")
+            start = f"`checkpoint` {run / WEIGHTS}" if self.record.best else f"`output` {run} `overwrite`"
+            more = f", or, as that state may be past mending, start a new run with {start} and such an `lr`"
+        return UserError(f"{problem}; {self.kept()}: continue from it with `resume` {run} and {rate}{more}")
 
     def _count_time(self) -> None:
         now = time.monotonic()

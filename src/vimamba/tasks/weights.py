@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from vimamba.files import whole
 from vimamba.models.checkpoints import load_weights, read_checkpoint, state_dict_of
 from vimamba.models.description import MAX_TEXT, create, skeleton
 from vimamba.models.registry import convert_checkpoint
+from vimamba.tasks.task import find_task
+from vimamba_command import package_version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +40,11 @@ class ModelCard:
     class_names: list[str]
     preprocessing: Preprocessing
     trained: dict[str, Any] = dataclasses.field(default_factory=dict)  # data, epoch, top1: for people to read
+    task: str = "classification"
+    version: str = dataclasses.field(default_factory=package_version)  # of vimamba that wrote it
 
     def __post_init__(self) -> None:
+        find_task(self.task)
         names = self.class_names
         require(isinstance(names, list) and bool(names), f"class_names is {shown(names)}; it must list texts")
         for name in names:
@@ -58,22 +64,45 @@ class ModelCard:
         Raises:
             UserError: it is damaged, says what it may not, or is not of these tensors.
         """
-        wanted = {field.name for field in dataclasses.fields(cls)}
+        fields = {field.name: field for field in dataclasses.fields(cls)}
         keys = set(values) if isinstance(values, dict) else set()
+        version = values.get("version", "0.1.0") if keys else ""
         require(
-            wanted - {"trained"} <= keys <= wanted,
-            f"its description of the model is damaged: it must have {', '.join(sorted(wanted))}",
+            keys <= {*fields} or not _is_newer(version),
+            f"it is of vimamba {shown(version)}, and this is {package_version()}; upgrade",
         )
-        card = cls(**{**values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])})
+        needed = [name for name in fields if name not in ("trained", "task", "version")]
+        require(
+            {*needed} <= keys <= {*fields},
+            f"its description of the model is damaged: it must have {', '.join(needed)}",
+        )
+        for name in ("task", "version"):
+            value = values.get(name, "")
+            require(isinstance(value, str) and len(value) <= MAX_TEXT, f"{name} is {shown(value)}; it must be a text")
+        card = cls(**{"version": "0.1.0", **values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])})
         skeleton(
-            card.model, card.model_args, len(card.class_names), card.preprocessing.in_chans,
-            card.preprocessing.img_size, tensors,
+            card.model, card.model_args, card.outputs, card.preprocessing.in_chans, card.preprocessing.img_size,
+            tensors,
         )  # fmt: skip
         return card
 
+    @property
+    def outputs(self) -> int:
+        """How many numbers the model gives an image."""
+        return find_task(self.task).outputs(self.class_names)
+
     def build(self) -> nn.Module:
         prep = self.preprocessing
-        return build_model(self.model, len(self.class_names), prep.in_chans, prep.img_size, self.model_args)
+        return build_model(self.model, self.outputs, prep.in_chans, prep.img_size, self.model_args)
+
+
+def _is_newer(version: Any) -> bool:
+    """Whether a version, such as "0.2.0", is after this one."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d{1,6}", text)[:3]]
+
+    return isinstance(version, str) and numbers(version) > numbers(package_version())
 
 
 def check_model_name(name: str) -> None:
@@ -86,31 +115,31 @@ def check_model_name(name: str) -> None:
         except RuntimeError as error:
             known = [tagged for tagged in timm.list_pretrained() if tagged.startswith(f"{name.split('.')[0]}.")]
             tags = f"; there are {', '.join(known)}" if known else "; it has none"
-            raise UserError(f"--model {name}: there is no such tag of the model{tags}") from error
+            raise UserError(f"`model` {name}: there is no such tag of the model{tags}") from error
         return
     hint = nearest(name, timm.list_models()) or "; `vimamba models` lists them"
-    raise UserError(f"--model {name}: there is no such model{hint}")
+    raise UserError(f"`model` {name}: there is no such model{hint}")
 
 
 def build_model(
     name: str,
-    num_classes: int,
+    outputs: int,
     in_chans: int,
     img_size: tuple[int, int] | None,
     model_args: dict[str, Any] | None = None,
     pretrained: bool = False,
 ) -> nn.Module:
-    """A vimamba or timm model; img_size goes to the models that take one."""
+    """A vimamba or timm model of so many outputs; img_size goes to the models that take one."""
     check_model_name(name)
-    given = {"num_classes": num_classes, "in_chans": in_chans, "pretrained": pretrained, **(model_args or {})}
+    given = {"num_classes": outputs, "in_chans": in_chans, "pretrained": pretrained, **(model_args or {})}
     try:
         return create(name, img_size, **given)
     except TypeError as error:
-        raise UserError(f"--model {name} with --model_args {model_args or {}}: {one_line(error)}") from error
+        raise UserError(f"`model` {name} with `model_args` {model_args or {}}: {one_line(error)}") from error
     except Exception as error:  # each architecture checks its arguments, and the hub its network, in its own way
-        what = f"{name} with --model_args {model_args}" if model_args else name
-        what += " --pretrained" if pretrained else ""
-        raise UserError(f"--model {what}: cannot be built: {one_line(error)}") from error
+        what = f"{name} with `model_args` {model_args}" if model_args else name
+        what += " `pretrained`" if pretrained else ""
+        raise UserError(f"`model` {what}: cannot be built: {one_line(error)}") from error
 
 
 class Architecture(NamedTuple):
@@ -132,11 +161,11 @@ def architecture(name: str) -> Architecture:
         config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
         return Architecture(name, {}, config.to_dict() if config else {})
     reader = {"hf-hub": "load_model_config_from_hf", "local-dir": "load_model_config_from_path"}.get(source, "")
-    require(hasattr(_hub, reader), f"--model {name}: give a name, hf-hub:OWNER/NAME or local-dir:FOLDER")
+    require(hasattr(_hub, reader), f"`model` {name}: give a name, hf-hub:OWNER/NAME or local-dir:FOLDER")
     try:
         config, registered, model_args = getattr(_hub, reader)(place)
     except Exception as error:  # no network, no such page, no configuration on it
-        raise UserError(f"--model {name}: cannot be read: {one_line(error)}") from error
+        raise UserError(f"`model` {name}: cannot be read: {one_line(error)}") from error
     return Architecture(registered, dict(model_args or {}), dict(config or {}))
 
 
@@ -222,22 +251,22 @@ def load_start(model: nn.Module, path: Path) -> str:
 
     Returns a note on what was done.
     """
-    with naming("--checkpoint"):
+    with naming("`checkpoint`"):
         contents = read_checkpoint(path)
-    with naming(f"--checkpoint {path}"):
+    with naming(f"`checkpoint` {path}"):
         tensors = convert_checkpoint({**contents, "model": _evaluated(contents)}, model)
     # timm's convention: a model's module adapts the names and sizes of its published checkpoints.
     if adapt := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
         try:
             tensors = adapt(tensors, model)
         except Exception as error:  # it trips over checkpoints of other models in many ways
-            raise UserError(f"--checkpoint {path}: is not of this model ({one_line(error)})") from error
+            raise UserError(f"`checkpoint` {path}: is not of this model ({one_line(error)})") from error
     own, note = model.state_dict(), f"weights from {path}"
     head = [name for name in own if name.rsplit(".", 1)[0] in _classifiers(model)]
     if any(name in tensors and tensors[name].shape != own[name].shape for name in head):
         tensors = {**tensors, **{name: own[name] for name in head}}
         note += ", with a new head for these classes"
-    load_weights(model, tensors, f"--checkpoint {path}")
+    load_weights(model, tensors, f"`checkpoint` {path}")
     return note
 
 

@@ -1,16 +1,16 @@
-"""The options of vimamba train beyond those of its optimiser and its augmentation."""
+"""The arguments of a training run beyond those of its optimiser and its augmentation."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
-from vimamba.cli.machine import check_workers
-from vimamba.cli.parsing import Precision
-from vimamba.data.transforms import AugmentOptions
 from vimamba.errors import require
-from vimamba.tasks.optim import OptimOptions
-from vimamba.tasks.run_keeper import CheckpointEvery
+from vimamba.processes import check_workers
+from vimamba.tasks.checkpoint_every import CheckpointEvery
+from vimamba.tasks.loggers import check_loggers
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 @dataclasses.dataclass
@@ -21,11 +21,12 @@ class RunOptions:
         data: mnist (built in), a folder with train/ and val/ or with one sub-folder for each class, hfds/NAME of
             the hub, or wds/FOLDER of shards
         model: a model of `vimamba models` or any of timm's
+        task: what is learned
         output: folder for what the run leaves; runs/DATA-MODEL if not given
-        model_args: keyword arguments of the model, such as --model_args.depth 8
+        model_args: keyword arguments of the model, such as {depth: 8}
         pretrained: start from the model's published weights
         checkpoint: start from the weights in this file
-        img_size: height and width the model sees, or one number; the data's or the model's own if not given
+        img_size: height and width the model sees, or one number; chosen from the images and the model if not given
         in_chans: 1 (grey) or 3 (colour); the data's own if not given
         val_fraction: share held out of a folder that has no val/
         class_names: file with one class name a line, for hub data and shards whose labels have none
@@ -33,11 +34,14 @@ class RunOptions:
         max_undecodable: share of files that may be undecodable before the run stops
         checkpoint_every: minutes or steps, such as 10min or 500steps, between the checkpoints within an epoch, which
             are what a kill or a lost machine may cost; null keeps one after each epoch only
+        logger: where every number is logged, below logs/ in the run's folder: tensorboard, csv, another of Lightning's
+            loggers such as wandb, the path of a class, several with commas between, or none
         seed: of the weights, the order of the images and their augmentation
     """
 
     data: str
     model: str
+    task: str = "classification"
     output: str | None = None
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     pretrained: bool = False
@@ -49,32 +53,34 @@ class RunOptions:
     num_workers: int | None = None
     max_undecodable: float = 0.01
     checkpoint_every: str | None = "10min"
+    logger: str = "tensorboard,csv"
     seed: int = 0
 
     def __post_init__(self) -> None:
         sizes = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or (1,)
-        require(min(sizes) >= 1, f"--img_size is {self.img_size}; it must be at least 1")
+        require(min(sizes) >= 1, f"`img_size` is {self.img_size}; it must be at least 1")
         require(
             self.in_chans in (None, 1, 3),
-            f"--in_chans is {self.in_chans}; images have 1 (grey) or 3 (colour)",
+            f"`in_chans` is {self.in_chans}; images have 1 (grey) or 3 (colour)",
         )
-        require(0 < self.val_fraction < 1, f"--val_fraction is {self.val_fraction}; give a share between 0 and 1")
-        require(0 <= self.max_undecodable <= 1, f"--max_undecodable is {self.max_undecodable}; give a share, 0 to 1")
-        instead = {"num_classes": "leave it out", "in_chans": "give --in_chans", "img_size": "give --img_size"}
+        require(0 < self.val_fraction < 1, f"`val_fraction` is {self.val_fraction}; give a share between 0 and 1")
+        require(0 <= self.max_undecodable <= 1, f"`max_undecodable` is {self.max_undecodable}; give a share, 0 to 1")
+        instead = {"num_classes": "leave it out", "in_chans": "give `in_chans`", "img_size": "give `img_size`"}
         for name, advice in instead.items():
-            require(name not in self.model_args, f"--model_args.{name}: the data decide it; {advice}")
+            require(name not in self.model_args, f"`model_args.{name}`: the data decide it; {advice}")
         check_workers(self.num_workers)
+        check_loggers(self.logger)
         CheckpointEvery.parse(self.checkpoint_every)
-        require(0 <= self.seed < 2**62, f"--seed is {self.seed}; give a number from 0 to 2^62")
+        require(0 <= self.seed < 2**62, f"`seed` is {self.seed}; give a number from 0 to 2^62")
         require(
             not (self.pretrained and self.checkpoint),
-            "--pretrained and --checkpoint: choose one to start from",
+            "`pretrained` and `checkpoint`: choose one to start from",
         )
 
 
 @dataclasses.dataclass
 class MachineOptions:
-    """What to compute on; passed to Lightning.
+    """What to compute on, and how.
 
     Args:
         accelerator: cpu, gpu, mps ...; auto takes the fastest
@@ -82,6 +88,9 @@ class MachineOptions:
         strategy: auto, ddp, fsdp ...
         num_nodes: machines
         precision: 32-true, bf16-mixed or 16-mixed
+        compile: compile the model with torch.compile, which takes a minute or more at the beginning
+        grad_checkpointing: keep less of the forward pass and compute it again in the backward pass: less memory, more
+            time
     """
 
     accelerator: str = "auto"
@@ -89,15 +98,13 @@ class MachineOptions:
     strategy: str = "auto"
     num_nodes: int = 1
     precision: Precision = "32-true"
+    compile: bool = False
+    grad_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        require(self.num_nodes >= 1, f"--num_nodes is {self.num_nodes}; it must be at least 1")
+        require(self.num_nodes >= 1, f"`num_nodes` is {self.num_nodes}; it must be at least 1")
         apart = self.strategy.removesuffix("_find_unused_parameters_true").removesuffix("_find_unused_parameters_false")
         require(
             not apart.endswith(("_spawn", "_fork", "_notebook")),
-            f"--strategy {self.strategy}: copies this process, which holds what cannot be copied; give ddp",
+            f"`strategy` {self.strategy}: copies this process, which holds what cannot be copied; give ddp",
         )
-
-
-GROUPS = (RunOptions, OptimOptions, AugmentOptions, MachineOptions)
-OF_THE_CALL = ("config", "print_config", "resume", "overwrite")  # not part of a run's config.yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -55,12 +56,12 @@ def fits(kind: Any, value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, str):  # YAML reads 1e-3 as a text
-        try:
-            float(value)
-        except ValueError:
-            return False
-    return isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return False
+    try:
+        return math.isfinite(float(value))  # YAML reads 1e-3 as a text
+    except (ValueError, OverflowError):
+        return False
 
 
 def text_fits(kind: Any, text: str) -> bool:
@@ -71,3 +72,13 @@ def text_fits(kind: Any, text: str) -> bool:
         return fits(kind, yaml.safe_load(text))
     except (yaml.YAMLError, ValueError, RecursionError):
         return False
+
+
+def convert(kind: Any, value: Any) -> Any:
+    """A value that fits as YAML has it (lists for tuples, 1e-3 as a text), as its type has it."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return convert(next((part for part in inside if fits(part, value)), Any), value)
+    if origin is tuple:
+        return tuple(convert(part, item) for part, item in zip(inside, value, strict=True))
+    return float(value) if kind is float else value

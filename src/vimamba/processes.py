@@ -1,4 +1,4 @@
-"""What this machine can bear, asked before it is tried."""
+"""Processes that decode images: how many there are without being asked, and how many this machine can bear."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_workers() -> int:
+    """Processes that decode files: what the machine has beside the training."""
+    return min(8, max(1, cores() - 1))
+
+
 def check_workers(count: int | None) -> None:
     """Refuse a number of decoding processes that is none, or that would bring the machine to a halt."""
     most = max(MOST_WORKERS, 4 * cores())
     require(
         count is None or 0 <= count <= most,
-        f"--num_workers is {count}; it counts processes, at most {most} on the {cores()} cores here",
+        f"`num_workers` is {count}; it counts processes, at most {most} on the {cores()} cores here",
     )

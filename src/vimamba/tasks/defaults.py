@@ -1,0 +1,102 @@
+"""What a run is given where nobody said: the size of the images, the batch, the epochs and the learning rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from typing import Any
+
+from timm.data import resolve_data_config
+from torch import nn
+
+from vimamba.data.decode import DecodeError
+from vimamba.data.sources import ImageData
+from vimamba.data.transforms import Preprocessing
+from vimamba.tasks.optim import OptimOptions
+from vimamba.tasks.options import RunOptions
+from vimamba.tasks.weights import Architecture
+
+EPOCHS = 30
+BATCHES = (32, 16)  # images in a step, the larger where an epoch then has enough steps
+STEPS_AN_EPOCH = 16
+STEPS = 600  # least, of a run: fewer leave a model of a few hundred images half taught
+MOST_EPOCHS = 300
+LR, LR_OF_TRAINED = (
+    2e-3,
+    2e-4,
+)  # of a new model of WIDTH channels; trained weights are lost at the rate that new ones need
+WIDTH = 64
+LOOKED_AT = 32  # images of which the size is read
+LARGEST_CHOSEN = 128  # pixels: beyond that a side costs more than it should without being asked for
+
+
+def choose_schedule(optim: OptimOptions, images: int) -> OptimOptions:
+    """With a batch size and a number of epochs, for as many images to learn from on a device."""
+    batch = optim.batch_size
+    if batch is None:
+        batch = next((size for size in BATCHES if images >= size * STEPS_AN_EPOCH), BATCHES[-1])
+    epochs = optim.epochs
+    if epochs is None:
+        epochs = min(MOST_EPOCHS, max(EPOCHS, math.ceil(STEPS / steps_an_epoch(images, batch, optim.accumulate))))
+    return dataclasses.replace(optim, batch_size=batch, epochs=epochs)
+
+
+def steps_an_epoch(images: int, batch: int, accumulate: int = 1) -> int:
+    """Steps in which all the images of a device are learnt from once; a part of a batch is left out."""
+    return max(1, math.ceil(max(1, images // batch) / accumulate))
+
+
+def choose_lr(optim: OptimOptions, model: nn.Module, trained: bool) -> OptimOptions:
+    """With a learning rate: that of new weights falls with the width, as Adam's steps ask for (arXiv 2203.03466)."""
+    if optim.lr is not None:
+        return optim
+    width = getattr(model, "num_features", WIDTH)
+    return dataclasses.replace(optim, lr=LR_OF_TRAINED if trained else float(f"{LR * min(1.0, WIDTH / width):.2g}"))
+
+
+def choose_preprocessing(options: RunOptions, data: ImageData, behind: Architecture) -> Preprocessing:
+    """What the arguments say, else what the data know of themselves, else what the model was made for."""
+    own = resolve_data_config(args={"crop_pct": None}, pretrained_cfg=behind.pretrained_cfg, verbose=False)
+    in_chans = options.in_chans or data.in_chans
+    trained = options.pretrained or options.checkpoint is not None
+    made_for = tuple(own["input_size"][-2:])
+    size = options.img_size or data.img_size or (made_for if trained else _size_for(data, made_for))
+    size = (size, size) if isinstance(size, int) else size
+    if data.mean and data.std:
+        mean, std = data.mean[:1] * in_chans, data.std[:1] * in_chans
+    elif in_chans == len(own["mean"]):
+        mean, std = tuple(own["mean"]), tuple(own["std"])
+    else:
+        mean, std = ((sum(own[key]) / len(own[key]),) * in_chans for key in ("mean", "std"))
+    crop_pct = 1.0 if data.img_size else own["crop_pct"]
+    interpolation = "bicubic" if own["interpolation"] == "random" else own["interpolation"]
+    return Preprocessing(size, in_chans, mean, std, interpolation, crop_pct, own["crop_mode"])
+
+
+def _size_for(data: ImageData, made_for: tuple[int, ...]) -> tuple[int, int]:
+    """The size that the model was made for, doubled or halved towards that of the images.
+
+    Doubling keeps the number of patches whole. A model for small images would see photographs as thumbnails
+    otherwise, one for photographs would see small images enlarged, which costs time and shows nothing more.
+    """
+    height, width = made_for
+    side = typical_side(data)
+    if side is None:
+        return height, width
+    while 2 * height <= min(side, LARGEST_CHOSEN):
+        height, width = 2 * height, 2 * width
+    if side <= min(height, width) // 2 and min(height, width) > LARGEST_CHOSEN and height % 32 == width % 32 == 0:
+        height, width = height // 2, width // 2
+    return height, width
+
+
+def typical_side(data: Any) -> int | None:
+    """The middle one of the short sides of some images, in pixels; None if none of them can be decoded."""
+    sides = []
+    for index in range(0, len(data.train), max(1, len(data.train) // LOOKED_AT)):
+        try:
+            sides.append(min(data.train.image(index).size))
+        except DecodeError:  # said when it is its turn
+            continue
+    return int(statistics.median(sides)) if sides else None

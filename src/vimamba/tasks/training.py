@@ -1,0 +1,365 @@
+"""A training run from its arguments to its folder: `vimamba.train`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from vimamba.data.loaders import ImageDataModule
+from vimamba.data.sources import open_data
+from vimamba.data.split import HELD_OUT, how_drawn
+from vimamba.errors import UserError, naming, nearest, one_line, require
+from vimamba.models.description import BUILDING, check_arguments, check_plain
+from vimamba.processes import cores
+from vimamba.tasks.checkpoint_every import CheckpointEvery
+from vimamba.tasks.config import GROUPS, TrainConfig, default_output
+from vimamba.tasks.defaults import choose_lr, choose_preprocessing, choose_schedule, steps_an_epoch
+from vimamba.tasks.loggers import build_loggers
+from vimamba.tasks.options import MachineOptions, RunOptions
+from vimamba.tasks.record import Record
+from vimamba.tasks.resume import check_same, config_before, find_checkpoint
+from vimamba.tasks.run_folder import CONFIG, RunFolder
+from vimamba.tasks.run_keeper import RunKeeper
+from vimamba.tasks.signals import StopSignals
+from vimamba.tasks.skipped import SkippedFiles
+from vimamba.tasks.task import find_task
+from vimamba.tasks.weights import Architecture, ModelCard, architecture, build_model, check_model_name, load_start
+
+Warn = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    Args:
+        folder: with config.yaml, metrics.csv, model.safetensors (the weights of the best epoch), curves.png, logs/ and
+            checkpoints/.
+        record: what each epoch came to, which of them was the best, and the seconds that it took.
+    """
+
+    folder: Path
+    record: Record
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """A row for each epoch: `epoch`, `train_loss`, `val_loss`, `val_top1` ..."""
+        return self.record.rows
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The row of the epoch whose weights were kept."""
+        return self.record.best
+
+    def predictor(self, device: str | torch.device | None = None) -> Any:
+        """The trained model at work, as `vimamba.load_run` gives it."""
+        from vimamba.inference.predictor import load_run
+
+        return load_run(self.folder, device)
+
+
+def train(
+    data: str | None = None,
+    model: str | None = None,
+    *,
+    resume: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
+    progress: bool = True,
+    **options: Any,
+) -> Run:
+    given = {"data": data, "model": model, **options}
+    values = {name: value for name, value in given.items() if value is not None or name not in ("data", "model")}
+    values = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
+    before = config_before(Path(resume)).to_dict() if resume is not None else {}
+    training = Training(
+        TrainConfig.of(before | values), Path(resume) if resume is not None else None, overwrite,
+        lambda line: warnings.warn(line, stacklevel=3), callbacks, loggers, progress,
+    )  # fmt: skip
+    return training.fit()
+
+
+class Training:
+    """A run that is ready to begin: everything is built and checked, and nothing written yet.
+
+    Args:
+        config: what is asked for.
+        resumed_from: the folder of a run to go on with.
+        overwrite: replace the run in the output folder.
+        warn: is told what was left out or taken for something.
+        callbacks: Lightning's, beside those that keep the run.
+        loggers: Lightning's, beside those that the arguments name.
+        progress: show Lightning's own progress bar.
+
+    Raises:
+        UserError: it cannot begin; nothing has been touched.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        resumed_from: Path | None = None,
+        overwrite: bool = False,
+        warn: Warn = warnings.warn,
+        callbacks: Sequence[pl.Callback] = (),
+        loggers: Sequence[Logger] = (),
+        progress: bool = False,
+    ):
+        self.config, self.overwrite = config, overwrite
+        options, machine, augment = config.run, config.machine, dataclasses.replace(config.augment)
+        self.resumed = find_checkpoint(resumed_from, config, warn) if resumed_from else None
+        task = find_task(options.task)
+        check_model_name(options.model)
+        self.data = open_data(
+            options.data, options.val_fraction, options.seed, options.class_names,
+            **(how_drawn(resumed_from) if resumed_from else {}),
+        )  # fmt: skip
+        if augment.augment == "auto":
+            augment.augment = "crop" if self.data.photographs else "affine"
+        unused = f"`auto_augment` {augment.auto_augment}: goes with `augment` crop, and here it is {augment.augment}"
+        require(augment.auto_augment is None or augment.augment == "crop", unused)
+        if self.resumed:
+            self.card = self.resumed.card
+            check_same(resumed_from or Path(), self.card, options.model, options.model_args, self.data.class_names)
+        else:
+            behind = architecture(options.model)
+            prep = choose_preprocessing(options, self.data, behind)
+            self.card = describe_model(options, self.data.class_names, prep, behind)
+        path = resumed_from or Path(options.output or default_output(options))
+        signals = StopSignals()
+        self.skipped = SkippedFiles(warn, options.max_undecodable)
+        every = CheckpointEvery.parse(options.checkpoint_every)
+        self.folder = RunFolder(path, self.resumed.checkpoint if self.resumed else None)
+        self.keeper = RunKeeper(self.folder, every, signals, self.data.name)
+        self.trainer = build_trainer(
+            config, path, [self.keeper, self.skipped, *callbacks], [*build_loggers(options.logger, path), *loggers],
+            progress, f"val_{task.monitor}", task.mode,
+        )  # fmt: skip
+        self.optim = choose_schedule(config.optim, len(self.data.train) // self.trainer.world_size)
+        self.trainer.fit_loop.max_epochs = self.optim.epochs
+        size = options.img_size if self.resumed else self.card.preprocessing.img_size
+        chosen = dataclasses.replace(options, output=str(path), img_size=size)
+        kept, held_out = TrainConfig(chosen, self.optim, config.augment, machine), self.data.held_out()
+        self.folder.texts = {CONFIG: kept.to_text()} | ({HELD_OUT: held_out.text()} if held_out else {})
+        model, self.note = (self.card.build(), "") if self.resumed else build_start(options, self.card)
+        if self.resumed:
+            changes = "".join(f", {change}" for change in self.resumed.changes)
+            self.note = f"continued from {self.resumed.checkpoint.name}{changes}"
+        if machine.grad_checkpointing:
+            set_grad_checkpointing(model, options.model)
+        self.optim = choose_lr(self.optim, model, options.pretrained or options.checkpoint is not None)
+        self.task = task(model, self.card, self.optim, augment, options.seed)
+        if machine.compile:
+            model.compile()
+        workers = self.data.workers if options.num_workers is None else options.num_workers
+        self.module = ImageDataModule(
+            self.data, self.card.preprocessing, augment, self.optim.batch, workers, options.seed
+        )
+
+    @property
+    def schedule(self) -> str:
+        """How long the run takes, as a clause."""
+        optim, images = self.optim, len(self.data.train) // self.trainer.world_size
+        each = steps_an_epoch(images, optim.batch, optim.accumulate)
+        size = optim.batch * optim.accumulate * self.trainer.world_size
+        return f"{optim.epochs} epochs of {each} steps of {size} images: {optim.passes * each} steps"
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """The run's folder, kept from other runs by the first process."""
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            yield
+            return
+        with self.folder.held(self.overwrite):
+            if not self.resumed:
+                self.folder.check_space(self.task.model, averaged=self.task.ema is not None)
+            yield
+
+    def fit(self, heading: Callable[[Training], None] = lambda training: None) -> Run:
+        """Train to the end.
+
+        Args:
+            heading: is called when the folder is held and training is about to begin.
+
+        Raises:
+            UserError: something is wrong with the input, the machine or the numbers; says what is kept.
+            StoppedBySignal: it was asked to stop, and everything is saved.
+            StoppedAtOnce: a second Ctrl-C; what had been saved before is kept.
+        """
+        checkpoint = self.resumed.checkpoint if self.resumed else None
+        with self._held():
+            heading(self)
+            with self.keeper.signals:
+                try:
+                    self.trainer.fit(self.task, self.module, ckpt_path=checkpoint, weights_only=True)
+                except UserError:
+                    raise
+                except Exception as error:
+                    if (refused := self._refusal(error)) is None:
+                        raise
+                    raise refused from error
+        return Run(self.folder.path, self.keeper.record)
+
+    def _refusal(self, error: Exception) -> UserError | None:
+        """What the user can do about an error from a library, in a sentence; None where that is not known."""
+        if self.resumed and not self.keeper.started:  # Lightning trips over a checkpoint of something else in many ways
+            folder = self.folder.path
+            wrong = f"{self.resumed.checkpoint.relative_to(folder)} cannot be continued from"
+            return UserError(f"`resume` {folder}: {wrong} ({type(error).__name__}: {one_line(error)})")
+        if isinstance(error, MisconfigurationException):  # what a strategy cannot do shows when it begins
+            return UserError(f"the trainer refuses: {one_line(error)}")
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            smaller = f"`batch_size` {self.optim.batch_size}: does not fit into the memory; give less, and `accumulate`"
+            return UserError(f"{smaller} for as many images a step; {self.keeper.kept()}")
+        return None
+
+
+def describe_model(options: RunOptions, class_names: list[str], prep: Any, behind: Architecture) -> ModelCard:
+    """What the run's files will say of its model; refused now where they could not be opened again."""
+    model_args = {**behind.model_args, **options.model_args}
+    model_args = {key: value for key, value in model_args.items() if key not in BUILDING}
+    if model_args:
+        with naming("`model_args`"):
+            check_plain(model_args)
+            check_arguments(behind.name, model_args)
+    return ModelCard(behind.name, model_args, class_names, prep, task=options.task)
+
+
+def build_start(options: RunOptions, card: ModelCard) -> tuple[nn.Module, str]:
+    """The model with its first weights, and a note on where they are from."""
+    torch.manual_seed(options.seed)
+    prep = card.preprocessing
+    model = build_model(
+        options.model, card.outputs, prep.in_chans, prep.img_size, options.model_args, options.pretrained
+    )
+    note = "published weights" if options.pretrained else ""
+    if options.checkpoint:
+        note = load_start(model, Path(options.checkpoint))
+    return model, note
+
+
+def set_grad_checkpointing(model: Any, name: str) -> None:
+    """Keep less of the forward pass.
+
+    Raises:
+        UserError: the model cannot.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # timm's models assert that they can
+        raise UserError(f"`grad_checkpointing`: {name} cannot do that; leave it out") from error
+
+
+def build_trainer(
+    config: TrainConfig, folder: Path, callbacks: list[pl.Callback], loggers: list[Logger], progress: bool,
+    monitor: str, mode: str,
+) -> pl.Trainer:  # fmt: skip
+    """Lightning's trainer, without the files and lines of its own."""
+    optim, machine = config.optim, config.machine
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    hint = nearest(machine.strategy, known) or "; give auto, ddp or fsdp"
+    require(machine.strategy in known, f"`strategy` {machine.strategy}: there is no such strategy{hint}")
+    of_trainer = {name: value for name, value in vars(machine).items() if name not in ("compile", "grad_checkpointing")}
+    if optim.patience is not None:
+        callbacks = [*callbacks, EarlyStopping(monitor, patience=optim.patience, mode=mode)]
+    try:
+        trainer = pl.Trainer(
+            **of_trainer,
+            max_epochs=optim.epochs,
+            gradient_clip_val=optim.clip_grad,
+            accumulate_grad_batches=optim.accumulate,
+            callbacks=callbacks,
+            default_root_dir=folder,
+            logger=loggers,
+            log_every_n_steps=10,
+            enable_checkpointing=False,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+    except Exception as error:  # Lightning's own errors, one kind for each option
+        plain = MachineOptions()
+        given = {key: value for key, value in of_trainer.items() if value != getattr(plain, key)} or of_trainer
+        options = " ".join(f"`{key}` {value}" for key, value in given.items())
+        raise UserError(f"{options}: not possible here: {one_line(error)}") from error
+    check_processes(trainer, machine)
+    if trainer.precision != machine.precision:  # Lightning takes another without asking
+        raise UserError(f"`precision` {machine.precision}: needs a GPU; on the CPU give bf16-mixed or 32-true")
+    return trainer
+
+
+def check_processes(trainer: pl.Trainer, machine: MachineOptions) -> None:
+    """Refuse more processes than there are cores for, and machines that would wait for each other for ever."""
+    few = trainer.strategy.root_device.type != "cpu" or trainer.num_devices <= cores()
+    require(
+        few,
+        f"`devices` {machine.devices}: starts as many processes on the CPU, which has {cores()} cores; give no more",
+    )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    launched = "MASTER_ADDR" in os.environ or (environment is not None and environment.creates_processes_externally)
+    require(
+        trainer.num_nodes == 1 or launched,
+        f"`num_nodes` {machine.num_nodes}: would wait for the other machines for ever; start it on each of them with "
+        "torchrun or srun, or with MASTER_ADDR, MASTER_PORT and NODE_RANK set",
+    )
+
+
+def _document() -> None:
+    """Give `train` the signature and the words of its arguments, which stand with the classes that hold them."""
+    own = inspect.signature(train).parameters
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    named = [
+        inspect.Parameter(field.name, keyword, default=_default(field), annotation=field.type)
+        for group in GROUPS
+        for field in dataclasses.fields(group)
+        if field.name not in own
+    ]
+    first, *rest = (p for p in own.values() if p.name != "options")
+    train.__signature__ = inspect.Signature([first, *rest, *named], return_annotation=Run)  # type: ignore[attr-defined]
+    words = "\n".join(inspect.cleandoc(group.__doc__ or "").partition("Args:\n")[2] for group in GROUPS)
+    words = textwrap.indent(words, "    ").rstrip()
+    train.__doc__ = f"""Teach a model the classes of your images, as `vimamba train` does.
+
+    Writes and resumes the same folders as the command. Ctrl-C saves the run and raises StoppedBySignal.
+
+    Args:
+{words}
+        resume: continue the run in this folder; of its arguments, those given here are changed.
+        overwrite: replace the run in the output folder.
+        callbacks: Lightning's, such as EarlyStopping("val_loss").
+        loggers: Lightning's, built; beside those that `logger` names.
+        progress: show a progress bar.
+
+    Returns:
+        Run, with the folder, the rows of the epochs and a predictor.
+
+    Raises:
+        UserError: an argument, the data or the machine does not allow it; the sentence says what to do.
+    """
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return {} if field.default_factory is not dataclasses.MISSING else inspect.Parameter.empty
+
+
+_document()
