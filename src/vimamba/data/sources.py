@@ -15,6 +15,7 @@ from vimamba.data.samples import FileSamples, HubSamples
 from vimamba.data.shards import open_shards
 from vimamba.data.split import Draw, HeldOut, changes, fingerprint, halve, hold_out, hold_out_as_0_1
 from vimamba.errors import UserError, escaped, naming, nearest, one_line, require
+from vimamba.hub import from_cache_if_out_of_reach
 from vimamba.processes import default_workers
 
 BUILT_IN = {"mnist": "5000 handwritten digits, 28 x 28, carried in the package"}
@@ -192,7 +193,8 @@ def _hub(name: str, class_names: str | None, opening: Opening) -> ImageData:
     else:
         if importlib.util.find_spec("datasets") is None:
             raise UserError(f"`data` {name}: needs the package datasets; run pip install 'vimamba[hub]'")
-        names, parts, notes = _hub_table(name, rest, names)
+        with from_cache_if_out_of_reach():
+            names, parts, notes = _hub_table(name, rest, names)
     train, val, drawn = parts["train"], parts.get("val"), False
     if val is None:
         drawn = True

@@ -180,7 +180,7 @@ def published_weights(hub_id: str, filename: str) -> OfficialWeights:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"the weights {filename} of {hub_id} could not be fetched from the hub ({type(error).__name__}): go online "
-            f"once, or fetch that file elsewhere and give its path as the checkpoint"
+            "once, or fetch that file elsewhere and give its path as `checkpoint`, without `pretrained`"
         ) from None
     tensors = {k: v.contiguous() for k, v in state_dict_of(read_checkpoint(fetched)).items()}
     cached.parent.mkdir(parents=True, exist_ok=True)

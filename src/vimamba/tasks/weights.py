@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,6 +21,7 @@ from torch import nn
 from vimamba.data.transforms import Preprocessing
 from vimamba.errors import UserError, naming, nearest, one_line, require, showable, shown
 from vimamba.files import whole
+from vimamba.hub import from_cache_if_out_of_reach
 from vimamba.models.checkpoints import load_weights, read_checkpoint, state_dict_of
 from vimamba.models.description import MAX_TEXT, create, skeleton
 from vimamba.models.registry import convert_checkpoint
@@ -133,13 +135,16 @@ def build_model(
     check_model_name(name)
     given = {"num_classes": outputs, "in_chans": in_chans, "pretrained": pretrained, **(model_args or {})}
     try:
-        return create(name, img_size, **given)
+        with from_cache_if_out_of_reach() if pretrained or ":" in name else contextlib.nullcontext():
+            return create(name, img_size, **given)
+    except UserError as error:
+        raise UserError(f"`model` {name}: {error}") from error
     except TypeError as error:
         raise UserError(f"`model` {name} with `model_args` {model_args or {}}: {one_line(error)}") from error
     except Exception as error:  # each architecture checks its arguments, and the hub its network, in its own way
         what = f"{name} with `model_args` {model_args}" if model_args else name
-        what += " `pretrained`" if pretrained else ""
-        raise UserError(f"`model` {what}: cannot be built: {one_line(error)}") from error
+        fetched = "; weights fetched elsewhere are given with `checkpoint`, without `pretrained`" if pretrained else ""
+        raise UserError(f"`model` {what}: cannot be built: {one_line(error)}{fetched}") from error
 
 
 class Architecture(NamedTuple):
@@ -163,9 +168,11 @@ def architecture(name: str) -> Architecture:
     reader = {"hf-hub": "load_model_config_from_hf", "local-dir": "load_model_config_from_path"}.get(source, "")
     require(hasattr(_hub, reader), f"`model` {name}: give a name, hf-hub:OWNER/NAME or local-dir:FOLDER")
     try:
-        config, registered, model_args = getattr(_hub, reader)(place)
+        with from_cache_if_out_of_reach() if source == "hf-hub" else contextlib.nullcontext():
+            config, registered, model_args = getattr(_hub, reader)(place)
     except Exception as error:  # no network, no such page, no configuration on it
-        raise UserError(f"`model` {name}: cannot be read: {one_line(error)}") from error
+        elsewhere = "; its files fetched elsewhere are given as local-dir:FOLDER" if source == "hf-hub" else ""
+        raise UserError(f"`model` {name}: cannot be read: {one_line(error)}{elsewhere}") from error
     return Architecture(registered, dict(model_args or {}), dict(config or {}))
 
 
