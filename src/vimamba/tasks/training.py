@@ -152,8 +152,10 @@ class Training:
             config, path, [self.keeper, self.skipped, *callbacks], [*build_loggers(options.logger, path), *loggers],
             progress, f"val_{task.monitor}", task.mode,
         )  # fmt: skip
-        self.optim = choose_schedule(config.optim, len(self.data.train) // self.trainer.world_size)
+        images = len(self.data.train) // self.trainer.world_size
+        self.optim = choose_schedule(config.optim, images)
         self.trainer.fit_loop.max_epochs = self.optim.epochs
+        self.trainer.log_every_n_steps = min(10, max(1, images // self.optim.batch))
         size = options.img_size if self.resumed else self.card.preprocessing.img_size
         chosen = dataclasses.replace(options, output=str(path), img_size=size)
         kept, held_out = TrainConfig(chosen, self.optim, config.augment, machine), self.data.held_out()
@@ -267,6 +269,13 @@ def set_grad_checkpointing(model: Any, name: str) -> None:
         raise UserError(f"`grad_checkpointing`: {name} cannot do that; leave it out") from error
 
 
+class Patience(EarlyStopping):
+    """Ends a run that gets no better; a resumed one has the patience asked for now."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+
 def build_trainer(
     config: TrainConfig, folder: Path, callbacks: list[pl.Callback], loggers: list[Logger], progress: bool,
     monitor: str, mode: str,
@@ -278,7 +287,7 @@ def build_trainer(
     require(machine.strategy in known, f"`strategy` {machine.strategy}: there is no such strategy{hint}")
     of_trainer = {name: value for name, value in vars(machine).items() if name not in ("compile", "grad_checkpointing")}
     if optim.patience is not None:
-        callbacks = [*callbacks, EarlyStopping(monitor, patience=optim.patience, mode=mode)]
+        callbacks = [*callbacks, Patience(monitor, patience=optim.patience, mode=mode)]
     try:
         trainer = pl.Trainer(
             **of_trainer,
@@ -288,7 +297,6 @@ def build_trainer(
             callbacks=callbacks,
             default_root_dir=folder,
             logger=loggers,
-            log_every_n_steps=10,
             enable_checkpointing=False,
             enable_progress_bar=progress,
             enable_model_summary=False,

@@ -1,0 +1,191 @@
+"""vimamba.train: the command's runs from Python; tasks, callbacks and loggers of others."""
+
+import csv
+import inspect
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torchmetrics import MeanAbsoluteError
+
+import vimamba
+from tests.cli.runs import train_arguments, write_photos
+from vimamba.cli import main
+from vimamba.errors import UserError
+from vimamba.tasks.config import argument_kinds
+from vimamba.tasks.signals import StoppedBySignal
+from vimamba.tasks.task import Task
+
+TINY = {
+    "model": "vim_nano", "model_args": {"depth": 1, "embed_dim": 16, "d_state": 4}, "img_size": 16, "num_workers": 0,
+    "batch_size": 6, "epochs": 2, "accelerator": "cpu", "progress": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_photos(tmp_path / "photos")
+
+
+def weights(run):
+    return (run / "model.safetensors").read_bytes()
+
+
+def test_a_run_is_the_command_s(photos, tmp_path):
+    run = vimamba.train(data=photos, output=tmp_path / "called", **TINY)
+    assert main([str(a) for a in train_arguments(photos, tmp_path / "typed")]) == 0
+    assert weights(run.folder) == weights(tmp_path / "typed")
+    assert [row["epoch"] for row in run.history] == [1, 2]
+    assert run.best in run.history
+    with (run.folder / "metrics.csv").open(newline="") as file:
+        assert [float(row["val_loss"]) for row in csv.DictReader(file)] == pytest.approx(
+            [row["val_loss"] for row in run.history], rel=1e-4
+        )
+    assert run.predictor("cpu").predict(photos / "val/red/0.png").label in ("blue", "green", "red")
+
+
+def test_a_run_is_resumed_and_replaced(photos, tmp_path):
+    whole = vimamba.train(data=photos, output=tmp_path / "whole", schedule="constant", **TINY | {"epochs": 3})
+    run = vimamba.train(data=photos, output=tmp_path / "run", schedule="constant", **TINY)
+    with pytest.raises(UserError, match=r"`output` .*: exists and is not empty.*with `overwrite`"):
+        vimamba.train(data=photos, output=tmp_path / "run", **TINY)
+    resumed = vimamba.train(resume=run.folder, epochs=3, progress=False)
+    assert [row["train_loss"] for row in resumed.history] == [row["train_loss"] for row in whole.history]
+    with pytest.raises(UserError, match=r"`resume` .*seed 0 -> 5 cannot change within a run"):
+        vimamba.train(resume=run.folder, seed=5)
+    replaced = vimamba.train(data=photos, output=tmp_path / "run", overwrite=True, seed=5, **TINY)
+    assert replaced.history != run.history
+
+
+def test_the_signature_lists_every_argument():
+    parameters = inspect.signature(vimamba.train).parameters
+    assert {*argument_kinds(), "resume", "overwrite", "callbacks", "loggers", "progress"} == {*parameters}
+    for name in parameters:
+        assert f"\n    {name}: " in inspect.cleandoc(vimamba.train.__doc__).replace("Args:\n", "Args:\n\n"), name
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"epoch": 3}, "`epoch`: there is no such argument; did you mean epochs"),
+        ({"epochs": "three"}, "`epochs`: expected a whole number or null, got 'three'"),
+        ({"crop_scale": [1.0]}, "`crop_scale`: expected"),
+        ({"model": None}, "`model`: required but not given"),
+        ({"task": "classifcation"}, "`task` classifcation: there is no such task; did you mean classification"),
+        ({"logger": "tensorbord"}, "`logger` tensorbord: there is no such logger; did you mean tensorboard"),
+        ({"logger": "no.such.Thing"}, "`logger` no.such.Thing: cannot be imported"),
+        ({"logger": "wandb"}, "`logger` wandb: cannot be used here"),
+        ({"opt": "adamv"}, "`opt` adamv: timm has no such optimiser; did you mean"),
+        ({"patience": 0}, "`patience` is 0"),
+        ({"grad_checkpointing": "yes"}, "`grad_checkpointing`: expected true or false"),
+        ({"model": "vgg11", "model_args": {}, "grad_checkpointing": True}, "`grad_checkpointing`: vgg11 cannot"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_refused(photos, tmp_path, given, said):
+    with pytest.raises(UserError, match=said):
+        vimamba.train(**TINY | {"data": photos, "output": tmp_path / "run"} | given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_others_callbacks_and_loggers_see_every_number(photos, tmp_path):
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            seen.append(dict(trainer.callback_metrics))
+
+    stop = EarlyStopping("val_loss", mode="min", min_delta=1e9, patience=1)
+    logger = CSVLogger(tmp_path / "mine", name="a", version="b")
+    run = vimamba.train(
+        data=photos, output=tmp_path / "run", callbacks=[Watch(), stop], loggers=[logger], logger="none",
+        **TINY | {"epochs": 9},
+    )  # fmt: skip
+    assert len(run.history) == 2  # the second epoch was no better by so much
+    assert {"train_loss", "val_loss", "val_top1", "val_top5"} <= {*seen[0]}
+    assert float(seen[1]["val_loss"]) == run.history[1]["val_loss"]
+    with (tmp_path / "mine/a/b/metrics.csv").open(newline="") as file:
+        logged = [row["val_loss"] for row in csv.DictReader(file) if row["val_loss"]]
+    assert [float(value) for value in logged] == pytest.approx([row["val_loss"] for row in run.history])
+    assert not (run.folder / "logs").exists()
+
+
+def test_patience_ends_a_run_that_can_be_resumed(photos, tmp_path):
+    run = vimamba.train(data=photos, output=tmp_path / "run", patience=1, lr=1e-9, **TINY | {"epochs": 9})
+    assert len(run.history) == 2
+    assert {path.name for path in (run.folder / "logs").iterdir()} == {"csv", "tensorboard"}
+    more = vimamba.train(resume=run.folder, patience=9, epochs=4, progress=False)
+    assert len(more.history) == 4
+    assert len(list((run.folder / "logs/csv").iterdir())) == 2
+
+
+def test_a_run_that_fails_leaves_no_logs(photos, tmp_path):
+    with pytest.raises(UserError, match="the loss is no finite number"):
+        vimamba.train(data=photos, output=tmp_path / "run", lr=1e30, clip_grad=None, warmup_epochs=0, **TINY)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("opt", ["sgd", "lamb", "lookahead_adam"])
+def test_another_optimiser_learns(photos, tmp_path, opt):
+    run = vimamba.train(data=photos, output=tmp_path / "run", opt=opt, lr=0.05 if opt == "sgd" else 5e-3, **TINY)
+    state = torch.load(run.folder / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert ("exp_avg" in next(iter(state["state"].values()))) == (opt != "sgd")
+    assert run.history[1]["train_loss"] < run.history[0]["train_loss"]
+
+
+class BrightnessTask(Task):
+    """A toy from outside the package: how bright a class is, as a number between 0 and 1."""
+
+    name, monitor, mode, columns = "brightness", "mae", "min", {"mae": "mean error"}
+
+    @classmethod
+    def outputs(cls, class_names):
+        return 1
+
+    @classmethod
+    def criterion(cls, outputs, targets):
+        return nn.functional.mse_loss(outputs[:, 0].float(), targets.float() / 10)
+
+    @classmethod
+    def metrics(cls, class_names, detailed=False):
+        return {"mae": ErrorOfTenths()}
+
+    @classmethod
+    def predictions(cls, outputs, class_names):
+        return outputs[:, 0].tolist()
+
+
+class ErrorOfTenths(MeanAbsoluteError):  # noqa: N818 - no exception
+    def update(self, outputs, targets):
+        super().update(outputs[:, 0].float(), targets.float() / 10)
+
+
+def test_a_task_from_outside_is_trained_evaluated_and_used(tmp_path, capsys):
+    arguments = {**TINY, "epochs": 2, "img_size": None, "batch_size": 64, "lr": 5e-3}
+    run = vimamba.train(data="mnist", output=tmp_path / "run", task="brightness", **arguments)
+    assert run.best["val_mae"] == min(row["val_mae"] for row in run.history) < 0.25  # a constant's is 0.25
+    assert (run.folder / "curves.png").is_file()
+    assert not (run.folder / "per_class.csv").exists()
+    predictor = run.predictor("cpu")
+    assert predictor.evaluate().numbers["mae"] == pytest.approx(run.best["val_mae"], abs=1e-5)
+    assert isinstance(predictor.predict(torch.zeros(28, 28, 1, dtype=torch.uint8).numpy()), float)
+    assert main(["eval", str(run.folder)]) == 0
+    assert f"mean error {run.best['val_mae']:.4g}" in capsys.readouterr().out
+    typed = train_arguments("mnist", tmp_path / "typed", "--task", "brightness", "--img_size", 28, "--epochs", 1)
+    assert main([str(a) for a in typed]) == 0
+    out = capsys.readouterr().out
+    assert "mean error" in out
+    assert "mae 0." in out
+
+
+def test_a_signal_ends_a_run_with_a_word(photos, tmp_path):
+    class Ask(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            trainer.callbacks[0].signals.asked = 2
+
+    with pytest.raises(StoppedBySignal, match="epoch 1, batch 1"):
+        vimamba.train(data=photos, output=tmp_path / "run", callbacks=[Ask()], **TINY)
+    run = vimamba.train(resume=tmp_path / "run", progress=False)
+    assert weights(run.folder) == weights(vimamba.train(data=photos, output=tmp_path / "whole", **TINY).folder)
