@@ -144,6 +144,7 @@ def _check_config(parser: ArgumentParser, values: dict[str, Any]) -> None:
             hint = _nearest_option(parser, "--" + name).replace("--", "", 1)
             raise UserError(f"--config: '{name}' is not an option of {parser.prog}{hint}")
         kind = kind_of(action) if "." not in name else None
+        kind = list[kind] if kind and action.nargs in ("+", "*") else kind  # type: ignore[valid-type]
         require(kind is None or fits(kind, value), f"--{name}: expected {describe(kind)}, got {_brief(value)}")
 
 
