@@ -54,6 +54,10 @@ def kind_of(action: Any) -> Any:
 def add_options(parser: ArgumentParser, options: type) -> None:
     """Every field of a dataclass as an option."""
     parser.add_class_arguments(options, nested_key=None)
+    for action in parser._actions:  # a list is given whole: no `--lr+`, which would append to the default
+        action.option_strings = [name for name in action.option_strings if not name.endswith("+")]
+    for name in [name for name in parser._option_string_actions if name.endswith("+")]:
+        del parser._option_string_actions[name]
 
 
 def take(options: type[Options], parsed: Namespace) -> Options:
