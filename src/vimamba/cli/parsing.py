@@ -34,9 +34,22 @@ class Help(DefaultHelpFormatter):
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
-def new_parser(command: str, description: str, examples: Sequence[str] = ()) -> ArgumentParser:
+class Parser(ArgumentParser):
+    """jsonargparse's, whose `--print_config` prints what `--config` takes: no positional arguments, no `typed_only`."""
+
+    typed_only: Sequence[str] = ()
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        kept = namespace.clone()
+        for action in self._actions:
+            if not action.option_strings or action.dest in self.typed_only:
+                kept.pop(action.dest, None)
+        return super().dump(kept, *args, **kwargs)
+
+
+def new_parser(command: str, description: str, examples: Sequence[str] = ()) -> Parser:
     """A parser for a command, to which the command adds its arguments."""
-    return ArgumentParser(
+    return Parser(
         prog=f"vimamba {command}",
         description=description,
         epilog="examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None,
