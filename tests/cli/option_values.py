@@ -108,6 +108,7 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "accelerator": [same("cpu")],
         "devices": [same("1")],
         "strategy": [same("ddp")],
+        # Two machines: test_keeping.py.
         "num_nodes": [Value("2", refused="--num_nodes 2: would wait for the other machines for ever")],
         "precision": [Value("bf16-mixed")],
         "compile": [Value("true")],

@@ -11,6 +11,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.cli.covering import Row, covering_rows
 from tests.cli.option_values import FACTORS, FORBIDDEN, MODELS
@@ -46,6 +47,8 @@ def test_options_that_meet(vimamba, flat, tmp_path, monkeypatch, row):
     (optimizer,) = torch.load(run / CHECKPOINTS[0], weights_only=True)["optimizer_states"]
     moved = [bool(state["exp_avg"].any()) for state in optimizer["state"].values()]
     assert sum(moved) >= 0.9 * len(moved)  # attention over a single token has no gradient
+    kept = load_file(run / "model.safetensors").values()
+    assert {value.dtype for value in kept} <= {torch.float32, torch.int64}  # batches that a norm has counted
     if row["resumed"] == "yes":
         cut = tmp_path / "cut"
         with monkeypatch.context() as patch:
