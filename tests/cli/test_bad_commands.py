@@ -111,6 +111,7 @@ OTHERS = {
     "ablate --seeds 0": "--seeds",
     "ablate --lr [0]": "--lr",
     "ablate --data nonsense": "nonsense",
+    "ablate --lr+ 0.1": "--lr+: there is no such option; did you mean --lr",
     "info --nonsense": "--nonsense: there is no such option",
 }
 COMMANDS_OUT_OF_RANGE = [

@@ -67,8 +67,3 @@ def test_wrong_options_are_refused_in_one_sentence(options, said, capsys, tmp_pa
     assert said in error
     assert len(error.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_peer_is_optional(capsys):
-    assert main([*QUICK, "--against"]) == 0
-    assert "test_vit" not in capsys.readouterr().out

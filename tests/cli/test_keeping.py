@@ -1,8 +1,10 @@
 """Nothing lost: what a kill, a signal, damage, a failure or a second run costs a run."""
 
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from tests.cli.runs import train_arguments, write_photos
-from tests.cli.test_train import interrupt_at, last_state, metrics
+from tests.cli.test_train import CHECKPOINTS, FILES, interrupt_at, last_state, metrics
 from vimamba.cli import main
 from vimamba.processes import cores
 from vimamba.tasks.classification import ClassificationTask
@@ -67,9 +69,6 @@ def test_a_killed_process_releases_its_folder_and_is_resumed(vimamba, photos, tm
     program = """
 import sys
 from vimamba.cli import main
-from vimamba.processes import cores
-from vimamba.cli import main
-from vimamba.processes import cores
 from vimamba.tasks.classification import ClassificationTask
 original, steps = ClassificationTask.training_step, iter(range(1000))
 def training_step(self, batch, batch_idx):
@@ -96,24 +95,54 @@ main(sys.argv[1:])
     assert not (run / ".lock").exists()
 
 
+def start_apart(arguments, **environment):
+    """A command in a process of its own."""
+    command = [sys.executable, "-m", "vimamba", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
 @pytest.mark.skipif(cores() < 2, reason="needs two cores")
-def test_two_processes_and_then_one(vimamba, photos, tmp_path):
+@pytest.mark.parametrize(
+    ("nodes", "devices", "changes"),
+    [(1, 2, "devices 2 -> 1, strategy ddp -> auto"), (2, 1, "strategy ddp -> auto, num_nodes 2 -> 1")],
+    ids=["devices", "machines"],
+)
+def test_two_processes_and_then_one(vimamba, photos, tmp_path, nodes, devices, changes):
     run = tmp_path / "run"
     for path in sorted((photos / "train").rglob("*.png"))[:9]:  # batches without an image, in one process or in both
         path.write_bytes(b"")
+    (photos / "val" / "red" / "3.png").unlink()  # an odd number held out: one of the processes has one more
     more = ("--batch_size", 1, "--max_undecodable", 0.9, "--checkpoint_every", "5steps", "--schedule", "constant")
-    command = [
-        sys.executable,
-        "-m",
-        "vimamba",
-        *train_arguments(photos, run, *more, "--devices", 2, "--strategy", "ddp"),
+    apart = ("--num_nodes", nodes, "--devices", devices, "--strategy", "ddp")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} if nodes > 1 else {}
+    started = [
+        start_apart(train_arguments(photos, run, *more, *apart), **place, NODE_RANK=str(node)) for node in range(nodes)
     ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    try:
+        printed = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * nodes, printed
+    assert all((run / name).stat().st_size for name in (*FILES, *CHECKPOINTS))
     assert [(row["epoch"], row["step"]) for row in metrics(run)] == [("1", "12"), ("2", "24")]
-    status, out, _ = vimamba("train", "--resume", run, "--devices", 1, "--strategy", "auto", "--epochs", 3)
+    best = max(metrics(run), key=lambda row: float(row["val_top1"]))
+    found = json.loads(vimamba("eval", run, "--json")[1])
+    assert found["images"] == 11
+    assert found["top1"] == pytest.approx(float(best["val_top1"]), abs=1e-5)
+    assert found["loss"] == pytest.approx(float(best["val_loss"]), abs=1e-5)
+    back = ("--devices", 1, "--num_nodes", 1, "--strategy", "auto")
+    status, out, _ = vimamba("train", "--resume", run, *back, "--epochs", 3)
     assert status == 0
-    assert "devices 2 -> 1, strategy ddp -> auto" in out
+    assert changes in out
     assert metrics(run)[2]["step"] == "48"
     (schedule,) = torch.load(run / LAST, weights_only=True)["lr_schedulers"]
     assert schedule["last_epoch"] == 3 * 24  # of one process's steps, as if the run had had them from the first

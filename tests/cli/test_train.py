@@ -316,11 +316,3 @@ def test_a_diverging_run_stops_and_says_so(vimamba, photos, tmp_path):
     )
     assert status == 2
     assert "lower --lr" in err
-
-
-def test_print_config_shows_every_option(vimamba, capsys):
-    with pytest.raises(SystemExit) as stop:
-        vimamba("train", "--data", "mnist", "--model", "vim_nano", "--print_config")
-    assert stop.value.code == 0
-    config = yaml.safe_load(capsys.readouterr().out)
-    assert {"epochs", "lr", "mixup", "precision", "ema", "val_fraction"} <= config.keys()

@@ -84,3 +84,19 @@ def test_the_classifier_can_be_replaced():
 def test_impossible_arguments_are_refused_by_name(options, named):
     with pytest.raises(ValueError, match="^" + named):
         small(**options)
+
+
+def test_gradients_of_narrow_images_are_right_in_bfloat16():
+    model = small().train()
+    narrow = images(48, 16)  # the last halving is of a map of one column
+    for _ in range(10):
+        spoilt = [torch.full((n,), torch.nan) for n in (1152, 2304, 4608)]  # what memory that is not written holds
+        del spoilt
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(narrow)
+        logits.float().square().mean().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        gradient = model.stages[3].downsample[0].weight.grad
+        assert gradient[..., 1].any()
+        assert not gradient[..., (0, 2)].any()

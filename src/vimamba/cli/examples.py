@@ -17,7 +17,7 @@ EXAMPLES = {
     ),
     "bench": (
         "vimamba bench --sizes 224 512 1248 --attention fused eager",
-        "vimamba bench --models vim_tiny_patch16_224 --mode train --plot bench.png",
+        "vimamba bench --models vim_tiny_patch16_224 --passes train --plot bench.png",
     ),
     "models": ("vimamba models", "vimamba models 'vit_tiny*' --all"),
     "ablate": ("vimamba ablate --data mnist",),

@@ -34,9 +34,22 @@ class Help(DefaultHelpFormatter):
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
-def new_parser(command: str, description: str, examples: Sequence[str] = ()) -> ArgumentParser:
+class Parser(ArgumentParser):
+    """jsonargparse's, whose `--print_config` prints what `--config` takes: no positional arguments, no `typed_only`."""
+
+    typed_only: Sequence[str] = ()
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        kept = namespace.clone()
+        for action in self._actions:
+            if not action.option_strings or action.dest in self.typed_only:
+                kept.pop(action.dest, None)
+        return super().dump(kept, *args, **kwargs)
+
+
+def new_parser(command: str, description: str, examples: Sequence[str] = ()) -> Parser:
     """A parser for a command, to which the command adds its arguments."""
-    return ArgumentParser(
+    return Parser(
         prog=f"vimamba {command}",
         description=description,
         epilog="examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None,
@@ -54,6 +67,10 @@ def kind_of(action: Any) -> Any:
 def add_options(parser: ArgumentParser, options: type) -> None:
     """Every field of a dataclass as an option."""
     parser.add_class_arguments(options, nested_key=None)
+    for action in parser._actions:  # a list is given whole: no `--lr+`, which would append to the default
+        action.option_strings = [name for name in action.option_strings if not name.endswith("+")]
+    for name in [name for name in parser._option_string_actions if name.endswith("+")]:
+        del parser._option_string_actions[name]
 
 
 def take(options: type[Options], parsed: Namespace) -> Options:
@@ -144,6 +161,7 @@ def _check_config(parser: ArgumentParser, values: dict[str, Any]) -> None:
             hint = _nearest_option(parser, "--" + name).replace("--", "", 1)
             raise UserError(f"--config: '{name}' is not an option of {parser.prog}{hint}")
         kind = kind_of(action) if "." not in name else None
+        kind = list[kind] if kind and action.nargs in ("+", "*") else kind  # type: ignore[valid-type]
         require(kind is None or fits(kind, value), f"--{name}: expected {describe(kind)}, got {_brief(value)}")
 
 

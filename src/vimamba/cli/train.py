@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from vimamba.cli import terminal
-from vimamba.cli.parsing import add_options, config_files
+from vimamba.cli.parsing import Parser, add_options, config_files
 from vimamba.cli.train_progress import TrainProgress
 from vimamba.data.sample import write_digits
 from vimamba.data.sources import BUILT_IN
@@ -27,7 +27,8 @@ from vimamba.tasks.training import Training
 OF_THE_CALL = ("config", "print_config", "resume", "overwrite")  # not part of a run's config.yaml
 
 
-def arguments(parser: ArgumentParser) -> None:
+def arguments(parser: Parser) -> None:
+    parser.typed_only = OF_THE_CALL
     parser.add_argument("--config", action="config")
     for group in GROUPS:
         add_options(parser, group)

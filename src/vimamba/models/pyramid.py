@@ -24,8 +24,25 @@ REDUCTIONS = (4, 8, 16, 32)
 __all__ = ["VisionMambaPyramid", "vim_pyramid_nano", "vim_pyramid_small", "vim_pyramid_tiny"]
 
 
+class HalvingConv2d(nn.Conv2d):
+    """A 3×3 convolution of stride 2 whose weight gradient is right on maps of a single column too."""
+
+    def __init__(self, inside: int, outside: int, **factory: Any) -> None:
+        super().__init__(inside, outside, 3, 2, 1, bias=False, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, inside, rows, columns) to (batch, outside, rows / 2, columns / 2), rounded up."""
+        if self.training and x.shape[-1] == 1:
+            # In bfloat16 on a CPU, PyTorch 2.15 leaves the outer columns of the gradient unwritten: memory as it was.
+            x = nn.functional.pad(x, (0, 1))  # with the zeros that the padding would be
+        return super().forward(x)
+
+
 def _conv_norm(inside: int, outside: int, stride: int, **factory: Any) -> nn.Sequential:
-    conv = nn.Conv2d(inside, outside, 3, stride, 1, bias=False, **factory)
+    if stride == 2:
+        conv: nn.Conv2d = HalvingConv2d(inside, outside, **factory)
+    else:
+        conv = nn.Conv2d(inside, outside, 3, 1, 1, bias=False, **factory)
     return nn.Sequential(conv, nn.BatchNorm2d(outside, **factory))
 
 

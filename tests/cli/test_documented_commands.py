@@ -1,0 +1,113 @@
+"""The commands that the README, the recipes and the help show, and the README's Python, run as they stand.
+
+Data, models and budgets are cut small by options behind them.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from tests.cli.runs import write_photos
+from vimamba.cli import COMMANDS
+from vimamba.cli.examples import EXAMPLES
+from vimamba.models import checkpoints
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+OFFICIAL = "vim_t_midclstok_76p1acc.pth"
+SMALLER = {
+    "train": "--epochs 1 --batch_size 500 --model_args.depth 1 --num_workers 0 --devices 1 "
+    "--strategy auto --accelerator cpu --overwrite",
+    "train --resume": "",
+    "eval": "",
+    "predict": "",
+    "bench": "--models vim_nano --against test_vit --sizes 32 --repeats 1 --seconds 0 --memory false",
+    "models": "",
+    "ablate": "--model_args.depth 1 --model_args.embed_dim 16 --designs [none] --seeds 1 --epochs 1 --batch_size 1000 "
+    "--lr [0.003]",
+    "info": "",
+}
+
+
+def commands_in(text: str) -> list[str]:
+    """The lines of a text that call vimamba, in comments too, each with the lines that it is continued on."""
+    whole = re.sub(r"\\\n#?\s*", "", text)
+    return re.findall(r"^(?:#\s+)?(vimamba [^#\n]+)", whole, re.MULTILINE)
+
+
+DOCUMENTS = {
+    "README.md": commands_in("".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))),
+    **{path.name: commands_in(path.read_text()) for path in RECIPES},
+    "help": [line for lines in EXAMPLES.values() for line in lines],
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with what the documents speak of."""
+    root = tmp_path_factory.mktemp("workplace")
+    for name in ("photos", "IMAGENET", "imagenet"):
+        write_photos(root / name)
+    write_photos(root / "other_photos", seed=1)
+    (root / "new").mkdir()
+    Image.new("RGB", (20, 20), "red").save(root / "new" / "red.jpg")
+    shutil.copytree(ROOT / "recipes", root / "recipes")
+    torch.save({"model": timm.create_model("vim_tiny_patch16_224", depth=1).state_dict()}, root / OFFICIAL)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _there(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("VIMAMBA_CACHE", str(workplace / "cache"))
+    monkeypatch.setattr(checkpoints, "hf_hub_download", lambda *arguments: str(workplace / OFFICIAL))
+
+
+def test_every_document_shows_commands_and_every_command_is_shown():
+    assert all(DOCUMENTS.values())
+    for where in ("README.md", "help"):
+        assert {line.split()[1] for line in DOCUMENTS[where]} == {*COMMANDS}
+
+
+def test_commands_run_one_after_the_other(vimamba):
+    called = set()
+    for where, lines in DOCUMENTS.items():
+        for line in [line for line in lines if line not in called]:
+            called.add(line)
+            words = shlex.split(line)[1:]
+            kind = "train --resume" if "--resume" in words else words[0]
+            status, _, err = vimamba(*words, *shlex.split(SMALLER[kind]))
+            assert status == 0, f"{where}: {line}: {err}"
+            if "--config" in words and "--output" in words:
+                check_kept(*(Path(words[words.index(name) + 1]) for name in ("--config", "--output")))
+
+
+def check_kept(recipe, run):
+    """Everything that a recipe says, and that is not cut small, went into the run."""
+    told, kept = (yaml.safe_load(path.read_text()) for path in (recipe, run / "config.yaml"))
+    names = {name for name in told if f"--{name}" not in SMALLER["train"]}
+    assert {name: kept[name] for name in names} == {name: told[name] for name in names}
+
+
+def test_the_readmes_python_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["logits"].shape == (1, 10)
+    assert names["y"].shape == names["u"].shape
+
+
+def test_the_readmes_make_targets_are_there():
+    targets = re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)
+    assert targets
+    assert all(f"\n{target}: " in (ROOT / "Makefile").read_text() for target in targets)
