@@ -26,7 +26,7 @@ import torch
 
 from vimamba.benchmark.entries import DTYPES, Entry, build, step_of
 from vimamba.benchmark.timing import alternate, ratio
-from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.layers.mixers import BidirectionalMixer
 from vimamba.ops import linear
 
 SOURCE = Path(__file__).with_name("floor.cpp")

@@ -7,9 +7,8 @@ import itertools
 import pytest
 import torch
 
-from vimamba.layers.mixer import BidirectionalMixer
-from vimamba.layers.paths import Path, route
-from vimamba.layers.tokens import Layout, insert_tokens, split_tokens, token_places
+from vimamba.layers.grid import Layout, ScanPath, insert_tokens, route, split_tokens, token_layout
+from vimamba.layers.mixers import BidirectionalMixer
 
 GRIDS = [(4, 4), (3, 5), (6, 4), (1, 7), (7, 1)]
 NAMES = ["column", "snake", "window2", "window2x3", "column:backward"]
@@ -17,7 +16,7 @@ NAMES = ["column", "snake", "window2", "window2x3", "column:backward"]
 
 def cells(name: str, grid: tuple[int, int]) -> list[tuple[int, int]]:
     """(row, column) of each step along the path."""
-    order = Path.parse(name).keys(grid).flatten().argsort().tolist()
+    order = ScanPath.parse(name).keys(grid).flatten().argsort().tolist()
     return [divmod(index, grid[1]) for index in order]
 
 
@@ -56,8 +55,9 @@ def test_columns_run_down_and_windows_are_finished_before_the_next():
 @pytest.mark.parametrize("registers", [0, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_other_tokens_keep_their_places(name, registers, class_token):
-    extras = token_places(class_token, 15, registers).extras
-    found = route(Path.parse(name), Layout((3, 5), extras), torch.zeros(1))
+    layout = token_layout(class_token, (3, 5), registers)
+    extras = layout.extras
+    found = route(ScanPath.parse(name), layout, torch.zeros(1, 15 + len(extras)))
     assert found.order.tolist()[: len(found.order)] == sorted(
         range(len(found.order)), key=found.rank.tolist().__getitem__
     )
@@ -66,10 +66,10 @@ def test_other_tokens_keep_their_places(name, registers, class_token):
 
 
 def test_registers_are_spread_evenly_and_leave_the_class_token_in_the_middle():
-    places = token_places("middle", 16, 4)
+    places = token_layout("middle", (4, 4), 4)
     assert places.registers == (2, 7, 12, 17)
     assert places.classes == (10,)
-    assert token_places("head", 4, 1) == ((0,), (2,))
+    assert token_layout("head", (2, 2), 1)[1:] == ((0,), (2,))
 
 
 @pytest.mark.parametrize("mode", ["none", "ssm", "ssm_conv"])
@@ -94,12 +94,12 @@ def test_several_paths_are_the_mean_of_each(weights):
     total = torch.zeros_like(x)
     for name in names:
         alone = BidirectionalMixer(8, d_state=4, paths=[name]).double()
-        own = "" if weights == "shared" or name == "row" else f"_{Path.parse(name).name}"
+        own = "" if weights == "shared" or name == "row" else f"_{ScanPath.parse(name).name}"
         state = mixer.state_dict()
         alone.load_state_dict({key: state[_of_path(key, own)] for key in alone.state_dict()})
-        total += alone(x, layout=layout) * len(alone.ways)
-    torch.testing.assert_close(mixer(x, layout=layout), total / len(mixer.ways))
-    assert len(mixer.ways) == 7
+        total += alone(x, layout=layout) * len(alone.scans)
+    torch.testing.assert_close(mixer(x, layout=layout), total / len(mixer.scans))
+    assert len(mixer.scans) == 7
 
 
 def _of_path(key: str, own: str) -> str:

@@ -26,7 +26,7 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
 from vimamba.errors import UserError, nearest, one_line, shown
-from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.layers.mixers import BidirectionalMixer
 from vimamba.models.checkpoints import check_fit
 from vimamba.models.pyramid import VisionMambaPyramid
 from vimamba.models.vision_mamba import VisionMamba

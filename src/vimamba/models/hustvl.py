@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from vimamba.errors import UserError, naming, nearest, one_line
-from vimamba.layers.tokens import CLASS_TOKENS
+from vimamba.layers.grid import CLASS_TOKENS
 from vimamba.models.checkpoints import load_weights, read_checkpoint, state_dict_of
 from vimamba.models.vision_mamba import VisionMamba
 

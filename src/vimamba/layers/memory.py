@@ -12,7 +12,7 @@ LONG = 2048
 """Tokens from which on it pays: a user can make a batch smaller, not an image."""
 
 
-def pays(x_BLE: Tensor) -> bool:
+def is_long(x_BLE: Tensor) -> bool:
     """Whether a training step over `x_BLE` should compute again; compiled graphs choose for themselves."""
     real = (
         isinstance(x_BLE, Tensor) and type(x_BLE) is Tensor and not x_BLE.is_meta and not torch.compiler.is_compiling()
@@ -20,8 +20,8 @@ def pays(x_BLE: Tensor) -> bool:
     return real and torch.is_grad_enabled() and x_BLE.shape[1] >= LONG
 
 
-def instead_of(tensor: Tensor, again: Callable[[], Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
-    """A context in which autograd keeps no `tensor` (nor a contiguous view of it) and calls `again` for it."""
+def recomputed(tensor: Tensor, compute: Callable[[], Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which autograd keeps no `tensor` (nor a contiguous view of it) and calls `compute` for it."""
     place, size = tensor.data_ptr(), tensor.numel()
 
     def pack(kept: Tensor) -> Tensor | torch.Size:
@@ -29,6 +29,6 @@ def instead_of(tensor: Tensor, again: Callable[[], Tensor]) -> torch.autograd.gr
         return kept.shape if same else kept
 
     def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else again().view(packed)
+        return packed if isinstance(packed, Tensor) else compute().view(packed)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, torch.no_grad()(unpack))
