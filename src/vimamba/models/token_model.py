@@ -14,7 +14,6 @@ from vimamba.layers.embed.position import Rope
 from vimamba.layers.embed.tokens import TokenEmbedding
 from vimamba.layers.grid import CLASS_TOKENS, Layout, split_tokens, take_tokens, token_layout
 from vimamba.layers.intact import intact, watched
-from vimamba.layers.mixers import BidirectionalMixer
 from vimamba.layers.norm import add_norm, compute_dtype
 from vimamba.models.contract import TimmModel
 from vimamba.ops.arguments import widen
@@ -51,12 +50,11 @@ class TokenModel(TokenEmbedding, TimmModel):
     def _init_trunk(self) -> None:
         """The initial values of the official code."""
         self.init_embedding()
-        for module in self.layers.modules():
-            if isinstance(module, BidirectionalMixer):
-                module.out_proj.weight.div_(len(self.layers) ** 0.5)
-                for linear in (module.in_proj, module.out_proj):
-                    if linear.bias is not None:
-                        nn.init.zeros_(linear.bias)
+        for name, parameter in self.layers.named_parameters():
+            if name.endswith("out_proj.weight"):
+                parameter.div_(len(self.layers) ** 0.5)
+            elif name.endswith(("in_proj.bias", "out_proj.bias")):
+                nn.init.zeros_(parameter)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay must leave alone."""
