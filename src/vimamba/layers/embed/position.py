@@ -12,8 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from vimamba.layers.grid import Layout, class_positions, insert_tokens, split_tokens
 from vimamba.layers.options import check_number
 
-for _leaf in ("rotary_angles",):
-    torch.fx.wrap(_leaf)  # a symbolic trace calls it as it is
+torch.fx.wrap("rotary_angles")  # a symbolic trace calls it as it is
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, ...], new: tuple[int, ...], class_token: str) -> Tensor:
@@ -23,8 +22,10 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, ...], new: tuple[int, ..
         return pos_embed
     patches, classes = split_tokens(pos_embed, class_positions(class_token, math.prod(old)))
     maps = patches.float().transpose(1, 2).unflatten(2, old)
-    # PyTorch has bicubic interpolation of images only, and 2.15 cannot compile its derivative for sizes that vary.
-    if len(old) == 2 and not (torch.compiler.is_compiling() and not torch.compiler.is_exporting()):
+    # PyTorch interpolates images only; 2.15 gives wrong numbers where the result is one column wide, and cannot compile
+    # the derivative for sizes that vary.
+    image = len(old) == 2 and not statically_known_true(new[1] == 1)
+    if image and not (torch.compiler.is_compiling() and not torch.compiler.is_exporting()):
         maps = F.interpolate(maps, size=new, mode="bicubic", antialias=True)
     else:
         for axis, (o, n) in enumerate(zip(old, new, strict=True), start=2):

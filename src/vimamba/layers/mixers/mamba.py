@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimamba.layers import memory
-from vimamba.layers.grid import Layout, ScanPath, insert_tokens, split_tokens
+from vimamba.layers.grid import Layout, ScanPath, insert_tokens, shape_text, split_tokens
 from vimamba.layers.intact import intact, watched
 from vimamba.layers.mixers.directional import DirectionalMixer, Scan, needed
 from vimamba.layers.options import check_choice, check_number, check_whole
@@ -204,6 +204,8 @@ class BidirectionalMixer(DirectionalMixer):
     def _convolve_grid(self, xz_BLE: Tensor, layout: Layout) -> Tensor:
         """The 2-D convolution of the patches' input half; the gate z and the other tokens stay."""
         assert self.conv2d is not None
+        if not torch.compiler.is_compiling() and len(layout.grid) != 2:
+            raise ValueError(f'conv="2d" needs a grid of rows and columns, got {shape_text(layout.grid)}')
         x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
         patches, others = split_tokens(x_BLD, layout.extras)
         patches = self.conv2d(patches.transpose(1, 2).unflatten(2, layout.grid)).flatten(2).transpose(1, 2)
