@@ -126,7 +126,7 @@ class ScanPath:
             hint = "; give its size, such as 'window4'" if text == "window" else nearest(text, known)
             raise ValueError(
                 "paths: each must be 'row', 'column', 'snake' or 'windowN' (N×N patches), with ':forward' or "
-                f"':backward' for one sense only, got {text!r}{hint}"
+                f"':backward' for one way round only, got {text!r}{hint}"
             )
         window = tuple(map(int, found[2].split("x"))) if found[2] else ()
         if 0 in window:

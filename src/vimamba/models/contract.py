@@ -68,8 +68,11 @@ class TimmModel(nn.Module):
         """The blocks or stages that features are taken from."""
         raise NotImplementedError
 
-    def _taps(self, x: Tensor, take: Sequence[int], last: int | None, **how: Any) -> tuple[Tensor, list[Any]]:
-        """The normalised output and, as `forward_intermediates` wants them, what the blocks in `take` gave."""
+    def _taps(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Any]]:
+        """The normalised output and what the blocks in `take` gave, with none run after `last` unless it is None.
+
+        Takes x, take, last, norm, output_fmt and what else a trunk's `forward_intermediates` has.
+        """
         raise NotImplementedError
 
     def _prune(self, last: int, prune_norm: bool) -> None:
@@ -139,30 +142,29 @@ class TimmModel(nn.Module):
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        **how: Any,
     ) -> Any:
         """Run the model and collect what some of its blocks (of a pyramid: stages) gave.
 
         Args:
             x: images, (batch, in_chans, height, width).
             indices: the last n blocks, or which ones; all by default.
-            return_prefix_tokens: also return the class tokens, then the register tokens with each map.
             norm: apply the final norm to each (of a pyramid: to the last stage's).
             stop_early: do not run blocks after the last one asked for.
             output_fmt: "NCHW" maps, or "NLC" tokens where the trunk has them.
             intermediates_only: return the list alone.
+            **how: of the trunk.
 
         Returns:
             The list, each (batch, channels, rows, columns), or the model's normalised output and the list.
         """
         check_choice("output_fmt", output_fmt, self.FORMATS)
         take, last = feature_take_indices(len(self._stack()), indices)
-        how = dict(norm=norm, output_fmt=output_fmt, return_prefix_tokens=return_prefix_tokens)
-        output, taps = self._taps(x, take, last if stop_early else None, **how)
+        output, taps = self._taps(x, take, last if stop_early else None, norm, output_fmt, **how)
         return taps if intermediates_only else (output, taps)
 
     def prune_intermediate_layers(

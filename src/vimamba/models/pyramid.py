@@ -208,17 +208,16 @@ class VisionMambaPyramid(TimmModel):
     def _stack(self) -> nn.ModuleList:
         return self.stages
 
-    def _taps(self, x: Tensor, take: Sequence[int], last: int | None, **how: Any) -> tuple[Tensor, list[Any]]:
-        """The last map computed, normalised if it is the last stage's, and the maps after the stages in `take`."""
-        if how["return_prefix_tokens"]:
-            raise ValueError("return_prefix_tokens: a pyramid has no tokens beside its maps")
+    def _taps(
+        self, x: Tensor, take: Sequence[int], last: int | None, norm: bool, output_fmt: str
+    ) -> tuple[Tensor, list[Any]]:
         taps: list[Any] = []
         x, normed = self.stem(x), None
         for i, stage in enumerate(self.stages[: None if last is None else last + 1]):
             x = stage(x)
             normed = self.norm(x) if i == len(REDUCTIONS) - 1 else None
             if i in take:
-                taps.append(normed if how["norm"] and normed is not None else x)
+                taps.append(normed if norm and normed is not None else x)
         return x if normed is None else normed, taps
 
     def _prune(self, last: int, prune_norm: bool) -> None:

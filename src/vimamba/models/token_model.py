@@ -94,7 +94,7 @@ class TokenModel(TokenEmbedding, TimmModel):
     def _step(
         self, indices: tuple[int, ...], hidden: Tensor, stream: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor | None]:
-        """One block, or a pair of them that read the sequence in opposite senses and whose streams are added."""
+        """One block, or a pair of them that read the sequence in opposite ways round and whose streams are added."""
         hidden_f, stream_f = self._block(indices[0], hidden, stream, False, layout)
         if len(indices) == 1:
             return hidden_f, stream_f
@@ -155,18 +155,42 @@ class TokenModel(TokenEmbedding, TimmModel):
     def _stack(self) -> nn.ModuleList:
         return self.layers
 
-    def _taps(self, x: Tensor, take: Sequence[int], last: int | None, **how: Any) -> tuple[Tensor, list[Any]]:
-        """The normalised tokens, and the residual stream after each block in `take`."""
+    def forward_intermediates(  # type: ignore[override]  # the argument stands where vision transformers have it
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """`TimmModel.forward_intermediates` of the residual stream after blocks.
+
+        With `return_prefix_tokens`, each comes with its class tokens and then its register tokens.
+        """
+        how = dict(return_prefix_tokens=return_prefix_tokens)
+        return super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only, **how)
+
+    def _taps(
+        self,
+        x: Tensor,
+        take: Sequence[int],
+        last: int | None,
+        norm: bool,
+        output_fmt: str,
+        return_prefix_tokens: bool = False,
+    ) -> tuple[Tensor, list[Any]]:
         tokens, layout = self.embed(x)
         hidden, stream, taken = self._blocks(tokens, layout, take, last)
         taps: list[Any] = []
         for tap in taken:
-            tap = self.norm_f(tap) if how["norm"] else tap
+            tap = self.norm_f(tap) if norm else tap
             patches, _ = split_tokens(tap, layout.extras)
-            if how["output_fmt"] == "NCHW":
+            if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, layout.grid).contiguous()
             prefix = layout.classes + layout.registers
-            taps.append((patches, take_tokens(tap, prefix)) if how["return_prefix_tokens"] else patches)
+            taps.append((patches, take_tokens(tap, prefix)) if return_prefix_tokens else patches)
         return add_norm(self.norm_f, hidden, stream, compute_dtype(tokens))[0], taps
 
     def _prune(self, last: int, prune_norm: bool) -> None:

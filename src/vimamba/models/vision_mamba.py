@@ -127,21 +127,12 @@ class VisionMamba(TokenModel):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         images = 2  # axes
         super().__init__(
-            check_sizes("img_size", img_size, images),
-            patch_size,
-            stride,
-            in_chans,
-            embed_dim,
-            stem,
-            class_token,
-            num_registers,
-            pos_embed,
-            pos_drop_rate,
-            device,
-            dtype,
-        )
+            check_sizes("img_size", img_size, images), patch_size, stride, in_chans, embed_dim, stem, class_token,
+            num_registers, pos_embed, pos_drop_rate, **dd,
+        )  # fmt: skip
         mixer = mixer_of(recurrence)
         of_mamba = dict(d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank, conv=conv)
         options = mixer_args(VisionMamba, mixer, {**of_mamba, **options})
@@ -150,7 +141,6 @@ class VisionMamba(TokenModel):
         check_whole("depth", depth)
         check_number("gate_sparsity", gate_sparsity)
         check_number("drop_rate", drop_rate, 0, 1)
-        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         modes = layer_modes(bidirectional, depth)
         self.steps = layer_steps(modes, layer_pairs)
         self.num_classes = num_classes

@@ -18,7 +18,7 @@ from vimamba.layers.mixers.directional import DirectionalMixer, Scan, needed
 from vimamba.layers.options import check_choice, check_number, check_whole
 from vimamba.ops import Direction, causal_conv1d, linear, mixer, selective_scan
 
-for _leaf in ("insert_tokens", "mixer", "split_tokens"):
+for _leaf in ("_image_grid", "insert_tokens", "mixer", "split_tokens"):
     torch.fx.wrap(_leaf)  # a symbolic trace calls these as they are
 
 CONVS = ("1d", "2d")
@@ -149,7 +149,7 @@ class BidirectionalMixer(DirectionalMixer):
         return super().no_weight_decay() | {n for n, _ in self.named_parameters(recurse=False) if n != "gamma"}
 
     def directions(self, reverse: bool = False) -> list[Direction]:
-        """The weights and sense of each direction; `reverse` turns all of them round."""
+        """The weights of each direction, and which way round it runs; `reverse` turns all of them."""
         return [self._direction(scan, reverse) for scan in self.scans]
 
     def _direction(self, scan: Scan, reverse: bool) -> Direction:
@@ -204,11 +204,9 @@ class BidirectionalMixer(DirectionalMixer):
     def _convolve_grid(self, xz_BLE: Tensor, layout: Layout) -> Tensor:
         """The 2-D convolution of the patches' input half; the gate z and the other tokens stay."""
         assert self.conv2d is not None
-        if not torch.compiler.is_compiling() and len(layout.grid) != 2:
-            raise ValueError(f'conv="2d" needs a grid of rows and columns, got {shape_text(layout.grid)}')
         x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
         patches, others = split_tokens(x_BLD, layout.extras)
-        patches = self.conv2d(patches.transpose(1, 2).unflatten(2, layout.grid)).flatten(2).transpose(1, 2)
+        patches = self.conv2d(patches.transpose(1, 2).unflatten(2, _image_grid(layout))).flatten(2).transpose(1, 2)
         return torch.cat([insert_tokens(patches, others, layout.extras), z_BLD], dim=-1)
 
     def along_path(
@@ -249,6 +247,12 @@ class BidirectionalMixer(DirectionalMixer):
         )  # fmt: skip
         assert isinstance(y, Tensor)
         return y.transpose(1, 2)
+
+
+def _image_grid(layout: Layout) -> tuple[int, ...]:
+    if len(layout.grid) != 2:
+        raise ValueError(f'conv="2d" needs a grid of rows and columns, got {shape_text(layout.grid)}')
+    return layout.grid
 
 
 def _conv_reverse(scan: Scan, reverse: bool) -> bool:
