@@ -43,7 +43,7 @@ def test_a_token_is_the_projection_of_its_patch(size, patch, stride, grid):
     torch.manual_seed(0)
     embed, x = PatchEmbed(2, 12, patch, stride), signal(size)
     tokens = embed(x)
-    assert embed.grid_size(*size) == grid
+    assert embed.grid_size(size) == grid
     for number, place in enumerate(itertools.product(*map(range, grid))):
         cut = tuple(slice(at * s, at * s + p) for at, s, p in zip(place, stride, patch, strict=True))
         expected = x[(..., *cut)].flatten(1) @ embed.proj.weight.flatten(1).t() + embed.proj.bias
@@ -170,6 +170,11 @@ def test_a_block_takes_pytorchs_norms():
 def test_impossible_embeddings_are_refused(size, options, message):
     with pytest.raises(ValueError, match="^" + message):
         TokenEmbedding(size, **{"patch_size": 4, **options})
+
+
+def test_a_signal_of_another_rank_is_refused():
+    with pytest.raises(ValueError, match=r"^image patches need 2 axes behind the channels, got 1"):
+        embedding((8, 8), (4, 4)).embed(torch.zeros(2, 8, 8))
 
 
 def test_patches_of_volumes_keep_their_size():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimamba import Block, VisionMamba, VisionMambaPyramid
+from vimamba.layers import memory
 from vimamba.layers.mixers import RECURRENCES
 from vimamba.layers.mixers.directional import DirectionalMixer
 from vimamba.models.description import skeleton
@@ -134,6 +135,16 @@ def test_a_model_exports(name):
     model = build(**DESIGNS[name])
     exported = torch.export.export(model, (images(),)).module()
     torch.testing.assert_close(exported(images(1)), model(images(1)))
+
+
+def test_long_sequences_learn_the_same(monkeypatch):
+    """What the backward pass of a long sequence computes again is not the recurrence's business."""
+    model, grads = build(paths=["row", "column"]), []
+    for long in (100, 10):
+        monkeypatch.setattr(memory, "LONG", long)
+        grads.append(torch.autograd.grad(model(images()).square().sum(), list(model.parameters())))
+    for kept, computed in zip(*grads, strict=True):
+        torch.testing.assert_close(computed, kept)
 
 
 def test_hooks_and_weight_decay_find_the_recurrence():

@@ -21,14 +21,14 @@ def is_long(x_BLE: Tensor) -> bool:
 
 
 def recomputed(tensor: Tensor, compute: Callable[[], Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
-    """A context in which autograd keeps no `tensor` (nor a contiguous view of it) and calls `compute` for it."""
-    place, size = tensor.data_ptr(), tensor.numel()
+    """A context in which autograd keeps no `tensor` (nor a reshaped view) but calls `compute` for it, if contiguous."""
+    place, size, rows = tensor.data_ptr(), tensor.numel(), tensor.is_contiguous()
 
     def pack(kept: Tensor) -> Tensor | torch.Size:
-        same = kept.data_ptr() == place and kept.numel() == size and kept.is_contiguous()
+        same = rows and kept.data_ptr() == place and kept.numel() == size and kept.is_contiguous()
         return kept.shape if same else kept
 
     def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else compute().view(packed)
+        return packed if isinstance(packed, Tensor) else compute().reshape(packed)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, torch.no_grad()(unpack))

@@ -25,6 +25,10 @@ def patch_grid(size: Sequence[int], patch: tuple[int, ...], stride: tuple[int, .
         ValueError: the signal is smaller than a patch.
     """
     size = _real(size)
+    if len(size) != len(patch):
+        raise ValueError(
+            f"{SIGNALS[len(patch)][0]} patches need {len(patch)} axes behind the channels, got {len(size)}"
+        )
     if any(n < p for n, p in zip(size, patch, strict=True)):
         signal, unit = SIGNALS[len(patch)]
         raise ValueError(f"the {signal} is {shape_text(size)} {unit}, smaller than one patch of {shape_text(patch)}")
@@ -75,7 +79,7 @@ class PatchEmbed(nn.Module):
         conv: Any = CONVS[len(patch_size)]
         self.proj = conv(in_chans, embed_dim, patch_size, stride, device=device, dtype=dtype)
 
-    def grid_size(self, *size: int) -> tuple[int, ...]:
+    def grid_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Tokens along each axis of a signal of this size, see `patch_grid`."""
         return patch_grid(size, self.patch_size, self.stride)
 
@@ -129,7 +133,7 @@ class ConvStem(nn.Module):
         )
         self.proj = nn.Conv2d(embed_dim, embed_dim, 1, **dd)
 
-    def grid_size(self, *size: int) -> tuple[int, ...]:
+    def grid_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """The rows and columns of tokens of an image, see `stem_grid`."""
         return stem_grid(size, self.patch_size)
 

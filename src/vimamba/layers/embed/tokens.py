@@ -75,7 +75,7 @@ class TokenEmbedding(nn.Module):
         self.has_class_token = class_token != "none"
         patch = check_sizes("patch_size", patch_size, len(self.img_size))
         self.patch_embed = _patch_embed(stem, in_chans, embed_dim, patch, stride, **dd)
-        self.grid = self.patch_embed.grid_size(*self.img_size)
+        self.grid = self.patch_embed.grid_size(self.img_size)
         patches = token_layout(class_token, self.grid).patches
         if num_registers > patches:
             raise ValueError(f"num_registers must be from 0 to the number of patches, {patches}, got {num_registers}")
@@ -130,7 +130,7 @@ class TokenEmbedding(nn.Module):
             self.patch_embed = fresh.train(self.training)
         if img_size is not None:
             self.img_size = check_sizes("img_size", img_size, rank)
-        grid = self.patch_embed.grid_size(*self.img_size)
+        grid = self.patch_embed.grid_size(self.img_size)
         if self.pos_embed is not None:
             self.pos_embed = nn.Parameter(self._pos_embed(grid).clone(), self.pos_embed.requires_grad)
         self.grid = grid
@@ -142,7 +142,7 @@ class TokenEmbedding(nn.Module):
 
     def embed(self, x: Tensor) -> tuple[Tensor, Layout]:
         """A signal (batch, in_chans, *size) to tokens (batch, length, embed_dim), and where they stand."""
-        grid = self.patch_embed.grid_size(*(x.shape[axis] for axis in range(2, 2 + len(self.grid))))
+        grid = self.patch_embed.grid_size(x.shape[2:])
         layout = token_layout(self.class_token, grid, self.num_registers)
         tokens = self.patch_embed(x)
         if self.sincos:

@@ -5,6 +5,7 @@ Nothing here knows a recurrence, and no recurrence knows an order: it takes one 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -104,6 +105,10 @@ class DirectionalMixer(nn.Module):
         self.mode, self.merge, self.pooled_token, self.layer_scale = mode, merge, pooled_token, layer_scale
         self.paths = parse_paths(paths)
         self.scans = scans_of(self.paths, mode, path_weights)
+        of_paths = [[scan for scan in self.scans if scan.path == path] for path in self.paths]
+        firsts = itertools.accumulate((len(scans) for scans in of_paths), initial=0)
+        self.scans_of_paths = list(zip(self.paths, firsts, of_paths, strict=False))
+        """Each path, the number of its first scan, and its scans."""
         if pooled_token and (len(self.scans) > 1 or not self.paths[0].along_rows):
             raise ValueError("pooled_token stands in front of one direction along the rows, but the mixer has others")
         if merge == "gate" and len(self.scans) == 1:
@@ -223,10 +228,8 @@ class DirectionalMixer(nn.Module):
         """The sum or mean over all directions: one call, and at most one gather each way, for each path."""
         scale = 1.0 if self.merge == "sum" else 1 / len(self.scans)
         total: Tensor | None = None
-        for path in self.paths:
-            of_path = [i for i, scan in enumerate(self.scans) if scan.path is path]
-            scans = [self.scans[i] for i in of_path]
-            weights = None if weights_BLG is None else weights_BLG[..., of_path[0] : of_path[-1] + 1]
+        for path, first, scans in self.scans_of_paths:
+            weights = None if weights_BLG is None else weights_BLG[..., first : first + len(scans)]
             if path.along_rows:
                 y = self.along_path(u, scans, reverse, scale, weights)
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,21 @@ for _leaf in ("_image_grid", "insert_tokens", "mixer", "split_tokens"):
     torch.fx.wrap(_leaf)  # a symbolic trace calls these as they are
 
 CONVS = ("1d", "2d")
+
+
+class Names(NamedTuple):
+    """The official names of a direction's modules and weights."""
+
+    conv1d: str
+    x_proj: str
+    dt_proj: str
+    D: str
+    A_log: str
+
+
+def _names(scan: Scan) -> Names:
+    end = scan.projections
+    return Names(f"conv1d{end}", f"x_proj{end}", f"dt_proj{end}", f"D{end}", f"A{scan.weights}_log")
 
 
 class BidirectionalMixer(DirectionalMixer):
@@ -104,17 +119,18 @@ class BidirectionalMixer(DirectionalMixer):
         )
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=bias, **dd)
-        for ending in dict.fromkeys(scan.projections for scan in self.scans):
+        self.names = {scan.weights: _names(scan) for scan in self.scans}
+        for names in {names.D: names for names in self.names.values()}.values():
             if conv == "1d":
                 causal = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias, **dd)
-                setattr(self, f"conv1d{ending}", causal)
+                setattr(self, names.conv1d, causal)
             dt_proj = nn.Linear(rank, inner, **dd)
             _init_step_sizes(dt_proj, **self.step_sizes)
-            setattr(self, f"x_proj{ending}", nn.Linear(inner, rank + 2 * d_state, bias=False, **dd))
-            setattr(self, f"dt_proj{ending}", dt_proj)
-            setattr(self, f"D{ending}", nn.Parameter(torch.empty(inner, **dd)))
-        for ending in dict.fromkeys(scan.weights for scan in self.scans):
-            setattr(self, f"A{ending}_log", nn.Parameter(torch.empty(inner, d_state, **dd)))
+            setattr(self, names.x_proj, nn.Linear(inner, rank + 2 * d_state, bias=False, **dd))
+            setattr(self, names.dt_proj, dt_proj)
+            setattr(self, names.D, nn.Parameter(torch.empty(inner, **dd)))
+        for names in self.names.values():
+            setattr(self, names.A_log, nn.Parameter(torch.empty(inner, d_state, **dd)))
         two = conv == "2d"
         self.conv2d = nn.Conv2d(inner, inner, 3, groups=inner, padding=1, bias=conv_bias, **dd) if two else None
         self._add_merge(dim, gate, **dd)
@@ -124,20 +140,19 @@ class BidirectionalMixer(DirectionalMixer):
     @torch.no_grad()
     def _reset_decays(self) -> None:
         """A = -(1, 2, ..., state) for every channel (S4D-real, arXiv 2206.11893), D = 1."""
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.startswith("A"):
-                steps = torch.arange(1, parameter.shape[1] + 1, dtype=torch.float32, device=parameter.device)
-                parameter.copy_(steps.log().expand_as(parameter))
-            elif name.startswith("D"):
-                nn.init.ones_(parameter)
+        for names in self.names.values():
+            A_log = getattr(self, names.A_log)
+            steps = torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32, device=A_log.device)
+            A_log.copy_(steps.log().expand_as(A_log))
+            nn.init.ones_(getattr(self, names.D))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the initial values again of A, D, the step sizes and the factor; the other modules reset themselves."""
         super().reset_parameters()
         self._reset_decays()
-        for ending in dict.fromkeys(scan.projections for scan in self.scans):
-            _init_step_sizes(getattr(self, f"dt_proj{ending}"), **self.step_sizes)
+        for dt_proj in dict.fromkeys(names.dt_proj for names in self.names.values()):
+            _init_step_sizes(getattr(self, dt_proj), **self.step_sizes)
 
     @property
     def first_weight(self) -> Any:
@@ -146,7 +161,8 @@ class BidirectionalMixer(DirectionalMixer):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that keep their scale: A and D of every direction, and the biases that set the time scale."""
-        return super().no_weight_decay() | {n for n, _ in self.named_parameters(recurse=False) if n != "gamma"}
+        kept = {name for names in self.names.values() for name in (names.A_log, names.D)}
+        return super().no_weight_decay() | kept & dict(self.named_parameters()).keys()
 
     def directions(self, reverse: bool = False) -> list[Direction]:
         """The weights of each direction, and which way round it runs; `reverse` turns all of them."""
@@ -154,13 +170,13 @@ class BidirectionalMixer(DirectionalMixer):
 
     def _direction(self, scan: Scan, reverse: bool) -> Direction:
         modules: dict[str, Any] = self._modules  # getattr for a module takes ten times as long
-        ending = scan.projections
-        D = getattr(self, f"D{ending}")
-        x_proj, dt_proj = modules[f"x_proj{ending}"], modules[f"dt_proj{ending}"]
+        names = self.names[scan.weights]
+        D = getattr(self, names.D)
+        x_proj, dt_proj = modules[names.x_proj], modules[names.dt_proj]
         if self.conv2d is not None:  # its output only has its SiLU to come: a convolution of width 1
             taps, bias = D.new_ones(D.shape[0], 1), D.new_zeros(D.shape[0])
         else:
-            conv = modules[f"conv1d{ending}"]
+            conv = modules[names.conv1d]
             taps = conv.weight
             bias = conv.bias if conv.bias is not None else taps.new_zeros(taps.shape[0])
         return Direction(
@@ -169,7 +185,7 @@ class BidirectionalMixer(DirectionalMixer):
             x_proj_weight=x_proj.weight,
             dt_proj_weight=dt_proj.weight,
             dt_bias=dt_proj.bias,
-            A_log=getattr(self, f"A{scan.weights}_log"),
+            A_log=getattr(self, names.A_log),
             D=D,
             conv_reverse=_conv_reverse(scan, reverse),
             scan_reverse=scan.reverse != reverse,
@@ -220,29 +236,29 @@ class BidirectionalMixer(DirectionalMixer):
 
     def _fusible(self, scan: Scan) -> bool:
         modules: dict[str, Any] = self._modules
-        ending = scan.projections
+        names = self.names[scan.weights]
         return (
-            intact(modules[f"x_proj{ending}"], nn.Linear)
-            and intact(modules[f"dt_proj{ending}"], nn.Linear)
-            and (self.conv2d is not None or intact(modules[f"conv1d{ending}"], nn.Conv1d))
+            intact(modules[names.x_proj], nn.Linear)
+            and intact(modules[names.dt_proj], nn.Linear)
+            and (self.conv2d is not None or intact(modules[names.conv1d], nn.Conv1d))
         )
 
     def one_direction(self, u: Tensor, scan: Scan, reverse: bool) -> Tensor:
         """One direction with its modules called: whatever stands in their place, or around the call, takes part."""
         modules: dict[str, Any] = self._modules
-        ending = scan.projections
+        names = self.names[scan.weights]
         x_BDL, z_BDL = u.transpose(1, 2).chunk(2, dim=1)
-        conv = None if self.conv2d is not None else modules[f"conv1d{ending}"]
+        conv = None if self.conv2d is not None else modules[names.conv1d]
         c_BDL = F.silu(x_BDL) if conv is None else _convolve(x_BDL, conv, _conv_reverse(scan, reverse))
-        A_log = getattr(self, f"A{scan.weights}_log")
+        A_log = getattr(self, names.A_log)
         A_log = A_log if A_log.dtype == torch.float64 else A_log.float()
         state = A_log.shape[1]
-        x_dbl_BLE = modules[f"x_proj{ending}"](c_BDL.transpose(1, 2))
+        x_dbl_BLE = modules[names.x_proj](c_BDL.transpose(1, 2))
         dt_BLR, B_BLN, C_BLN = x_dbl_BLE.split([x_dbl_BLE.shape[-1] - 2 * state, state, state], dim=-1)
-        delta_BLD = modules[f"dt_proj{ending}"](dt_BLR)  # its bias included
+        delta_BLD = modules[names.dt_proj](dt_BLR)  # its bias included
         y = selective_scan(
             c_BDL, delta_BLD.transpose(1, 2).to(c_BDL.dtype), -A_log.exp(), B_BLN.transpose(1, 2).to(c_BDL.dtype),
-            C_BLN.transpose(1, 2).to(c_BDL.dtype), getattr(self, f"D{ending}"), z_BDL.to(c_BDL.dtype),
+            C_BLN.transpose(1, 2).to(c_BDL.dtype), getattr(self, names.D), z_BDL.to(c_BDL.dtype),
             delta_softplus=True, reverse=scan.reverse != reverse,
         )  # fmt: skip
         assert isinstance(y, Tensor)
