@@ -284,7 +284,7 @@ def test_offline_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert os.listdir(tmp_path) == []
-    with pytest.raises(UserError, match=r"could not be fetched from the hub .* give its path as the checkpoint"):
+    with pytest.raises(UserError, match=r"could not be fetched from the hub .* give its path as `checkpoint`"):
         vimamba.create_model("vim_small_patch16_224", pretrained=True)
     with pytest.raises(UserError, match="no weights are published for vim_nano"):
         vimamba.create_model("vim_nano", pretrained=True)
