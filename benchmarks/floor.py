@@ -26,7 +26,7 @@ import torch
 
 from vimamba.benchmark.entries import DTYPES, Entry, build, step_of
 from vimamba.benchmark.timing import alternate, ratio
-from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.layers.mixers import BidirectionalMixer
 from vimamba.ops import linear
 
 SOURCE = Path(__file__).with_name("floor.cpp")
@@ -81,14 +81,14 @@ def state_updates(model: Any, size: int) -> int:
     mixers = [module for module in model.modules() if isinstance(module, BidirectionalMixer)]
     if not mixers:
         return 0
-    rows, columns = model.patch_embed.grid_size(size, size)
+    rows, columns = model.patch_embed.grid_size((size, size))
     return (rows * columns + 1) * sum(way.A_log.numel() for mixer in mixers for way in mixer.directions())
 
 
 def floor_of(entry: Entry) -> Floor:
     """The floor of a forward pass of a Vision Mamba."""
     model: Any = build(entry)
-    rows, columns = model.patch_embed.grid_size(entry.size, entry.size)
+    rows, columns = model.patch_embed.grid_size((entry.size, entry.size))
     tokens = entry.batch * (rows * columns + 1)
     patch = model.patch_embed.proj.weight
     products = Counter({(entry.batch * rows * columns, patch[0].numel(), patch.shape[0]): 1})

@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vimamba.layers.block import Block
-from vimamba.layers.mixer import BidirectionalMixer
-from vimamba.models import VisionMamba, create_model, list_models, load_hustvl
-from vimamba.models.pyramid import VisionMambaPyramid
+from vimamba.layers.mixers import BidirectionalMixer
+from vimamba.models import VisionMamba, VisionMambaPyramid, create_model, list_models, load_hustvl
 from vimamba.ops import causal_conv1d, rms_norm, selective_scan
 from vimamba_command import package_version
 

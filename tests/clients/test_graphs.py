@@ -10,7 +10,7 @@ import torch
 from torch.export import Dim, export
 
 from vimamba import VisionMamba
-from vimamba.layers.pos_embed import _bicubic
+from vimamba.layers.embed.position import _bicubic
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, d_state=4, num_classes=5)
 DESIGNS = [

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from vimamba import VisionMamba
-from vimamba.layers import composed
-from vimamba.layers.mixer import BidirectionalMixer
-from vimamba.layers.tokens import Layout
+from vimamba.layers.grid import Layout
+from vimamba.layers.mixers import BidirectionalMixer
 
 NAMES = ["in_proj", "conv1d", "x_proj", "dt_proj", "conv1d_b", "x_proj_b", "dt_proj_b", "out_proj"]
 LAYOUT = Layout((3, 4), (6,))
@@ -70,7 +69,7 @@ def test_called_modules_give_what_the_fused_path_gives(options, reverse):
 
 
 def test_untouched_modules_run_fused(monkeypatch):
-    monkeypatch.setattr(composed, "mixer", lambda *args: pytest.fail("composed"))
+    monkeypatch.setattr(BidirectionalMixer, "one_direction", lambda *args: pytest.fail("not fused"))
     mixer()(tokens())
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import vimamba
 from vimamba import VisionMamba
-from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.layers.mixers import BidirectionalMixer
 from vimamba.models import checkpoints
 from vimamba.models.pyramid import VisionMambaPyramid
 

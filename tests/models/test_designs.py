@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vimamba import VisionMamba
-from vimamba.layers.gate import collect_gates
-from vimamba.layers.pos_embed import sincos_pos_embed
+from vimamba.layers.embed.position import sincos_pos_embed
+from vimamba.layers.mixers.gate import collect_gates
 from vimamba.models.registry import count_flops
 from vimamba.ops import backends, mixer
 
@@ -169,7 +169,7 @@ def test_a_threshold_skips_the_directions_of_the_images_that_do_not_need_them(mo
             counted.append(int(gates.count_nonzero()))
             return mixer(xz, directions, scale, gates, skip=skip)
 
-        monkeypatch.setattr("vimamba.layers.mixer.mixer", count)
+        monkeypatch.setattr("vimamba.layers.mixers.mamba.mixer", count)
         with collect_gates() as gates:
             skipped = model(batch)
         kept = sum(int((gate >= 0.25).sum()) for gate in gates)

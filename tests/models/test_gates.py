@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from vimamba import VisionMamba
-from vimamba.layers.gate import collect_gates
+from vimamba.layers.mixers.gate import collect_gates
 from vimamba.models.pyramid import VisionMambaPyramid
 
 TOKENS = dict(img_size=32, patch_size=8, embed_dim=16, depth=3)

@@ -13,7 +13,7 @@ from torch import nn
 
 import vimamba
 from vimamba.errors import UserError
-from vimamba.layers.pos_embed import resize_pos_embed
+from vimamba.layers.embed.position import resize_pos_embed
 from vimamba.models import checkpoints, registry
 from vimamba.models.registry import convert_checkpoint, count_flops, count_parameters
 
@@ -124,8 +124,8 @@ def test_intermediates(switches):
     torch.testing.assert_close(last, model.forward_features(x))
     assert [m.shape for m in maps] == [(2, 16, 4, 3)] * 4
     normed = model.forward_intermediates(x, indices=[3], norm=True, intermediates_only=True, output_fmt="NLC")[0]
-    positions = vimamba.layers.tokens.class_positions(model.class_token, 12)
-    torch.testing.assert_close(normed, vimamba.layers.tokens.split_tokens(last, positions)[0])
+    positions = vimamba.layers.grid.class_positions(model.class_token, 12)
+    torch.testing.assert_close(normed, vimamba.layers.grid.split_tokens(last, positions)[0])
     early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
     torch.testing.assert_close(early[0], maps[1])
     (patches, classes) = model.forward_intermediates(x, indices=1, return_prefix_tokens=True, intermediates_only=True)[
@@ -284,7 +284,7 @@ def test_offline_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert os.listdir(tmp_path) == []
-    with pytest.raises(UserError, match=r"could not be fetched from the hub .* give its path as the checkpoint"):
+    with pytest.raises(UserError, match=r"could not be fetched from the hub .* give its path as `checkpoint`"):
         vimamba.create_model("vim_small_patch16_224", pretrained=True)
     with pytest.raises(UserError, match="no weights are published for vim_nano"):
         vimamba.create_model("vim_nano", pretrained=True)

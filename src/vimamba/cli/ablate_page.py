@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from vimamba.errors import UserError
-from vimamba.layers.paths import Path as ScanPath
+from vimamba.layers.grid import ScanPath
 
 DRAWN = ("row", "column", "snake", "window2")
 

@@ -8,11 +8,12 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vimamba.layers import recompute
+from vimamba.layers import memory
+from vimamba.layers.grid import Layout
 from vimamba.layers.intact import intact
-from vimamba.layers.mixer import BidirectionalMixer
-from vimamba.layers.norm import LayerNorm, RMSNorm, add_norm, compute_dtype, widen
-from vimamba.layers.tokens import Layout
+from vimamba.layers.mixers import DirectionalMixer
+from vimamba.layers.norm import LayerNorm, RMSNorm, add_norm, compute_dtype
+from vimamba.ops.arguments import widen
 
 for _leaf in ("in_type_of", "widen"):
     torch.fx.wrap(_leaf)
@@ -26,22 +27,35 @@ def in_type_of(weight: Any, x: Tensor) -> Tensor:
 class Block(nn.Module):
     """stream += drop_path(mixer(norm(stream))). The residual stream is float32, whatever the weights are.
 
+        block = Block(BidirectionalMixer(192), torch.nn.RMSNorm(192))
+        tokens = block(tokens)  # (batch, length, 192)
+
     Args:
-        mixer: what mixes the tokens.
-        norm: what normalises the stream in front of it.
+        mixer: what mixes the tokens: a `BidirectionalMixer`, or a `DirectionalMixer` over another recurrence.
+        norm: what normalises the stream in front of it; `layers.norm.RMSNorm` and `LayerNorm` are joined with the
+            addition to the stream.
         drop_path: probability of dropping the block's output, for each image.
     """
 
-    def __init__(self, mixer: BidirectionalMixer, norm: RMSNorm | LayerNorm, drop_path: float = 0.0) -> None:
+    def __init__(self, mixer: DirectionalMixer, norm: nn.Module, drop_path: float = 0.0) -> None:
         super().__init__()
         self.mixer = mixer
         self.norm = norm
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, stream: Tensor, reverse: bool = False, layout: Layout | None = None) -> Tensor:
-        """The residual stream (batch, length, dim) to the stream after this block."""
+        """The residual stream (batch, length, dim) to the stream after this block, float32 or float64.
+
+        Args:
+            stream: (batch, length, dim).
+            reverse: give what the flipped sequence would give, flipped back.
+            layout: where the tokens stand on the grid, for mixers that read it in other orders than "row".
+
+        Raises:
+            ValueError: the mixer needs the layout and there is none, or it is that of another sequence.
+        """
         stream = widen(stream)
-        normed = in_type_of(self.mixer.in_proj.weight, self.norm(stream))
+        normed = in_type_of(self.mixer.first_weight, self.norm(stream))
         return stream + self._mixed(normed, stream, reverse, layout)
 
     def step(
@@ -52,20 +66,18 @@ class Block(nn.Module):
         Takes what the previous block gave and the stream without it (None: there is nothing else yet), and returns
         the same of this block.
         """
-        if stream is None and isinstance(self.mixer.in_proj.weight, Tensor):
-            dtype = compute_dtype(self.mixer.in_proj.weight)
-        else:
-            dtype = compute_dtype(hidden)
+        first_weight = self.mixer.first_weight if stream is None else None
+        dtype = compute_dtype(first_weight if isinstance(first_weight, Tensor) else hidden)
         normed, stream = add_norm(self.norm, hidden, stream, dtype)
         return self._mixed(normed, stream, reverse, layout), stream
 
     def _mixed(self, normed: Tensor, stream: Tensor, reverse: bool, layout: Layout | None) -> Tensor:
-        if not recompute.pays(normed) or not intact(self.norm, RMSNorm, LayerNorm):
+        if not memory.is_long(normed) or not intact(self.norm, RMSNorm, LayerNorm):
             return self.drop_path(self.mixer(normed, reverse, layout))
         kept, dtype = stream.detach(), normed.dtype
 
-        def again() -> Tensor:
+        def recompute() -> Tensor:
             return self.norm(kept).to(dtype)
 
-        with recompute.instead_of(normed, again):
-            return self.drop_path(self.mixer(normed, reverse, layout, again))
+        with memory.recomputed(normed, recompute):
+            return self.drop_path(self.mixer(normed, reverse, layout, recompute))

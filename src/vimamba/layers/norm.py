@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vimamba.layers.intact import intact, watched
 from vimamba.layers.options import check_number
 from vimamba.ops import rms_norm
+from vimamba.ops.arguments import widen
 from vimamba.ops.backends import autocasts
 
 for _leaf in ("compute_dtype", "widen", "_rms_norm", "_layer_norm"):
@@ -20,11 +21,6 @@ for _leaf in ("compute_dtype", "widen", "_rms_norm", "_layer_norm"):
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type in which matrix products with `x` run: autocast's, where it is on."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
-
-
-def widen(x: Tensor) -> Tensor:
-    """`x` in the type of the residual stream: float32, or float64 if it is that."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,7 +46,12 @@ class RMSNorm(nn.Module):
         super().__init__()
         check_number("norm_eps", eps)
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A weight of 1."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to the same, in x's type or autocast's."""

@@ -31,18 +31,21 @@ def check_number(name: str, value: Any, least: float = 0.0, most: float = math.i
         raise ValueError(f"{name} must be a number {limits}, got {value!r}")
 
 
-def check_pair(name: str, value: Any) -> tuple[int, int]:
-    """Height and width from one whole number or two.
+AXES = {1: "a length", 2: "a height and a width", 3: "a depth, a height and a width"}
+
+
+def check_sizes(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    """The length along each of `rank` axes, from one whole number for all or one for each.
 
     Raises:
         ValueError: they are not, or one is under 1.
     """
-    pair = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be one whole number, or a height and a width, got {value!r}")
-    for side in pair:
-        check_whole(name, side)
-    return int(pair[0]), int(pair[1])
+    sizes = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,) * rank
+    if len(sizes) != rank:
+        raise ValueError(f"{name} must be one whole number, or {AXES[rank]}, got {value!r}")
+    for size in sizes:
+        check_whole(name, size)
+    return tuple(map(int, sizes))
 
 
 def check_names(owner: str, given: Collection[str], known: Collection[str]) -> None:

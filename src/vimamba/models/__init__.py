@@ -1,7 +1,8 @@
-"""VisionMamba, the registry of models, and their checkpoints."""
+"""The trunks, the registry of models, and their checkpoints."""
 
 from vimamba.models.hustvl import load_hustvl
+from vimamba.models.pyramid import VisionMambaPyramid
 from vimamba.models.registry import create_model, list_models
 from vimamba.models.vision_mamba import VisionMamba
 
-__all__ = ["VisionMamba", "create_model", "list_models", "load_hustvl"]
+__all__ = ["VisionMamba", "VisionMambaPyramid", "create_model", "list_models", "load_hustvl"]

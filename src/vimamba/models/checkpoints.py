@@ -120,20 +120,20 @@ def state_dict_of(contents: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in found.items()}
 
 
-def check_fit(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Refuse a state dict whose names, shapes or kinds of numbers are not those of `own`, in one sentence.
+def check_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Refuse a state dict whose names, shapes or kinds of numbers are not those `expected`, in one sentence.
 
     Raises:
         UserError: it is another model's.
     """
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     for problem, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             listed = ", ".join(shown(name).strip("'") for name in names[:3])
             raise UserError(f"is of another model: it {problem} {listed}{more}")
-    for name in sorted(own):
-        found, wanted = tensors[name], own[name]
+    for name in sorted(expected):
+        found, wanted = tensors[name], expected[name]
         if found.shape != wanted.shape:
             shapes = f"{name} has shape {tuple(found.shape)}, the model has {tuple(wanted.shape)}"
             raise UserError(f"is of another model: {shapes}")
@@ -147,11 +147,11 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str | Pat
     Raises:
         UserError: names or shapes differ from the model's, or a weight is not a finite number.
     """
-    own = model.state_dict()
+    expected = model.state_dict()
     with naming(source):
-        check_fit(own, tensors)
+        check_fit(expected, tensors)
         for name, value in tensors.items():
-            if not value.to(own[name].dtype).isfinite().all():
+            if not value.to(expected[name].dtype).isfinite().all():
                 raise UserError(f"{name} holds numbers that are infinite or not a number; these weights are broken")
     model.load_state_dict(tensors)
 

@@ -1,37 +1,41 @@
-"""What timm and other people's code expect of a backbone, beside its forward pass."""
+"""What timm and other people's code expect of a backbone with a classifier, whatever its trunk is."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vimamba.layers.gate import GatedModel
-from vimamba.layers.mixer import BidirectionalMixer
-from vimamba.layers.norm import add_norm, compute_dtype
+from vimamba.layers.mixers import DirectionalMixer, recurrence_options
+from vimamba.layers.mixers.gate import DirectionGate, indecision
 from vimamba.layers.options import check_choice, check_names, check_number, check_whole
-from vimamba.layers.tokens import Layout, Places, split_tokens, take_tokens
-
-try:
-    from timm.models._input import update_model_input_size
-except ImportError:  # timm before 1.0.31 keeps no record of the size
-    update_model_input_size = None  # type: ignore[assignment]
 
 
-def check_mixer_args(owner: type[nn.Module], given: Mapping[str, Any], own: Sequence[str] = ()) -> None:
-    """Raise TypeError if `given` holds a name that is an argument neither of `owner` nor of its mixers.
+def mixer_args(
+    owner: type[nn.Module],
+    mixer: Callable[..., DirectionalMixer],
+    given: Mapping[str, Any],
+    of_directions: Collection[str] = (),
+) -> dict[str, Any]:
+    """Those of the arguments `given` to a model that its mixers take: their recurrence's, and `of_directions`.
 
-    `own` are the mixers' arguments that `owner` sets itself.
+    Raises:
+        TypeError: one is an argument neither of the model nor of its mixers.
+        ValueError: one is not as the model has it by default, and the recurrence has no use for it.
     """
-    mixers = inspect.signature(BidirectionalMixer).parameters.keys() - {"dim", "device", "dtype", *own}
-    accepted = [n for n in inspect.signature(owner).parameters if n != "mixer_args"]
-    unknown = [name for name in given if name not in mixers]
-    check_names(owner.__name__, unknown, [*accepted, *sorted(mixers)])
+    known = recurrence_options(mixer) | set(of_directions)
+    accepted = {n: parameter.default for n, parameter in inspect.signature(owner).parameters.items()}
+    unused = [name for name in given if name not in known]
+    check_names(owner.__name__, [name for name in unused if name not in accepted], [*accepted, *sorted(known)])
+    for name in unused:
+        if given[name] != accepted[name]:
+            raise ValueError(f"{name}={given[name]!r} is no option of this model's recurrence: leave {name} out")
+    return {name: value for name, value in given.items() if name in known}
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
@@ -44,22 +48,67 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
-class TimmModel(GatedModel):
-    """A backbone with a classifier."""
+class TimmModel(nn.Module):
+    """A backbone of numbered blocks or stages, with a classifier. Its trunk defines what raises NotImplementedError."""
 
+    POOLS: Sequence[str]
+    FORMATS: Sequence[str] = ("NCHW",)
     head: nn.Module
     num_features: int
     num_classes: int
     global_pool: str
+    gate_sparsity: float
+    feature_info: list[dict[str, Any]]
 
-    if TYPE_CHECKING:
+    def _check_pool(self, pool: str | None) -> str:
+        check_choice("global_pool", pool, self.POOLS)
+        return str(pool)
 
-        def _check_pool(self, pool: str | None) -> str: ...
+    def _stack(self) -> nn.ModuleList:
+        """The blocks or stages that features are taken from."""
+        raise NotImplementedError
+
+    def _taps(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Any]]:
+        """The normalised output and what the blocks in `take` gave, with none run after `last` unless it is None.
+
+        Takes x, take, last, norm, output_fmt and what else a trunk's `forward_intermediates` has.
+        """
+        raise NotImplementedError
+
+    def _prune(self, last: int, prune_norm: bool) -> None:
+        """Drop the blocks after number `last`, and the norm behind them where asked."""
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (batch, in_chans, height, width) to the trunk's normalised output."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The trunk's output to logits, or to pooled features."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (batch, in_chans, height, width) to logits (batch, num_classes)."""
+        return self.forward_head(self.forward_features(x))
 
     def _make_head(self, num_classes: int, **factory: Any) -> nn.Module:
         """A classifier, or nothing for 0 classes."""
         check_whole("num_classes", num_classes, 0)
         return nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
+
+    @torch.no_grad()
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Set the initial values, after `to_empty` for one; as timm's, without the reset that modules did when made."""
+        if needs_reset:
+            for module in reversed(list(self.modules())):  # a mixer's after those of its modules
+                reset: Any = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
+        self._init_trunk()
+        self._init_head()
+
+    def _init_trunk(self) -> None:
+        """Set those initial values that modules do not set themselves."""
 
     @torch.no_grad()
     def _init_head(self) -> None:
@@ -72,7 +121,7 @@ class TimmModel(GatedModel):
         return {
             f"{prefix}.{name}"
             for prefix, module in self.named_modules()
-            if isinstance(module, BidirectionalMixer)
+            if isinstance(module, DirectionalMixer)
             for name in module.no_weight_decay()
         }
 
@@ -89,95 +138,67 @@ class TimmModel(GatedModel):
         self.num_classes, self.head = num_classes, head
         self._init_head()
 
-
-class TokenBackbone(TimmModel):
-    """A stack of blocks on one grid of tokens, as `VisionMamba` is: everything around its forward pass."""
-
-    layers: nn.ModuleList
-    schedule: list[tuple[int, ...]]
-    norm_f: nn.Module
-    img_size: tuple[int, int]
-
-    if TYPE_CHECKING:
-
-        def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]: ...
-        def _places(self, patches: int) -> Places: ...
-        def _blocks(
-            self, tokens: Tensor, layout: Layout, take: Sequence[int] = (), last: int | None = None
-        ) -> tuple[Tensor, Tensor | None, list[Tensor]]: ...
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay must leave alone."""
-        tokens = {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail", "reg_tokens"}
-        return tokens | super().no_weight_decay()
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into stem and blocks, for layer-wise learning rates."""
-        return {
-            "stem": r"^cls_token|^reg_tokens|^pos_embed|^patch_embed",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
-        }
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input in training and compute the rest again in the backward pass."""
-        self.grad_checkpointing = enable
-
-    def _record_input_size(self, patch_size: Any = None) -> None:
-        """Tell timm the size that images have from now on, for `timm.data` and for saving."""
-        if update_model_input_size is not None:
-            update_model_input_size(self, self.img_size, patch_size=patch_size)
-
     def forward_intermediates(
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        **how: Any,
     ) -> Any:
-        """Run the model and collect the residual stream after some of its blocks.
+        """Run the model and collect what some of its blocks (of a pyramid: stages) gave.
 
         Args:
             x: images, (batch, in_chans, height, width).
             indices: the last n blocks, or which ones; all by default.
-            return_prefix_tokens: also return the class tokens, then the register tokens with each map.
-            norm: apply the final norm to each.
+            norm: apply the final norm to each (of a pyramid: to the last stage's).
             stop_early: do not run blocks after the last one asked for.
-            output_fmt: "NCHW" maps or "NLC" tokens.
+            output_fmt: "NCHW" maps, or "NLC" tokens where the trunk has them.
             intermediates_only: return the list alone.
+            **how: of the trunk.
 
         Returns:
-            The list, each (batch, embed_dim, rows, columns), or the normalised tokens and the list.
+            The list, each (batch, channels, rows, columns), or the model's normalised output and the list.
         """
-        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
-        take, last = feature_take_indices(len(self.layers), indices)
-        tokens, grid = self.embed(x)
-        places = self._places(grid[0] * grid[1])
-        hidden, stream, taken = self._blocks(tokens, Layout(grid, places.extras), take, last if stop_early else None)
-        outputs: list[Any] = []
-        for tap in taken:
-            tap = self.norm_f(tap) if norm else tap
-            patches, _ = split_tokens(tap, places.extras)
-            if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-            prefix = take_tokens(tap, places.classes + places.registers) if return_prefix_tokens else None
-            outputs.append(patches if prefix is None else (patches, prefix))
-        if intermediates_only:
-            return outputs
-        return add_norm(self.norm_f, hidden, stream, compute_dtype(tokens))[0], outputs
+        check_choice("output_fmt", output_fmt, self.FORMATS)
+        take, last = feature_take_indices(len(self._stack()), indices)
+        output, taps = self._taps(x, take, last if stop_early else None, norm, output_fmt, **how)
+        return taps if intermediates_only else (output, taps)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the blocks after the last one of `indices`, and the norm and the classifier where asked."""
-        take, last = feature_take_indices(len(self.layers), indices)
-        kept = [step for step in self.schedule if step[0] <= last]
-        self.schedule = kept
-        self.layers = self.layers[: kept[-1][-1] + 1]
-        if prune_norm:
-            self.norm_f = nn.Identity()
+        take, last = feature_take_indices(len(self._stack()), indices)
+        self._prune(last, prune_norm)
         if prune_head:
-            self.head = nn.Identity()
+            self.reset_classifier(0)
         return take
+
+    def _gates(self) -> list[DirectionGate]:
+        return [module for module in self.modules() if isinstance(module, DirectionGate)]
+
+    def set_gate_threshold(self, threshold: float) -> None:
+        """In evaluation, skip each direction of a layer whose gate for an image is under `threshold` (0 to 1).
+
+        Raises:
+            ValueError: there are no gates, or they are the tokens', not the image's.
+        """
+        if not self._gates() or self._gates()[0].level != "image":
+            raise ValueError('merge="gate" with gate="image" is needed to skip directions')
+        check_number("threshold", threshold, 0, 1)
+        for gate in self._gates():
+            gate.threshold = threshold
+
+    def gate_loss(self, gates: Sequence[Tensor]) -> Tensor | float:
+        """`gate_sparsity` times the mean entropy of gates from `collect_gates`, for the loss; 0 if there are none.
+
+            with collect_gates() as gates:
+                logits = model(images)
+            loss = cross_entropy(logits, targets) + model.gate_loss(gates)
+
+        It is lowest where each layer has chosen one direction for each image, so that skipping the others costs little.
+        """
+        return self.gate_sparsity * indecision(gates) if gates and self.gate_sparsity else 0.0

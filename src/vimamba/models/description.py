@@ -26,7 +26,7 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
 from vimamba.errors import UserError, nearest, one_line, shown
-from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.layers.mixers import RECURRENCES
 from vimamba.models.checkpoints import check_fit
 from vimamba.models.pyramid import VisionMambaPyramid
 from vimamba.models.vision_mamba import VisionMamba
@@ -167,7 +167,7 @@ def arguments_of(model_class: type) -> dict[str, Any]:
     """The arguments of a model's constructor that describe it, with their kinds."""
     owners: list[type] = [model_class]
     if issubclass(model_class, VisionMamba | VisionMambaPyramid):
-        owners.append(BidirectionalMixer)  # to which they pass the others on
+        owners += [made_by for made_by in RECURRENCES.values() if isinstance(made_by, type)]  # they pass the others on
     kinds: dict[str, Any] = {}
     for owner in owners:
         constructor = owner.__init__  # type: ignore[misc]

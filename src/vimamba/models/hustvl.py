@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from vimamba.errors import UserError, naming, nearest, one_line
-from vimamba.layers.tokens import CLASS_TOKENS
+from vimamba.layers.grid import CLASS_TOKENS
 from vimamba.models.checkpoints import load_weights, read_checkpoint, state_dict_of
 from vimamba.models.vision_mamba import VisionMamba
 
@@ -63,9 +63,9 @@ def load_hustvl(checkpoint: str | Path | dict[str, Any], **hustvl_kwargs: Any) -
         raise UserError(f"{source}: not a Vision Mamba checkpoint (no patch_embed.proj.weight or layers.0.mixer.A_log)")
     with naming(source):
         try:
-            told = {**_of_the_name(contents.get("args")), **hustvl_kwargs}
-            told = {name: value for name, value in told.items() if value is not None}
-            model = VisionMamba(**_constructor_args(tensors, {**_untold(tensors, told, source), **told}))
+            known = {**_of_the_name(contents.get("args")), **hustvl_kwargs}
+            known = {name: value for name, value in known.items() if value is not None}
+            model = VisionMamba(**_constructor_args(tensors, {**_assumed(tensors, known, source), **known}))
         except UserError:
             raise
         except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
@@ -81,32 +81,32 @@ def _of_the_name(args: Any) -> dict[str, Any]:
         return {}
     stride, patch = re.search(r"_stride(\d{1,3})_", name), re.search(r"_patch(\d{1,3})_", name)
     pool = re.search(r"_final_pool_(none|mean|max|all)(_|$)", name)
-    told: dict[str, Any] = {"final_pool_type": pool[1] if pool else None}
+    known: dict[str, Any] = {"final_pool_type": pool[1] if pool else None}
     if stride or patch:
-        told["stride"] = int((stride or patch)[1])  # type: ignore[index]
+        known["stride"] = int((stride or patch)[1])  # type: ignore[index]
     if re.search("midclstok|middle_cls", name):
-        told["use_middle_cls_token"] = True
+        known["use_middle_cls_token"] = True
     if "div2" in name:
-        told["if_divide_out"] = True
+        known["if_divide_out"] = True
     if "_rope" in name:
-        told |= {"if_rope": True, "if_rope_residual": "rope_also_residual" in name}
-    return told
+        known |= {"if_rope": True, "if_rope_residual": "rope_also_residual" in name}
+    return known
 
 
-def _untold(tensors: dict[str, Tensor], told: dict[str, Any], source: Any) -> dict[str, Any]:
+def _assumed(tensors: dict[str, Tensor], known: dict[str, Any], source: Any) -> dict[str, Any]:
     """Values for what nothing tells: refused where the published models have no common one, else said in a warning."""
-    if "final_pool_type" not in told and not tensors.keys() & {"cls_token", "cls_token_head"}:
+    if "final_pool_type" not in known and not tensors.keys() & {"cls_token", "cls_token_head"}:
         raise UserError(
             "has no class token, and does not tell what is pooled: give final_pool_type, "
             "none (the last token), mean, max or all"
         )
-    if "if_rope" not in told and any(name.startswith("rope.") for name in tensors):
+    if "if_rope" not in known and any(name.startswith("rope.") for name in tensors):
         raise UserError("has rotary frequencies: give if_rope=True and if_rope_residual, or if_rope=False")
-    stride, sure = _stride(tensors, told)
-    taken: dict[str, Any] = {} if "stride" in told else {"stride": stride}
-    unsure = [] if "stride" in told or sure else ["stride"]
+    stride, sure = _stride(tensors, known)
+    taken: dict[str, Any] = {} if "stride" in known else {"stride": stride}
+    unsure = [] if "stride" in known or sure else ["stride"]
     for name, tensor in (("use_middle_cls_token", "cls_token"), ("if_divide_out", "layers.0.mixer.conv1d_b.weight")):
-        if tensor in tensors and name not in told:
+        if tensor in tensors and name not in known:
             taken[name] = True
             unsure.append(name)
     if unsure:
@@ -115,35 +115,35 @@ def _untold(tensors: dict[str, Tensor], told: dict[str, Any], source: Any) -> di
     return taken
 
 
-def _stride(tensors: dict[str, Tensor], told: dict[str, Any]) -> tuple[int, bool]:
+def _stride(tensors: dict[str, Tensor], known: dict[str, Any]) -> tuple[int, bool]:
     """The stride for which the position embedding covers img_size, else 224, and whether that is plain.
 
     Whole patches on 224 pixels are what the published models have; 27 × 27 are strides of 8 there, or of 16 on 432.
     """
     patch = int(tensors["patch_embed.proj.weight"].shape[2])
-    size = told.get("img_size", 224)
+    size = known.get("img_size", 224)
     if "pos_embed" not in tensors or not isinstance(size, int):
-        return patch, "img_size" in told
+        return patch, "img_size" in known
     classes = len(tensors.keys() & {"cls_token", "cls_token_head", "cls_token_tail"})
     side = math.isqrt(max(0, tensors["pos_embed"].shape[1] - classes))
-    likely = range(patch, 0, -1) if "img_size" in told else [max(1, patch // part) for part in (1, 2, 4)]
+    likely = range(patch, 0, -1) if "img_size" in known else [max(1, patch // part) for part in (1, 2, 4)]
     fitting = [stride for stride in likely if (size - patch) // stride + 1 == side]
-    return (fitting[0], "img_size" in told or fitting[0] == patch) if fitting else (patch, False)
+    return (fitting[0], "img_size" in known or fitting[0] == patch) if fitting else (patch, False)
 
 
 def _constructor_args(tensors: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
     """VisionMamba's arguments for these tensors and official keyword arguments."""
-    told = _sizes(tensors)
-    for name, value in told.items():
+    sizes = _sizes(tensors)
+    for name, value in sizes.items():
         if name in given and given[name] is not None and given[name] != value:
             raise UserError(f"{name}={given[name]!r} does not fit the checkpoint, whose tensors say {value!r}")
-    official = {**OFFICIAL, **given, **told}
+    official = {**OFFICIAL, **given, **sizes}
     if official["flip_img_sequences_ratio"] > 0:
         raise UserError("flip_img_sequences_ratio > 0 flips sequences at random even in evaluation: not supported")
     ssm = dict(official["ssm_cfg"] or {})
     mode = MODES[official["bimamba_type"]]
-    tokens = "double" if told["use_double_cls_token"] else "middle" if official["use_middle_cls_token"] else "head"
-    class_token = tokens if told["if_cls_token"] else "none"
+    tokens = "double" if sizes["use_double_cls_token"] else "middle" if official["use_middle_cls_token"] else "head"
+    class_token = tokens if sizes["if_cls_token"] else "none"
     prefix = "layers.0.mixer."
     embed_dim = official["embed_dim"]
     return dict(
@@ -163,11 +163,11 @@ def _constructor_args(tensors: dict[str, Tensor], given: dict[str, Any]) -> dict
         merge="mean" if mode == "ssm_conv" and official["if_divide_out"] else "sum",
         class_token=class_token,
         global_pool="token" if class_token != "none" else POOLS[official["final_pool_type"]],
-        pos_embed=told["if_abs_pos_embed"],
+        pos_embed=sizes["if_abs_pos_embed"],
         rope="hustvl" if official["if_rope"] else "none",
         rope_residual=official["if_rope_residual"],
         rope_grid=official["pt_hw_seq_len"],
-        norm="rms" if told["rms_norm"] else "layer",
+        norm="rms" if sizes["rms_norm"] else "layer",
         norm_eps=official["norm_epsilon"],
         layer_scale=1.0 if prefix + "gamma" in tensors else None,
         pos_drop_rate=official["drop_rate"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, Mlp
 from timm.layers.attention import Attention
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vimamba.layers.mixer import MODES, BidirectionalMixer
-from vimamba.layers.options import check_choice, check_number, check_pair, check_whole
-from vimamba.layers.tokens import Layout
+from vimamba.layers.grid import Layout
+from vimamba.layers.mixers import DirectionalMixer, mixer_of
+from vimamba.layers.mixers.directional import MODES
+from vimamba.layers.options import check_choice, check_number, check_sizes, check_whole
 from vimamba.models.build import build
-from vimamba.models.contract import TimmModel, check_mixer_args, drop_path_rates
+from vimamba.models.contract import TimmModel, drop_path_rates, mixer_args
 
 REDUCTIONS = (4, 8, 16, 32)
 __all__ = ["VisionMambaPyramid", "vim_pyramid_nano", "vim_pyramid_small", "vim_pyramid_tiny"]
@@ -62,7 +62,7 @@ class ConvBlock(nn.Module):
 class TokenBlock(nn.Module):
     """A mixer of tokens and an MLP, each behind a norm and beside a skip: for the late stages."""
 
-    def __init__(self, dim: int, mixer: BidirectionalMixer | Attention, drop_path: float = 0.0, **factory: Any) -> None:
+    def __init__(self, dim: int, mixer: DirectionalMixer | Attention, drop_path: float = 0.0, **factory: Any) -> None:
         super().__init__()
         self.norm1, self.mixer = nn.LayerNorm(dim, **factory), mixer
         self.norm2, self.mlp = nn.LayerNorm(dim, **factory), Mlp(dim, 4 * dim, **factory)
@@ -73,7 +73,7 @@ class TokenBlock(nn.Module):
         grid = (x.shape[2], x.shape[3])
         tokens = x.flatten(2).transpose(1, 2)
         normed = self.norm1(tokens)
-        if isinstance(self.mixer, BidirectionalMixer):
+        if isinstance(self.mixer, DirectionalMixer):
             mixed = self.mixer(normed, layout=Layout(grid))
         else:
             mixed = self.mixer(normed)
@@ -119,13 +119,16 @@ class VisionMambaPyramid(TimmModel):
         drop_path_rate: stochastic depth of the last block, rising linearly.
         bidirectional: "none", "ssm" or "ssm_conv", as of `VisionMamba`, for every block.
         gate_sparsity: factor of the gates' entropy in `gate_loss`.
+        recurrence: what runs along the directions, as of `VisionMamba`.
         device, dtype: of the weights.
-        **mixer_args: further arguments of `BidirectionalMixer`: paths, merge ...
+        **options: of the mixers; for "mamba" those of `BidirectionalMixer`: paths, merge, d_state ...
 
     Raises:
         ValueError: an argument is impossible; the message names it.
         TypeError: there is no such argument.
     """
+
+    POOLS = ("avg", "")
 
     def __init__(
         self,
@@ -141,16 +144,19 @@ class VisionMambaPyramid(TimmModel):
         drop_path_rate: float = 0.0,
         bidirectional: str = "ssm_conv",
         gate_sparsity: float = 0.0,
+        recurrence: str | Callable[..., nn.Module] = "mamba",
         device: Any = None,
         dtype: torch.dtype | None = None,
-        **mixer_args: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
-        former = mixer_args.pop("mode", bidirectional)  # its name in version 0.1
+        former = options.pop("mode", bidirectional)  # its name in version 0.1
         if bidirectional not in (former, "ssm_conv"):
             raise ValueError(f"mode={former!r} is the former name of bidirectional={bidirectional!r}: give one")
         bidirectional = former
-        check_mixer_args(VisionMambaPyramid, mixer_args)
+        make_mixer = mixer_of(recurrence)
+        of_directions = ("merge", "paths", "path_weights", "gate", "pooled_token", "layer_scale")
+        options = mixer_args(VisionMambaPyramid, make_mixer, options, of_directions)
         for name, value, length, least in (
             ("dims", dims, 4, 2),
             ("depths", depths, 4, 1),
@@ -171,7 +177,7 @@ class VisionMambaPyramid(TimmModel):
         check_number("gate_sparsity", gate_sparsity)
         check_number("drop_rate", drop_rate, 0, 1)
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        self.img_size = check_pair("img_size", img_size)
+        self.img_size = check_sizes("img_size", img_size, 2)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.global_pool = self._check_pool(global_pool)
         self.gate_sparsity = gate_sparsity
@@ -192,7 +198,7 @@ class VisionMambaPyramid(TimmModel):
                 elif block >= depth - attending:
                     blocks.append(TokenBlock(dim, Attention(dim, dim // head_dim, qkv_bias=True, **dd), rate, **dd))
                 else:
-                    mixer = BidirectionalMixer(dim, mode=bidirectional, **mixer_args, **dd)
+                    mixer = make_mixer(dim, mode=bidirectional, **options, **dd)
                     blocks.append(TokenBlock(dim, mixer, rate, **dd))
             stages.append(Stage(nn.Identity() if i == 0 else _conv_norm(dims[i - 1], dim, 2, **dd), blocks))
         self.stages = nn.ModuleList(stages)
@@ -203,11 +209,7 @@ class VisionMambaPyramid(TimmModel):
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             for i, (dim, reduction) in enumerate(zip(dims, REDUCTIONS, strict=True))
         ]
-        self._init_head()
-
-    def _check_pool(self, pool: str | None) -> str:
-        check_choice("global_pool", pool, ("avg", ""))
-        return str(pool)
+        self.init_weights(needs_reset=False)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into stem and stages, or blocks, for layer-wise learning rates."""
@@ -220,51 +222,25 @@ class VisionMambaPyramid(TimmModel):
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Run the model and collect the maps of some of its stages.
+    def _stack(self) -> nn.ModuleList:
+        return self.stages
 
-        Args:
-            x: images, (batch, in_chans, height, width).
-            indices: the last n stages, or which ones; all by default.
-            norm: apply the final norm to the last stage's map.
-            stop_early: do not run stages after the last one asked for.
-            output_fmt: "NCHW", the only one.
-            intermediates_only: return the list alone.
-
-        Returns:
-            The list, or the last map and the list.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW",))
-        take, last = feature_take_indices(len(self.stages), indices)
-        maps: list[Tensor] = []
-        x = self.stem(x)
-        for i, stage in enumerate(self.stages):
-            if stop_early and i > last:
-                break
+    def _taps(
+        self, x: Tensor, take: Sequence[int], last: int | None, norm: bool, output_fmt: str
+    ) -> tuple[Tensor, list[Any]]:
+        taps: list[Any] = []
+        x, normed = self.stem(x), None
+        for i, stage in enumerate(self.stages[: None if last is None else last + 1]):
             x = stage(x)
+            normed = self.norm(x) if i == len(REDUCTIONS) - 1 else None
             if i in take:
-                maps.append(self.norm(x) if norm and i == len(REDUCTIONS) - 1 else x)
-        return maps if intermediates_only else (self.norm(x) if i == len(REDUCTIONS) - 1 else x, maps)
+                taps.append(normed if norm and normed is not None else x)
+        return x if normed is None else normed, taps
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last one of `indices`, and the norm and the classifier where asked."""
-        take, last = feature_take_indices(len(self.stages), indices)
+    def _prune(self, last: int, prune_norm: bool) -> None:
         self.stages = self.stages[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()  # type: ignore[assignment]
-        if prune_head:
-            self.reset_classifier(0)
-        return take
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (batch, in_chans, height, width) to the normalised last map, at stride 32."""
@@ -279,10 +255,6 @@ class VisionMambaPyramid(TimmModel):
         if pre_logits or self.num_classes == 0:
             return x
         return self.head(x) if self.global_pool == "avg" else self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (batch, in_chans, height, width) to logits (batch, num_classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 _CFG = dict(

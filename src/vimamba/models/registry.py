@@ -14,8 +14,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vimamba.errors import UserError, nearest
-from vimamba.layers.pos_embed import resize_pos_embed
-from vimamba.layers.tokens import CLASS_TOKENS
+from vimamba.layers.embed.position import resize_pos_embed
+from vimamba.layers.grid import CLASS_TOKENS
 from vimamba.models.build import build
 from vimamba.models.checkpoints import OfficialWeights, load_weights, read_checkpoint, state_dict_of
 from vimamba.models.description import described_model
@@ -95,7 +95,7 @@ def convert_checkpoint(contents: dict[str, Any], model: nn.Module) -> dict[str, 
     return tensors
 
 
-def _trained_grid(contents: dict[str, Any], patches: int, tensors: dict[str, Tensor]) -> tuple[int, int] | None:
+def _trained_grid(contents: dict[str, Any], patches: int, tensors: dict[str, Tensor]) -> tuple[int, ...] | None:
     """Rows and columns of patches that a checkpoint's position embedding covers, where the checkpoint tells."""
     if contents.get("vimamba") is not None:
         described = described_model(contents["vimamba"], tensors)

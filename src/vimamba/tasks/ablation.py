@@ -17,7 +17,7 @@ from vimamba.data.samples import ArraySamples
 from vimamba.data.sources import ImageData, open_data
 from vimamba.data.transforms import AugmentOptions, Preprocessing
 from vimamba.errors import UserError
-from vimamba.layers.gate import collect_gates
+from vimamba.layers.mixers.gate import collect_gates
 from vimamba.models.registry import count_flops, count_parameters, create_model
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.optim import OptimOptions

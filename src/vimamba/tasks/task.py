@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from vimamba.data.loaders import Batch
 from vimamba.data.transforms import AugmentOptions, mix_seed
 from vimamba.errors import UserError, nearest, require
-from vimamba.layers.gate import collect_gates
+from vimamba.layers.mixers.gate import collect_gates
 from vimamba.tasks.optim import OptimOptions, build_optimizer, lr_factor, parameter_groups
 from vimamba.tasks.results import Results
 

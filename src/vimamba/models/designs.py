@@ -1,4 +1,4 @@
-"""What each layer of a model does: its mode, its paths, and the layers that run as a pair."""
+"""The design of each layer of a model: its mode, its paths, and the layers that run as a pair."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vimamba.errors import nearest
-from vimamba.layers.mixer import MODES, ways_of
-from vimamba.layers.paths import Path, check_windows, parse_paths
+from vimamba.layers.grid import ScanPath, parse_paths
+from vimamba.layers.mixers.directional import MODES, scans_of
 
 RULE = re.compile(r"(?:(ssm|ssm_conv) )?(every|first|last) (\d+)(?:st|nd|rd|th)?(?: layers?)?")
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """One layer's arguments of `BidirectionalMixer`."""
+class LayerDesign:
+    """One layer's arguments of `DirectionalMixer`."""
 
     mode: str
-    paths: tuple[Path, ...] = (Path(),)
+    paths: tuple[ScanPath, ...] = (ScanPath(),)
     path_weights: str = "own"
     merge: str = "mean"
     pooled_token: bool = False
@@ -27,7 +27,7 @@ class LayerPlan:
     @property
     def directions(self) -> int:
         """How many directions the layer has."""
-        return len(ways_of(self.paths, self.mode, self.path_weights))
+        return len(scans_of(self.paths, self.mode, self.path_weights))
 
     @property
     def single(self) -> bool:
@@ -69,7 +69,7 @@ def layer_modes(bidirectional: str | Sequence[str], depth: int) -> list[str]:
     return modes
 
 
-def schedule(modes: Sequence[str], layer_pairs: bool = False) -> list[tuple[int, ...]]:
+def layer_steps(modes: Sequence[str], layer_pairs: bool = False) -> list[tuple[int, ...]]:
     """The layers in the order they run, those of mode "layer" (or all, with `layer_pairs`) in pairs."""
     steps: list[tuple[int, ...]] = []
     i = 0
@@ -82,61 +82,60 @@ def schedule(modes: Sequence[str], layer_pairs: bool = False) -> list[tuple[int,
     return steps
 
 
-def plan_layers(
+def layer_designs(
     modes: Sequence[str],
+    grid: tuple[int, ...],
     paths: Sequence[Any] = ("row",),
     path_weights: str = "own",
     merge: str = "mean",
     alternate: bool = False,
     pooled_token: bool = False,
-    grid: tuple[int, int] | None = None,
-) -> list[LayerPlan]:
-    """What each layer does.
+) -> list[LayerDesign]:
+    """The design of each layer, from the options of all of them.
 
     Raises:
         ValueError: the arguments cannot go together; the message names one of them.
     """
     depth = len(modes)
-    if isinstance(paths, str) or not paths or isinstance(paths[0], (str, Path)):
+    if isinstance(paths, str) or not paths or isinstance(paths[0], (str, ScanPath)):
         of_layers = [parse_paths(paths)] * depth
     else:
         if len(paths) != depth:
             raise ValueError(f"paths has {len(paths)} entries for depth={depth}; give one list, or one a layer")
         of_layers = [parse_paths(layer) for layer in paths]
-    plans = [
-        LayerPlan("none" if mode == "layer" else mode, own, path_weights)
-        for mode, own in zip(modes, of_layers, strict=True)
+    for path in {path for layer in of_layers for path in layer}:
+        path.check_fits(grid)
+    designs = [
+        LayerDesign("none" if mode == "layer" else mode, of_layer, path_weights)
+        for mode, of_layer in zip(modes, of_layers, strict=True)
     ]
-    if grid is not None:
-        for plan in plans:
-            check_windows(plan.paths, grid)
-    if path_weights == "shared" and all(len(plan.paths) == 1 for plan in plans):
+    if path_weights == "shared" and all(len(design.paths) == 1 for design in designs):
         raise ValueError('path_weights="shared" needs more than one path in a layer, but paths has one')
-    if merge == "gate" and all(plan.directions == 1 for plan in plans):
+    if merge == "gate" and all(design.directions == 1 for design in designs):
         raise ValueError('merge="gate" needs a layer with two directions or more, but bidirectional and paths make one')
     if alternate:
-        plans = _alternated(plans, modes)
-    if pooled_token and not any(plan.single for plan in plans):
+        designs = _alternated(designs, modes)
+    if pooled_token and not any(design.single for design in designs):
         raise ValueError("pooled_token stands in layers of one direction along the rows, but no layer is one")
     return [
         replace(
-            plan,
-            merge="mean" if merge == "gate" and plan.directions == 1 else merge,
-            pooled_token=pooled_token and plan.single,
+            design,
+            merge="mean" if merge == "gate" and design.directions == 1 else merge,
+            pooled_token=pooled_token and design.single,
         )
-        for plan in plans
+        for design in designs
     ]
 
 
-def _alternated(plans: Sequence[LayerPlan], modes: Sequence[str]) -> list[LayerPlan]:
+def _alternated(designs: Sequence[LayerDesign], modes: Sequence[str]) -> list[LayerDesign]:
     if "layer" in modes:
         raise ValueError('alternate and bidirectional="layer" both turn layers round: choose one')
-    if not any(plan.single for plan in plans):
+    if not any(design.single for design in designs):
         raise ValueError("alternate turns layers of one direction along the rows, but no layer is one")
-    turned, alternated = False, []
-    for plan in plans:
-        if plan.single:
-            plan = replace(plan, paths=(Path(sense="backward" if turned else "forward"),))
-            turned = not turned
-        alternated.append(plan)
+    reverse, alternated = False, []
+    for design in designs:
+        if design.single:
+            design = replace(design, paths=(ScanPath(reverse=reverse),))
+            reverse = not reverse
+        alternated.append(design)
     return alternated

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vimamba.layers.options import check_choice, check_number
+from vimamba.layers.options import check_choice
 
 LEVELS = ("image", "token")
 
@@ -68,6 +68,10 @@ class DirectionGate(nn.Module):
         self.threshold = 0.0
         """In evaluation, a direction whose gate for an image is under this is not computed."""
         self.proj = nn.Linear(dim, directions, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All directions alike."""
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
@@ -93,35 +97,3 @@ def _in_backward() -> bool:
 def indecision(gates: Sequence[Tensor]) -> Tensor:
     """The mean entropy of the layers' gates, from 0 (one direction alone) to 1 (all alike)."""
     return torch.stack([torch.special.entr(g).sum(-1).mean() / math.log(g.shape[-1]) for g in gates]).mean()
-
-
-class GatedModel(nn.Module):
-    """What models whose mixers may be gated have in common."""
-
-    gate_sparsity: float
-
-    def _gates(self) -> list[DirectionGate]:
-        return [module for module in self.modules() if isinstance(module, DirectionGate)]
-
-    def set_gate_threshold(self, threshold: float) -> None:
-        """In evaluation, skip each direction of a layer whose gate for an image is under `threshold` (0 to 1).
-
-        Raises:
-            ValueError: there are no gates, or they are the tokens', not the image's.
-        """
-        if not self._gates() or self._gates()[0].level != "image":
-            raise ValueError('merge="gate" with gate="image" is needed to skip directions')
-        check_number("threshold", threshold, 0, 1)
-        for gate in self._gates():
-            gate.threshold = threshold
-
-    def gate_loss(self, gates: Sequence[Tensor]) -> Tensor | float:
-        """`gate_sparsity` times the mean entropy of gates from `collect_gates`, for the loss; 0 if there are none.
-
-            with collect_gates() as gates:
-                logits = model(images)
-            loss = cross_entropy(logits, targets) + model.gate_loss(gates)
-
-        It is lowest where each layer has chosen one direction for each image, so that skipping the others costs little.
-        """
-        return self.gate_sparsity * indecision(gates) if gates and self.gate_sparsity else 0.0

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vimamba.layers import recompute
+from vimamba.layers import memory
 from vimamba.layers.block import Block
-from vimamba.layers.mixer import BidirectionalMixer
+from vimamba.layers.grid import Layout
+from vimamba.layers.mixers import BidirectionalMixer
 from vimamba.layers.norm import NORMS
-from vimamba.layers.tokens import Layout
 
 
 def gradients(monkeypatch, long: int, dtype: torch.dtype, norm: str = "rms") -> tuple[list[torch.Tensor], int]:
     """Gradients of a block's input and parameters, and the bytes that autograd kept for them."""
-    monkeypatch.setattr(recompute, "LONG", long)
+    monkeypatch.setattr(memory, "LONG", long)
     torch.manual_seed(0)
     block = Block(BidirectionalMixer(16, bias=True), NORMS[norm](16))
     torch.nn.init.normal_(block.norm.weight)
@@ -55,7 +55,7 @@ def test_what_stands_between_projection_and_scan_is_not_lost(monkeypatch, option
     x = torch.randn(2, 48, 16)
     grads = []
     for long in (1000, 40):
-        monkeypatch.setattr(recompute, "LONG", long)
+        monkeypatch.setattr(memory, "LONG", long)
         out = block(x, layout=Layout((6, 8), ()))
         grads.append(torch.autograd.grad(out.square().sum(), list(block.parameters())))
     for a, b in zip(*grads, strict=True):

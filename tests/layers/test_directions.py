@@ -1,24 +1,12 @@
-"""Scan paths: what order they are, and that a mixer on them mixes what it should."""
+"""Mixers along directions: that they mix what the path, the way round and the weights say."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 
-from vimamba.layers.mixer import BidirectionalMixer
-from vimamba.layers.paths import Path, route
-from vimamba.layers.tokens import Layout, insert_tokens, split_tokens, token_places
-
-GRIDS = [(4, 4), (3, 5), (6, 4), (1, 7), (7, 1)]
-NAMES = ["column", "snake", "window2", "window2x3", "column:backward"]
-
-
-def cells(name: str, grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """(row, column) of each step along the path."""
-    order = Path.parse(name).keys(grid).flatten().argsort().tolist()
-    return [divmod(index, grid[1]) for index in order]
+from vimamba import BidirectionalMixer
+from vimamba.layers.grid import Layout, ScanPath, insert_tokens, split_tokens
 
 
 def transposed(layout: Layout) -> Layout:
@@ -26,61 +14,25 @@ def transposed(layout: Layout) -> Layout:
 
 
 def transpose(x_BLE: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The sequence of the transposed image."""
+    """The sequence of the image with its axes the other way round."""
     patches, extras = split_tokens(x_BLE, layout.extras)
-    patches = patches.unflatten(1, layout.grid).transpose(1, 2).flatten(1, 2)
+    axes = range(len(layout.grid), 0, -1)
+    patches = patches.unflatten(1, layout.grid).permute(0, *axes, -1).flatten(1, -2)
     return insert_tokens(patches, extras, layout.extras)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_path_visits_every_patch_once(name, grid):
-    assert sorted(cells(name, grid)) == [(r, c) for r in range(grid[0]) for c in range(grid[1])]
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-def test_neighbours_on_the_snake_are_neighbours_in_the_grid(grid):
-    steps = cells("snake", grid)
-    assert all(abs(r - s) + abs(c - d) == 1 for (r, c), (s, d) in itertools.pairwise(steps))
-
-
-def test_columns_run_down_and_windows_are_finished_before_the_next():
-    assert cells("column", (2, 3)) == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
-    windows = [(r // 2, c // 2) for r, c in cells("window2", (5, 3))]
-    assert windows == sorted(windows)
-    assert cells("window2", (2, 4)) == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
-    assert cells("window4", (3, 3)) == cells("row", (3, 3))  # one window that the grid does not fill
-
-
-@pytest.mark.parametrize("class_token", ["none", "head", "middle", "double"])
-@pytest.mark.parametrize("registers", [0, 3])
-@pytest.mark.parametrize("name", NAMES)
-def test_other_tokens_keep_their_places(name, registers, class_token):
-    extras = token_places(class_token, 15, registers).extras
-    found = route(Path.parse(name), Layout((3, 5), extras), torch.zeros(1))
-    assert found.order.tolist()[: len(found.order)] == sorted(
-        range(len(found.order)), key=found.rank.tolist().__getitem__
-    )
-    assert torch.equal(found.order[found.rank], torch.arange(len(found.order)))
-    assert found.order[list(extras)].tolist() == list(extras)
-
-
-def test_registers_are_spread_evenly_and_leave_the_class_token_in_the_middle():
-    places = token_places("middle", 16, 4)
-    assert places.registers == (2, 7, 12, 17)
-    assert places.classes == (10,)
-    assert token_places("head", 4, 1) == ((0,), (2,))
-
-
 @pytest.mark.parametrize("mode", ["none", "ssm", "ssm_conv"])
-@pytest.mark.parametrize(("grid", "extras"), [((4, 4), ()), ((3, 5), (7,)), ((5, 3), (0, 8, 16))])
+@pytest.mark.parametrize(
+    ("grid", "extras"),
+    [((4, 4), ()), ((3, 5), (7,)), ((5, 3), (0, 8, 16)), ((7,), (3,)), ((2, 3, 4), (5,)), ((3, 1, 2), ())],
+)
 def test_columns_are_the_rows_of_the_transposed_image(grid, extras, mode):
     torch.manual_seed(0)
     columns = BidirectionalMixer(8, d_state=4, mode=mode, paths=["column"]).double()
     rows = BidirectionalMixer(8, d_state=4, mode=mode).double()
     rows.load_state_dict(columns.state_dict())
     layout = Layout(grid, extras)
-    x = torch.randn(2, grid[0] * grid[1] + len(extras), 8, dtype=torch.float64)
+    x = torch.randn(2, layout.patches + len(extras), 8, dtype=torch.float64)
     expected = transpose(rows(transpose(x, layout)), transposed(layout))
     torch.testing.assert_close(columns(x, layout=layout), expected)
 
@@ -94,12 +46,12 @@ def test_several_paths_are_the_mean_of_each(weights):
     total = torch.zeros_like(x)
     for name in names:
         alone = BidirectionalMixer(8, d_state=4, paths=[name]).double()
-        own = "" if weights == "shared" or name == "row" else f"_{Path.parse(name).name}"
+        own = "" if weights == "shared" or name == "row" else f"_{ScanPath.parse(name).name}"
         state = mixer.state_dict()
         alone.load_state_dict({key: state[_of_path(key, own)] for key in alone.state_dict()})
-        total += alone(x, layout=layout) * len(alone.ways)
-    torch.testing.assert_close(mixer(x, layout=layout), total / len(mixer.ways))
-    assert len(mixer.ways) == 7
+        total += alone(x, layout=layout) * len(alone.scans)
+    torch.testing.assert_close(mixer(x, layout=layout), total / len(mixer.scans))
+    assert len(mixer.scans) == 7
 
 
 def _of_path(key: str, own: str) -> str:
@@ -164,3 +116,22 @@ def test_paths_that_cannot_be_are_refused(paths):
 def test_a_path_without_a_grid_is_refused():
     with pytest.raises(ValueError, match='paths: "column" needs the grid'):
         BidirectionalMixer(8, paths=["column"])(torch.zeros(1, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("path", "layout", "message"),
+    [
+        ("column", Layout((2, 3)), r"the layout \(\(2, 3\), \(\), \(\)\) is not that of a sequence of 4 tokens"),
+        ("column", Layout((2, 0), (0, 1, 2, 3)), "paths: a grid of 2×0 patches is empty"),
+        ("window2x2", Layout((4,)), 'paths: "window2" needs a grid of rank 2, got 4'),
+        ("window1x2x2", Layout((2, 2)), 'paths: "window1x2x2" needs a grid of rank 3, got 2×2'),
+    ],
+)
+def test_a_layout_of_another_sequence_is_refused(path, layout, message):
+    with pytest.raises(ValueError, match="^" + message):
+        BidirectionalMixer(8, paths=[path])(torch.zeros(1, 4, 8), layout=layout)
+
+
+def test_a_convolution_of_images_is_refused_on_other_grids():
+    with pytest.raises(ValueError, match=r'^conv="2d" needs a grid of rows and columns, got 4'):
+        BidirectionalMixer(8, conv="2d")(torch.zeros(1, 4, 8), layout=Layout((4,)))

@@ -1,0 +1,1 @@
+"""From images, series and volumes to tokens on a grid."""
