@@ -155,7 +155,7 @@ class Training:
         images = len(self.data.train) // self.trainer.world_size
         self.optim = choose_schedule(config.optim, images)
         self.trainer.fit_loop.max_epochs = self.optim.epochs
-        self.trainer.log_every_n_steps = min(10, max(1, images // self.optim.batch))
+        self.trainer.log_every_n_steps = min(10, max(1, images // self.optim.batch))  # type: ignore[attr-defined]
         size = options.img_size if self.resumed else self.card.preprocessing.img_size
         chosen = dataclasses.replace(options, output=str(path), img_size=size)
         kept, held_out = TrainConfig(chosen, self.optim, config.augment, machine), self.data.held_out()
