@@ -28,7 +28,7 @@ LR, LR_OF_TRAINED = (
 )  # of a new model of WIDTH channels; trained weights are lost at the rate that new ones need
 WIDTH = 64
 LOOKED_AT = 32  # images of which the size is read
-LARGEST_CHOSEN = 128  # pixels: beyond that a side costs more than it should without being asked for
+LARGEST_CHOSEN = 64  # pixels to which a small model's side is doubled: each doubling costs four times the time
 
 
 def choose_schedule(optim: OptimOptions, images: int) -> OptimOptions:
@@ -86,7 +86,7 @@ def _size_for(data: ImageData, made_for: tuple[int, ...]) -> tuple[int, int]:
         return height, width
     while 2 * height <= min(side, LARGEST_CHOSEN):
         height, width = 2 * height, 2 * width
-    if side <= min(height, width) // 2 and min(height, width) > LARGEST_CHOSEN and height % 32 == width % 32 == 0:
+    if side <= min(height, width) // 2 and height % 32 == width % 32 == 0:
         height, width = height // 2, width // 2
     return height, width
 
