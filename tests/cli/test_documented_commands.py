@@ -99,12 +99,16 @@ def check_kept(recipe, run):
     assert {name: kept[name] for name in names} == {name: told[name] for name in names}
 
 
-def test_the_readmes_python_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_readmes_python_runs(workplace):
+    models, runs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
-    exec(code, names)
+    exec(models, names)
     assert names["logits"].shape == (1, 10)
     assert names["y"].shape == names["u"].shape
+    shutil.copy(workplace / "new/red.jpg", workplace / "new/1.jpg")
+    small = "epochs=1, model_args={'depth': 1}, accelerator='cpu', num_workers=0, overwrite=True, progress=False"
+    exec(runs.replace("output=", f"{small}, output="), names)
+    assert names["result"].label in names["predictor"].class_names
 
 
 def test_the_readmes_make_targets_are_there():
