@@ -193,3 +193,22 @@ def test_a_config_that_was_edited_does_not_change_the_model(vimamba, run):
     status, _, err = vimamba("train", "--resume", run, "--epochs", 2)
     assert status == 2
     assert "the checkpoint's --model_args is {" in err
+
+
+def test_a_run_of_version_0_1_goes_on(vimamba, run):
+    """Without what has been added since: options, the task and version of the card, the column that decides."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for name in ("task", "logger", "opt", "patience", "compile", "grad_checkpointing"):
+        del config[name]
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "img_size": 16}))
+    checkpoint = torch.load(run / LAST, weights_only=True)
+    del checkpoint["vimamba"]["task"], checkpoint["vimamba"]["version"]
+    del checkpoint["callbacks"]["RunFolder"]["monitor"]
+    torch.save(checkpoint, run / LAST)
+    (run / "held_out.json").unlink()
+    shutil.rmtree(run / "logs")
+    status, out, err = vimamba("train", "--resume", run, "--epochs", 2)
+    assert (status, err) == (0, "")
+    assert "epochs 1 -> 2" in out
+    assert "2/2" in out
+    assert vimamba("eval", run)[0] == 0

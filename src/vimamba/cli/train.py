@@ -20,7 +20,7 @@ from vimamba.errors import UserError, require
 from vimamba.models.description import BUILDING
 from vimamba.tasks.config import GROUPS, TrainConfig, fetches, read_config
 from vimamba.tasks.resume import config_of
-from vimamba.tasks.run_folder import OWN_FILES
+from vimamba.tasks.run_folder import LOGS, OWN_FILES
 from vimamba.tasks.signals import StoppedAtOnce, StoppedBySignal
 from vimamba.tasks.training import Training
 
@@ -134,7 +134,7 @@ def print_summary(console: Console, training: Training) -> None:
         f"[bold green]{task.sentence(value)}[/] by the weights of epoch {record.best['epoch']}, "
         f"after {terminal.duration(record.seconds)}."
     )
-    console.print(f"In {folder}: {', '.join(n for n in OWN_FILES if (folder / n).exists())}", markup=False)
+    console.print(f"In {folder}: {', '.join(n for n in (*OWN_FILES, LOGS) if (folder / n).exists())}", markup=False)
     name = shlex.quote(str(folder))
     pictures = "IMAGE..."
     if training.data.name in BUILT_IN:
