@@ -185,7 +185,9 @@ def test_a_signal_ends_a_run_with_a_word(photos, tmp_path):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             trainer.callbacks[0].signals.asked = 2
 
-    with pytest.raises(StoppedBySignal, match="epoch 1, batch 1"):
+    with pytest.raises(
+        StoppedBySignal, match=r"stopped at epoch 1, batch 1; everything is saved: continue with `resume` .*run"
+    ):
         vimamba.train(data=photos, output=tmp_path / "run", callbacks=[Ask()], **TINY)
     run = vimamba.train(resume=tmp_path / "run", progress=False)
     assert weights(run.folder) == weights(vimamba.train(data=photos, output=tmp_path / "whole", **TINY).folder)

@@ -84,7 +84,6 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     try:
         training.fit(lambda training: print_heading(console, training))
     except StoppedBySignal as stopped:
-        training.keeper.draw_curves(training.task)
         with contextlib.suppress(OSError):  # the terminal may be what went away
             console.print(f"\nStopped at {stopped.where}; everything is saved. Continue with")
             console.print(f"  {again}", style="bold")

@@ -36,7 +36,7 @@ from vimamba.tasks.record import Record
 from vimamba.tasks.resume import check_same, config_before, find_checkpoint
 from vimamba.tasks.run_folder import CONFIG, RunFolder
 from vimamba.tasks.run_keeper import RunKeeper
-from vimamba.tasks.signals import StopSignals
+from vimamba.tasks.signals import StoppedBySignal, StopSignals
 from vimamba.tasks.skipped import SkippedFiles
 from vimamba.tasks.task import find_task
 from vimamba.tasks.weights import Architecture, ModelCard, architecture, build_model, check_model_name, load_start
@@ -205,7 +205,7 @@ class Training:
             StoppedBySignal: it was asked to stop, and everything is saved.
             StoppedAtOnce: a second Ctrl-C; what had been saved before is kept.
         """
-        checkpoint = self.resumed.checkpoint if self.resumed else None
+        checkpoint, path = self.resumed.checkpoint if self.resumed else None, self.folder.path
         with self._held():
             heading(self)
             with self.keeper.signals:
@@ -213,11 +213,15 @@ class Training:
                     self.trainer.fit(self.task, self.module, ckpt_path=checkpoint, weights_only=True)
                 except UserError:
                     raise
+                except StoppedBySignal as stopped:
+                    self.keeper.draw_curves(self.task)
+                    stopped.args = (f"stopped at {stopped.where}; everything is saved: continue with `resume` {path}",)
+                    raise
                 except Exception as error:
                     if (refused := self._refusal(error)) is None:
                         raise
                     raise refused from error
-        return Run(self.folder.path, self.keeper.record)
+        return Run(path, self.keeper.record)
 
     def _refusal(self, error: Exception) -> UserError | None:
         """What the user can do about an error from a library, in a sentence; None where that is not known."""
