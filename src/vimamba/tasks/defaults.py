@@ -12,7 +12,8 @@ from torch import nn
 
 from vimamba.data.decode import DecodeError
 from vimamba.data.sources import ImageData
-from vimamba.data.transforms import Preprocessing
+from vimamba.data.transforms import AugmentOptions, Preprocessing
+from vimamba.errors import require
 from vimamba.tasks.optim import OptimOptions
 from vimamba.tasks.options import RunOptions
 from vimamba.tasks.weights import Architecture
@@ -29,6 +30,20 @@ LR, LR_OF_TRAINED = (
 WIDTH = 64
 LOOKED_AT = 32  # images of which the size is read
 LARGEST_CHOSEN = 64  # pixels to which a small model's side is doubled: each doubling costs four times the time
+
+
+def choose_augmentation(augment: AugmentOptions, data: ImageData) -> AugmentOptions:
+    """With a kind of augmentation.
+
+    Raises:
+        UserError: what is asked for does not go with it.
+    """
+    kind = augment.augment
+    if kind == "auto":
+        kind = "crop" if data.photographs else "affine"
+    unused = f"`auto_augment` {augment.auto_augment}: goes with `augment` crop, and here it is {kind}"
+    require(augment.auto_augment is None or kind == "crop", unused)
+    return dataclasses.replace(augment, augment=kind)
 
 
 def choose_schedule(optim: OptimOptions, images: int) -> OptimOptions:

@@ -26,6 +26,7 @@ TAKEN = {
 class Resumed:
     """A checkpoint to go on from, the model it is of, and what differs from the run's arguments so far."""
 
+    folder: Path
     checkpoint: Path
     card: ModelCard
     changes: list[str]
@@ -83,7 +84,7 @@ def find_checkpoint(folder: Path, config: TrainConfig, warn: Callable[[str], Non
         config.optim.epochs is None or config.optim.epochs >= begun,
         f"`resume` {folder}: `epochs` is {config.optim.epochs}, and the run is in epoch {begun} already; give more",
     )
-    return Resumed(path, card, list(changed.values()))
+    return Resumed(folder, path, card, list(changed.values()))
 
 
 def check_same(folder: Path, saved: ModelCard, model: str, model_args: dict[str, Any], class_names: list[str]) -> None:

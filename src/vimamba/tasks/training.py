@@ -10,7 +10,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -29,7 +29,7 @@ from vimamba.models.description import BUILDING, check_arguments, check_plain
 from vimamba.processes import cores
 from vimamba.tasks.checkpoint_every import CheckpointEvery
 from vimamba.tasks.config import GROUPS, TrainConfig, default_output
-from vimamba.tasks.defaults import choose_lr, choose_preprocessing, choose_schedule, steps_an_epoch
+from vimamba.tasks.defaults import choose_augmentation, choose_lr, choose_preprocessing, choose_schedule, steps_an_epoch
 from vimamba.tasks.loggers import build_loggers
 from vimamba.tasks.options import MachineOptions, RunOptions
 from vimamba.tasks.record import Record
@@ -40,6 +40,9 @@ from vimamba.tasks.signals import StoppedBySignal, StopSignals
 from vimamba.tasks.skipped import SkippedFiles
 from vimamba.tasks.task import find_task
 from vimamba.tasks.weights import Architecture, ModelCard, architecture, build_model, check_model_name, load_start
+
+if TYPE_CHECKING:
+    from vimamba.inference.predictor import Predictor
 
 Warn = Callable[[str], None]
 
@@ -67,7 +70,7 @@ class Run:
         """The row of the epoch whose weights were kept."""
         return self.record.best
 
-    def predictor(self, device: str | torch.device | None = None) -> Any:
+    def predictor(self, device: str | torch.device | None = None) -> Predictor:
         """The trained model at work, as `vimamba.load_run` gives it."""
         from vimamba.inference.predictor import load_run
 
@@ -75,7 +78,7 @@ class Run:
 
 
 def train(
-    data: str | None = None,
+    data: str | os.PathLike[str] | None = None,
     model: str | None = None,
     *,
     resume: str | os.PathLike[str] | None = None,
@@ -122,8 +125,7 @@ class Training:
         loggers: Sequence[Logger] = (),
         progress: bool = False,
     ):
-        self.config, self.overwrite = config, overwrite
-        options, machine, augment = config.run, config.machine, dataclasses.replace(config.augment)
+        options, self.config, self.overwrite = config.run, config, overwrite
         self.resumed = find_checkpoint(resumed_from, config, warn) if resumed_from else None
         task = find_task(options.task)
         check_model_name(options.model)
@@ -131,23 +133,13 @@ class Training:
             options.data, options.val_fraction, options.seed, options.class_names,
             **(how_drawn(resumed_from) if resumed_from else {}),
         )  # fmt: skip
-        if augment.augment == "auto":
-            augment.augment = "crop" if self.data.photographs else "affine"
-        unused = f"`auto_augment` {augment.auto_augment}: goes with `augment` crop, and here it is {augment.augment}"
-        require(augment.auto_augment is None or augment.augment == "crop", unused)
-        if self.resumed:
-            self.card = self.resumed.card
-            check_same(resumed_from or Path(), self.card, options.model, options.model_args, self.data.class_names)
-        else:
-            behind = architecture(options.model)
-            prep = choose_preprocessing(options, self.data, behind)
-            self.card = describe_model(options, self.data.class_names, prep, behind)
+        augment = choose_augmentation(config.augment, self.data)
+        self.card = self._describe()
         path = resumed_from or Path(options.output or default_output(options))
-        signals = StopSignals()
-        self.skipped = SkippedFiles(warn, options.max_undecodable)
-        every = CheckpointEvery.parse(options.checkpoint_every)
         self.folder = RunFolder(path, self.resumed.checkpoint if self.resumed else None)
-        self.keeper = RunKeeper(self.folder, every, signals, self.data.name)
+        every = CheckpointEvery.parse(options.checkpoint_every)
+        self.keeper = RunKeeper(self.folder, every, StopSignals(), self.data.name)
+        self.skipped = SkippedFiles(warn, options.max_undecodable)
         self.trainer = build_trainer(
             config, path, [self.keeper, self.skipped, *callbacks], [*build_loggers(options.logger, path), *loggers],
             progress, f"val_{task.monitor}", task.mode,
@@ -156,24 +148,45 @@ class Training:
         self.optim = choose_schedule(config.optim, images)
         self.trainer.fit_loop.max_epochs = self.optim.epochs
         self.trainer.log_every_n_steps = min(10, max(1, images // self.optim.batch))  # type: ignore[attr-defined]
-        size = options.img_size if self.resumed else self.card.preprocessing.img_size
-        chosen = dataclasses.replace(options, output=str(path), img_size=size)
-        kept, held_out = TrainConfig(chosen, self.optim, config.augment, machine), self.data.held_out()
-        self.folder.texts = {CONFIG: kept.to_text()} | ({HELD_OUT: held_out.text()} if held_out else {})
-        model, self.note = (self.card.build(), "") if self.resumed else build_start(options, self.card)
-        if self.resumed:
-            changes = "".join(f", {change}" for change in self.resumed.changes)
-            self.note = f"continued from {self.resumed.checkpoint.name}{changes}"
-        if machine.grad_checkpointing:
-            set_grad_checkpointing(model, options.model)
+        self.folder.texts = self._texts()
+        model, self.note = self._build()
         self.optim = choose_lr(self.optim, model, options.pretrained or options.checkpoint is not None)
         self.task = task(model, self.card, self.optim, augment, options.seed)
-        if machine.compile:
+        if config.machine.compile:  # now that the moving average has its copy
             model.compile()
         workers = self.data.workers if options.num_workers is None else options.num_workers
         self.module = ImageDataModule(
             self.data, self.card.preprocessing, augment, self.optim.batch, workers, options.seed
         )
+
+    def _describe(self) -> ModelCard:
+        """What the run's files say of its model; of a resumed one what its checkpoint says, which must be the same."""
+        options, names = self.config.run, self.data.class_names
+        if self.resumed:
+            check_same(self.resumed.folder, self.resumed.card, options.model, options.model_args, names)
+            return self.resumed.card
+        behind = architecture(options.model)
+        return describe_model(options, names, choose_preprocessing(options, self.data, behind), behind)
+
+    def _texts(self) -> dict[str, str]:
+        """The files that the run begins with: its arguments with what was chosen, and what it holds out."""
+        options = dataclasses.replace(self.config.run, output=str(self.folder.path))
+        if not self.resumed:
+            options.img_size = self.card.preprocessing.img_size
+        config, held_out = dataclasses.replace(self.config, run=options, optim=self.optim), self.data.held_out()
+        return {CONFIG: config.to_text()} | ({HELD_OUT: held_out.text()} if held_out else {})
+
+    def _build(self) -> tuple[nn.Module, str]:
+        """The model and a note on where its weights are from."""
+        if self.resumed:
+            model = self.card.build()
+            changes = "".join(f", {change}" for change in self.resumed.changes)
+            note = f"continued from {self.resumed.checkpoint.name}{changes}"
+        else:
+            model, note = build_start(self.config.run, self.card)
+        if self.config.machine.grad_checkpointing:
+            set_grad_checkpointing(model, self.config.run.model)
+        return model, note
 
     @property
     def schedule(self) -> str:
