@@ -39,6 +39,8 @@ REFUSED = {
     "model of the hub": (b"model: hf-hub:evil/x\n", "names a model to be fetched"),
     "model of a folder": (b"model: 'local-dir:.'\n", "names a model to be fetched"),
     "data of the hub": (b"data: hfds/evil/x\n", "names a data to be fetched"),
+    "a logger's class": (b"logger: evil.module.Logger\n", "names a logger to be imported"),
+    "a logger of a service": (b"logger: csv,wandb\n", "names a logger to be imported"),
     "overlay": (b"model_args: {pretrained_cfg_overlay: {file: evil.pth}}\n", "may not give pretrained_cfg_overlay"),
     "cache": (b"model_args: {cache_dir: canary}\n", "may not give cache_dir"),
     "overwrite": (b"overwrite: true\n", "overwrite must be typed"),

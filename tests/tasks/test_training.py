@@ -6,6 +6,7 @@ import inspect
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -116,6 +117,8 @@ def test_patience_ends_a_run_that_can_be_resumed(photos, tmp_path):
     run = vimamba.train(data=photos, output=tmp_path / "run", patience=1, lr=1e-9, **TINY | {"epochs": 9})
     assert len(run.history) == 2
     assert {path.name for path in (run.folder / "logs").iterdir()} == {"csv", "tensorboard"}
+    (events,) = (run.folder / "logs").rglob("events.out.tfevents.*")
+    assert all(tag in events.read_bytes() for tag in (b"loss", b"lr", b"train_loss", b"val_loss", b"val_top1"))
     more = vimamba.train(resume=run.folder, patience=9, epochs=4, progress=False)
     assert len(more.history) == 4
     assert len(list((run.folder / "logs/csv").iterdir())) == 2
@@ -191,3 +194,12 @@ def test_a_signal_ends_a_run_with_a_word(photos, tmp_path):
         vimamba.train(data=photos, output=tmp_path / "run", callbacks=[Ask()], **TINY)
     run = vimamba.train(resume=tmp_path / "run", progress=False)
     assert weights(run.folder) == weights(vimamba.train(data=photos, output=tmp_path / "whole", **TINY).folder)
+
+
+@pytest.mark.parametrize(("name", "value"), [("data", "hfds/evil/x"), ("logger", "evil.module.Logger")])
+def test_a_stranger_s_run_fetches_and_imports_nothing(photos, tmp_path, name, value):
+    run = vimamba.train(data=photos, output=tmp_path / "run", **TINY).folder
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, name: value}))
+    with pytest.raises(UserError, match=f"names a {name} to be .*; give `{name}` {value} if you mean it"):
+        vimamba.train(resume=run, epochs=3)

@@ -6,7 +6,6 @@ import contextlib
 import shlex
 import signal
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -16,9 +15,8 @@ from vimamba.cli.parsing import Parser, add_options, config_files
 from vimamba.cli.train_progress import TrainProgress
 from vimamba.data.sample import write_digits
 from vimamba.data.sources import BUILT_IN
-from vimamba.errors import UserError, require
-from vimamba.models.description import BUILDING
-from vimamba.tasks.config import GROUPS, TrainConfig, fetches, read_config
+from vimamba.errors import require
+from vimamba.tasks.config import GROUPS, TrainConfig, check_source, fetches, read_config
 from vimamba.tasks.resume import config_of
 from vimamba.tasks.run_folder import LOGS, OWN_FILES
 from vimamba.tasks.signals import StoppedAtOnce, StoppedBySignal
@@ -46,28 +44,13 @@ def before_parsing(arguments: list[str]) -> list[str]:
             own = config_of(folder)
             arguments = ["--config", str(own), "--output", folder, *arguments]
             break
-    typed = {argument.partition("=")[0] for argument in arguments}
+    typed = {argument.removeprefix("--").partition("=")[0].partition(".")[0] for argument in arguments}
     for path in config_files(arguments):
-        check_config(path, read_config(path), typed, builds=path != own)
+        values = read_config(path)
+        for name in OF_THE_CALL:
+            require(name not in values, f"--config {path}: {name} must be typed, as --{name}; a file may not say it")
+        check_source(path, values, typed, builds=path != own)
     return arguments
-
-
-def check_config(path: Path, values: dict[str, Any], typed: set[str], builds: bool = True) -> None:
-    """Refuse a file's options that fetch or replace, unless they were typed too: the file may be a stranger's.
-
-    A resumed run builds its model from what its checkpoint says, so that its config may name what is no longer there.
-    """
-    for name in OF_THE_CALL:
-        require(name not in values, f"--config {path}: {name} must be typed, as --{name}; a file may not say it")
-    for name in ("data", "model") if builds else ("data",):
-        if fetches(name, values.get(name)) and f"--{name}" not in typed:
-            raise UserError(
-                f"--config {path}: names a {name} to be fetched; type --{name} {values[name]} if you mean it"
-            )
-    model_args = values.get("model_args") if builds else None
-    building = sorted(BUILDING & model_args.keys()) if isinstance(model_args, dict) else []
-    if building and not any(argument.startswith("--model_args") for argument in typed):
-        raise UserError(f"--config {path}: model_args may not give {building[0]}; type --model_args.{building[0]}")
 
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
@@ -79,8 +62,9 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     training.trainer.callbacks.append(TrainProgress(console, training.keeper))  # type: ignore[attr-defined]
     folder = training.folder.path
     again = f"vimamba train --resume {shlex.quote(str(folder))}"
-    if fetches("data", options.data):
-        again += f" --data {shlex.quote(options.data)}"
+    for name in ("data", "logger"):
+        if fetches(name, options[name]):
+            again += f" --{name} {shlex.quote(options[name])}"
     try:
         training.fit(lambda training: print_heading(console, training))
     except StoppedBySignal as stopped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import yaml
 from vimamba.data.transforms import AugmentOptions
 from vimamba.errors import UserError, nearest, one_line, require, shown
 from vimamba.kinds import convert, describe, fits
+from vimamba.models.description import BUILDING
+from vimamba.tasks.loggers import OWN_LOGGERS
 from vimamba.tasks.optim import OptimOptions
 from vimamba.tasks.options import MachineOptions, RunOptions
 
@@ -103,7 +105,34 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def fetches(option: str, value: Any) -> bool:
-    """Whether an option's value names something on the hub or in a folder of models, which a file may not."""
+def fetches(name: str, value: Any) -> bool:
+    """Whether an argument's value names something to fetch or to import, which a file may not."""
     text = str(value)
-    return (option == "model" and ":" in text) or (option == "data" and text.startswith(("hfds/", "hfids/")))
+    if name == "logger":
+        return value is not None and not {part.strip() for part in text.split(",")} <= {*OWN_LOGGERS, "none"}
+    return (name == "model" and ":" in text) or (name == "data" and text.startswith(("hfds/", "hfids/")))
+
+
+def check_source(path: Path, values: Mapping[str, Any], given: Container[str], builds: bool = True) -> None:
+    """Refuse a file's arguments that fetch or import unless they were given besides: the file may be a stranger's.
+
+    Args:
+        path: the file.
+        values: what it says.
+        given: names of the arguments that the user gave.
+        builds: whether the model is built from them; a resumed run builds its own from what its checkpoint says, and its
+            file may name what is no longer there.
+
+    Raises:
+        UserError: it has one.
+    """
+    for name in ("data", "logger", *(("model",) if builds else ())):
+        if name not in given and fetches(name, values.get(name)):
+            what = "imported" if name == "logger" else "fetched"
+            raise UserError(
+                f"`config` {path}: names a {name} to be {what}; give `{name}` {values[name]} if you mean it"
+            )
+    model_args = values.get("model_args") if builds else None
+    building = sorted(BUILDING & model_args.keys()) if isinstance(model_args, dict) else []
+    if building and "model_args" not in given:
+        raise UserError(f"`config` {path}: model_args may not give {building[0]}; give `model_args.{building[0]}`")

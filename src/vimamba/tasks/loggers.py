@@ -14,6 +14,8 @@ from lightning.pytorch.loggers import Logger
 from vimamba.errors import UserError, nearest, one_line
 from vimamba.tasks.run_folder import LOGS
 
+OWN_LOGGERS = ("tensorboard", "csv")  # which write files, and call nobody
+
 
 def _classes() -> dict[str, type[Logger]]:
     """Lightning's loggers by their short names: tensorboard, csv, wandb ..."""

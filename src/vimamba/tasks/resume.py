@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
 from vimamba.errors import UserError, naming, require, shown
 from vimamba.models.description import BUILDING
-from vimamba.tasks.config import TrainConfig, read_config
+from vimamba.tasks.config import TrainConfig, check_source, read_config
 from vimamba.tasks.options import MachineOptions
 from vimamba.tasks.run_folder import CONFIG, WEIGHTS, latest_checkpoint
 from vimamba.tasks.weights import ModelCard, described_weights
@@ -43,15 +43,21 @@ def config_of(folder: str | Path) -> Path:
     return config
 
 
-def config_before(folder: Path) -> TrainConfig:
+def config_before(folder: Path, given: Container[str]) -> TrainConfig:
     """What a run was asked for so far.
 
+    Args:
+        folder: the run's, which may be a stranger's.
+        given: names of the arguments that the user gives now.
+
     Raises:
-        UserError: there is no such run, or its file is damaged.
+        UserError: there is no such run, its file is damaged, or it names what is to be fetched or imported.
     """
     path = config_of(folder)
-    with naming(f"`resume` {folder}: {path.name}"):
-        return TrainConfig.of(read_config(path))
+    with naming(f"`resume` {folder}"):
+        values = read_config(path)
+        check_source(path, values, given, builds=False)
+        return TrainConfig.of(values)
 
 
 def find_checkpoint(folder: Path, config: TrainConfig, warn: Callable[[str], None]) -> Resumed:
@@ -60,7 +66,8 @@ def find_checkpoint(folder: Path, config: TrainConfig, warn: Callable[[str], Non
     Raises:
         UserError: one differs that may not, or there is nothing to go on from.
     """
-    before, now = config_before(folder).to_dict(), config.to_dict()
+    now = config.to_dict()
+    before = config_before(folder, now).to_dict()
     if Path(now["output"] or folder).absolute() != folder.absolute():
         raise UserError(f"`output` {now['output']}: a run that is resumed stays in {folder}; leave `output` out")
     changed = {

@@ -91,7 +91,7 @@ def train(
     given = {"data": data, "model": model, **options}
     values = {name: value for name, value in given.items() if value is not None or name not in ("data", "model")}
     values = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
-    before = config_before(Path(resume)).to_dict() if resume is not None else {}
+    before = config_before(Path(resume), values).to_dict() if resume is not None else {}
     training = Training(
         TrainConfig.of(before | values), Path(resume) if resume is not None else None, overwrite,
         lambda line: warnings.warn(line, stacklevel=3), callbacks, loggers, progress,
