@@ -120,8 +120,8 @@ def check_source(path: Path, values: Mapping[str, Any], given: Container[str], b
         path: the file.
         values: what it says.
         given: names of the arguments that the user gave.
-        builds: whether the model is built from them; a resumed run builds its own from what its checkpoint says, and its
-            file may name what is no longer there.
+        builds: whether the model is built from them. A resumed run builds its own from what its checkpoint says, and
+            its file may name what is no longer there.
 
     Raises:
         UserError: it has one.

@@ -21,7 +21,7 @@ class RunOptions:
         data: mnist (built in), a folder with train/ and val/ or with one sub-folder for each class, hfds/NAME of
             the hub, or wds/FOLDER of shards
         model: a model of `vimamba models` or any of timm's
-        task: what is learned
+        task: what is learned; classification, unless others are imported
         output: folder for what the run leaves; runs/DATA-MODEL if not given
         model_args: keyword arguments of the model, such as {depth: 8}
         pretrained: start from the model's published weights
