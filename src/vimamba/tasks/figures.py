@@ -72,7 +72,7 @@ def with_caption(image: Image.Image, lines: list[str]) -> Image.Image:
             fontsize=72 * row / 2.2, fontfamily=families,
         )  # fmt: skip
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
+    figure.savefig(drawn, format="png", bbox_inches="tight", pad_inches=0.05)  # as wide as the longest line
     plt.close(figure)
     caption = Image.open(drawn).convert("RGB")
     whole = Image.new("RGB", (max(width, caption.width), height + caption.height), "white")
