@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +14,25 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torchvision import transforms as tv
+from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import v2
 
 from vimamba.data.decode import to_channels
+from vimamba.data.steps import (
+    CutLongSide,
+    OnImage,
+    OnImageAlone,
+    PadTo,
+    RandomResizedCrop,
+    Resize,
+    ResizeKeepRatio,
+    ToTensor,
+)
 from vimamba.errors import UserError, require, shown
 
-Transform = Callable[[Image.Image], torch.Tensor]
-
-# The eval crop is central: what lies beyond this many times the short side would be cut away after resizing, and
-# a 40 000 x 10 image would be 900 000 x 224 until then.
-MAX_ASPECT = 8
-
+Transform = Callable[..., Any]
+"""A Pillow image to its tensor; an image and its masks and boxes (torchvision's `tv_tensors`, in any structure that
+pytree knows) to the same with all of them moved together."""
 
 MAX_SIDE = 8192  # pixels that a model may ask of an image's height or width, and half of those before the crop
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -142,80 +152,73 @@ def _check_policy(policy: str) -> None:
 
 def eval_transform(prep: Preprocessing) -> Transform:
     """Resize, central crop, normalise."""
-    steps = create_transform(
-        input_size=prep.img_size,
-        interpolation=prep.interpolation,
-        mean=prep.mean,
-        std=prep.std,
-        crop_pct=prep.crop_pct,
-        crop_mode=prep.crop_mode,
-    )
-    return tv.Compose([ToChannels(prep.in_chans), *([CutLongSide()] if prep.crop_mode == "center" else []), steps])
+    return v2.Compose([_channels(prep.in_chans), *_whole(prep), ToTensor(prep.mean, prep.std)])
 
 
 def train_transform(prep: Preprocessing, options: AugmentOptions) -> Transform:
     """The augmentation that the options describe; `augment` is resolved ("auto" is not accepted here)."""
     if options.augment == "none":
         return eval_transform(prep)
-    channels = ToChannels(prep.in_chans)
-    if options.augment == "affine":
-        height, width = prep.img_size
-        erase = [tv.RandomErasing(options.random_erasing)] if options.random_erasing else []
-        return tv.Compose([
-            channels,
-            CutLongSide(),
-            tv.Resize(min(height, width), tv.InterpolationMode(prep.interpolation)),
-            tv.CenterCrop((height, width)),
-            tv.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), 5, tv.InterpolationMode.BILINEAR),
-            tv.ToTensor(),
-            tv.Normalize(prep.mean, prep.std),
-            *erase,
-        ])  # fmt: skip
-    steps = create_transform(
-        input_size=prep.img_size,
+    steps = _affine(prep, options) if options.augment == "affine" else _crop(prep, options)
+    return v2.Compose(steps)
+
+
+def _affine(prep: Preprocessing, options: AugmentOptions) -> list[v2.Transform]:
+    height, width = prep.img_size
+    erasing = v2.RandomErasing(options.random_erasing) if options.random_erasing else None
+    return [
+        _channels(prep.in_chans),
+        CutLongSide(),
+        Resize(min(height, width), prep.interpolation),
+        v2.CenterCrop([height, width]),
+        v2.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), 5, v2.InterpolationMode.BILINEAR),
+        ToTensor(prep.mean, prep.std, erasing),
+    ]
+
+
+def _crop(prep: Preprocessing, options: AugmentOptions) -> list[v2.Transform]:
+    erasing = RandomErasing(options.random_erasing, mode="pixel", device="cpu") if options.random_erasing else None
+    steps = [
+        RandomResizedCrop(prep.img_size, options.crop_scale, prep.interpolation),
+        *([v2.RandomHorizontalFlip(options.hflip)] if options.hflip else []),
+    ]
+    if not options.auto_augment:
+        jitter = v2.ColorJitter(*[options.color_jitter] * 3)  # brightness, contrast, saturation
+        return [_channels(prep.in_chans), *steps, jitter, ToTensor(prep.mean, prep.std, erasing)]
+    # timm's policies draw in colour; a one-channel model gets its channel after them.
+    policy = OnImageAlone(_policy(prep, options), f"`auto_augment` {options.auto_augment}")
+    return [_channels(3), *steps, policy, _channels(prep.in_chans), ToTensor(prep.mean, prep.std, erasing)]
+
+
+def _policy(prep: Preprocessing, options: AugmentOptions) -> Callable[[Image.Image], Image.Image]:
+    """timm's policy, and the colour jitter that some of them want."""
+    return create_transform(
+        prep.img_size,
         is_training=True,
-        scale=options.crop_scale,
-        hflip=options.hflip,
+        separate=True,
         color_jitter=options.color_jitter,
         auto_augment=options.auto_augment,
         interpolation=prep.interpolation,
         mean=prep.mean,
-        std=prep.std,
-        re_prob=options.random_erasing,
-        re_mode="pixel",
-    )
-    # timm's policies draw in colour; a one-channel model gets its channel after them.
-    if prep.in_chans == 1 and options.auto_augment:
-        *before, to_tensor, normalize = [step for step in steps.transforms if not _is_erasing(step)]
-        erasing = [step for step in steps.transforms if _is_erasing(step)]
-        return tv.Compose([ToChannels(3), *before, channels, to_tensor, normalize, *erasing])
-    return tv.Compose([channels, steps])
+    )[1]
 
 
-def _is_erasing(step: object) -> bool:
-    return type(step).__name__ == "RandomErasing"
+def _whole(prep: Preprocessing) -> list[v2.Transform]:
+    """The image at the model's size, as timm brings it there for evaluation."""
+    height, width = (math.floor(side / prep.crop_pct) for side in prep.img_size)
+    crop = v2.CenterCrop(prep.img_size)
+    if prep.crop_mode == "squash":
+        return [Resize((height, width), prep.interpolation), crop]
+    if prep.crop_mode == "border":
+        fill = [round(255 * mean) for mean in prep.mean]
+        return [ResizeKeepRatio((height, width), prep.interpolation, longest=1.0), PadTo(prep.img_size, fill), crop]
+    if height == width:
+        return [CutLongSide(), Resize(height, prep.interpolation), crop]
+    return [CutLongSide(), ResizeKeepRatio((height, width), prep.interpolation), crop]
 
 
-class ToChannels:
-    """To grey or colour, as a step of a transform."""
-
-    def __init__(self, in_chans: int):
-        self.in_chans = in_chans
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return to_channels(image, self.in_chans)
-
-
-class CutLongSide:
-    """Keep the middle of an image whose long side is over MAX_ASPECT times its short side."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
-        limit = MAX_ASPECT * min(width, height)
-        if max(width, height) <= limit:
-            return image
-        left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
-        return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+def _channels(in_chans: int) -> OnImage:
+    return OnImage(functools.partial(to_channels, in_chans=in_chans))
 
 
 @contextmanager
