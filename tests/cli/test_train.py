@@ -87,6 +87,14 @@ def test_an_interrupted_run_resumes_to_the_same_result(vimamba, photos, tmp_path
     assert load_file(cut / "model.safetensors").keys() == load_file(whole / "model.safetensors").keys()
 
 
+def test_computing_again_trains_the_same_weights(vimamba, photos, tmp_path):
+    runs = [tmp_path / recompute for recompute in ("never", "always")]
+    for run in runs:
+        assert vimamba(*train_arguments(photos, run, "--model_args.recompute", run.name))[0] == 0
+    never, always = (load_file(run / "model.safetensors") for run in runs)
+    assert all(always[name].equal(never[name]) for name in never)
+
+
 def test_sigterm_saves_too(vimamba, photos, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 2, signal.SIGTERM)
     assert vimamba(*train_arguments(photos, tmp_path / "run"))[0] == 143

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimamba import Block, VisionMamba, VisionMambaPyramid
-from vimamba.layers import memory
+from vimamba.layers.memory import RECOMPUTE
 from vimamba.layers.mixers import RECURRENCES
 from vimamba.layers.mixers.directional import DirectionalMixer
 from vimamba.models.description import skeleton
@@ -137,14 +137,15 @@ def test_a_model_exports(name):
     torch.testing.assert_close(exported(images(1)), model(images(1)))
 
 
-def test_long_sequences_learn_the_same(monkeypatch):
-    """What the backward pass of a long sequence computes again is not the recurrence's business."""
-    model, grads = build(paths=["row", "column"]), []
-    for long in (100, 10):
-        monkeypatch.setattr(memory, "LONG", long)
+def test_computing_again_learns_the_same():
+    """What the backward pass computes again instead of keeping it is not the recurrence's business."""
+    grads = []
+    for recompute in RECOMPUTE:
+        model = build(paths=["row", "column"], recompute=recompute)
         grads.append(torch.autograd.grad(model(images()).square().sum(), list(model.parameters())))
-    for kept, computed in zip(*grads, strict=True):
-        torch.testing.assert_close(computed, kept)
+    for long, always, never in zip(*grads, strict=True):
+        assert long.equal(never)
+        assert always.equal(never)
 
 
 def test_hooks_and_weight_decay_find_the_recurrence():

@@ -72,12 +72,12 @@ class Block(nn.Module):
         return self._mixed(normed, stream, reverse, layout), stream
 
     def _mixed(self, normed: Tensor, stream: Tensor, reverse: bool, layout: Layout | None) -> Tensor:
-        if not memory.is_long(normed) or not intact(self.norm, RMSNorm, LayerNorm):
+        if not memory.recomputes(normed, self.mixer.recompute) or not intact(self.norm, RMSNorm, LayerNorm):
             return self.drop_path(self.mixer(normed, reverse, layout))
         kept, dtype = stream.detach(), normed.dtype
 
-        def recompute() -> Tensor:
+        def compute() -> Tensor:
             return self.norm(kept).to(dtype)
 
-        with memory.recomputed(normed, recompute):
-            return self.drop_path(self.mixer(normed, reverse, layout, recompute))
+        with memory.recomputed(normed, compute):
+            return self.drop_path(self.mixer(normed, reverse, layout, compute))

@@ -155,7 +155,7 @@ class VisionMambaPyramid(TimmModel):
             raise ValueError(f"mode={former!r} is the former name of bidirectional={bidirectional!r}: give one")
         bidirectional = former
         make_mixer = mixer_of(recurrence)
-        of_directions = ("merge", "paths", "path_weights", "gate", "pooled_token", "layer_scale")
+        of_directions = ("merge", "paths", "path_weights", "gate", "pooled_token", "layer_scale", "recompute")
         options = mixer_args(VisionMambaPyramid, make_mixer, options, of_directions)
         for name, value, length, least in (
             ("dims", dims, 4, 2),

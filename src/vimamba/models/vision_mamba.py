@@ -72,6 +72,9 @@ class VisionMamba(TokenModel):
         norm: "rms" or "layer".
         norm_eps: added to the mean square.
         layer_scale: initial value of a learned factor on each block's output channels, or None.
+        recompute: when training trades time for memory: the backward pass computes each block's norm and input
+            projection again instead of keeping them, in "long" sequences (from 2048 tokens on), "always" or "never".
+            `set_grad_checkpointing` does that with whole blocks.
         drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the position embedding.
         drop_path_rate: stochastic depth of the last block, rising linearly.
@@ -119,6 +122,7 @@ class VisionMamba(TokenModel):
         norm: str = "rms",
         norm_eps: float = 1e-5,
         layer_scale: float | None = None,
+        recompute: str = "long",
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -151,10 +155,11 @@ class VisionMamba(TokenModel):
         self.rope = Rope(embed_dim, images, rope_grid) if rope != "none" else None
         self.rope_first = rope == "hustvl"
         self.rope_residual = rope_residual
+        common = dict(gate=gate, layer_scale=layer_scale, recompute=recompute, **options, **dd)
         designs = layer_designs(modes, self.grid, paths, path_weights, merge, alternate, pooled_token)
         self.layers = nn.ModuleList(
             Block(
-                mixer(embed_dim, **vars(design), gate=gate, layer_scale=layer_scale, **options, **dd),
+                mixer(embed_dim, **vars(design), **common),
                 NORMS[norm](embed_dim, norm_eps, **dd),
                 rate,
             )

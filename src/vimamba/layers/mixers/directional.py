@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vimamba.layers.grid import Layout, ScanPath, parse_paths, route, with_token
+from vimamba.layers.memory import RECOMPUTE
 from vimamba.layers.mixers.gate import LEVELS, DirectionGate
 from vimamba.layers.options import check_choice, check_number, check_whole
 
@@ -66,6 +67,8 @@ class DirectionalMixer(nn.Module):
         gate: "image" or "token": what a gate is computed for.
         pooled_token: put the mean of the tokens in front of those a single direction reads (arXiv 2410.07599).
         layer_scale: initial value of a learned factor on each output channel, or None for no such factor.
+        recompute: when the backward pass computes the norm in front of the mixer again, and what else a recurrence
+            makes cheaply of its input, instead of keeping it: "long" (from 2048 tokens on), "always" or "never".
         device, dtype: of the weights.
         **recurrence_args: for each recurrence.
 
@@ -87,6 +90,7 @@ class DirectionalMixer(nn.Module):
         gate: str = "image",
         pooled_token: bool = False,
         layer_scale: float | None = None,
+        recompute: str = "long",
         device: Any = None,
         dtype: torch.dtype | None = None,
         **recurrence_args: Any,
@@ -97,12 +101,14 @@ class DirectionalMixer(nn.Module):
             ("merge", merge, MERGES),
             ("path_weights", path_weights, PATH_WEIGHTS),
             ("gate", gate, LEVELS),
+            ("recompute", recompute, RECOMPUTE),
         ):
             check_choice(name, value, allowed)
         check_whole("dim", dim)
         if layer_scale is not None:
             check_number("layer_scale", layer_scale, -math.inf)
         self.mode, self.merge, self.pooled_token, self.layer_scale = mode, merge, pooled_token, layer_scale
+        self.recompute = recompute
         self.paths = parse_paths(paths)
         self.scans = scans_of(self.paths, mode, path_weights)
         of_paths = [[scan for scan in self.scans if scan.path == path] for path in self.paths]
@@ -152,7 +158,7 @@ class DirectionalMixer(nn.Module):
         x: Tensor,
         reverse: bool = False,
         layout: Layout | None = None,
-        recompute: Callable[[], Tensor] | None = None,
+        compute: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Mix the tokens of a sequence.
 
@@ -160,7 +166,7 @@ class DirectionalMixer(nn.Module):
             x: (batch, length, dim).
             reverse: give what the flipped sequence would give, flipped back.
             layout: where the tokens stand on the grid; without one they may only be read in "row" order.
-            recompute: computes x again, so that the backward pass of a long sequence need not keep it.
+            compute: computes x again, so that the backward pass need not keep it.
 
         Returns:
             (batch, length, dim).
@@ -172,16 +178,16 @@ class DirectionalMixer(nn.Module):
         backward = self.scans[0].reverse != reverse
         if self.pooled_token:
             mean = x.mean(1, keepdim=True)
-            x, recompute = torch.cat([x, mean] if backward else [mean, x], dim=1), None
+            x, compute = torch.cat([x, mean] if backward else [mean, x], dim=1), None
             layout = None if layout is None else with_token(layout, x.shape[1] - 1 if backward else 0)
         weights = self._weights(gates)
-        out = self.around(lambda u: self._merged(u, weights, reverse, layout), x, layout, recompute)
+        out = self.around(lambda u: self._merged(u, weights, reverse, layout), x, layout, compute)
         if self.pooled_token:
             out = out[:, :-1] if backward else out[:, 1:]
         return out if self.gamma is None else out * self.gamma
 
     def around(
-        self, directions: Callable[[Tensor], Tensor], x: Tensor, layout: Layout | None, recompute: Any = None
+        self, directions: Callable[[Tensor], Tensor], x: Tensor, layout: Layout | None, compute: Any = None
     ) -> Tensor:
         """What stands around the directions and knows no order, such as projections in front and behind: nothing."""
         return directions(x)

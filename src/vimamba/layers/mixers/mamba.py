@@ -67,6 +67,8 @@ class BidirectionalMixer(DirectionalMixer):
         conv_bias: bias of the convolution.
         bias: bias of the input and output projections.
         layer_scale: initial value of a learned factor on each output channel, or None for no such factor.
+        recompute: when the backward pass computes the norm and the input projection again instead of keeping them:
+            "long" (from 2048 tokens on), "always" or "never".
         device, dtype: of the weights.
 
     Raises:
@@ -95,10 +97,11 @@ class BidirectionalMixer(DirectionalMixer):
         conv_bias: bool = True,
         bias: bool = False,
         layer_scale: float | None = None,
+        recompute: str = "long",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, None, mode, merge, paths, path_weights, gate, pooled_token, layer_scale)
+        super().__init__(dim, None, mode, merge, paths, path_weights, gate, pooled_token, layer_scale, recompute)
         check_choice("conv", conv, CONVS)
         check_choice("dt_init", dt_init, ("random", "constant"))
         for name, size in (("d_state", d_state), ("d_conv", d_conv)):
@@ -192,25 +195,25 @@ class BidirectionalMixer(DirectionalMixer):
         )
 
     def around(
-        self, directions: Callable[[Tensor], Tensor], x: Tensor, layout: Layout | None, recompute: Any = None
+        self, directions: Callable[[Tensor], Tensor], x: Tensor, layout: Layout | None, compute: Any = None
     ) -> Tensor:
-        """Input and output projection, and the 2-D convolution; of a long sequence, xz is computed again."""
+        """Input and output projection, and the 2-D convolution; xz is computed again where `recompute` says so."""
         xz = _project(self.in_proj, x)
         if self.conv2d is not None:
             xz = self._convolve_grid(xz, needed(layout, 'conv="2d"'))
         keeping: AbstractContextManager = nullcontext()
-        if memory.is_long(x) and self.conv2d is None and intact(self.in_proj, nn.Linear):
-            keeping = memory.recomputed(xz, self._projection(x, recompute, xz.dtype))
+        if memory.recomputes(x, self.recompute) and self.conv2d is None and intact(self.in_proj, nn.Linear):
+            keeping = memory.recomputed(xz, self._projection(x, compute, xz.dtype))
         with keeping:
             y = directions(xz)
         return _project(self.out_proj, y)
 
-    def _projection(self, x: Tensor, recompute: Callable[[], Tensor] | None, dtype: torch.dtype) -> Any:
+    def _projection(self, x: Tensor, compute: Callable[[], Tensor] | None, dtype: torch.dtype) -> Any:
         """Computes in_proj again, in the type that autocast gave it."""
-        kept = x.detach() if recompute is None else None
+        kept = x.detach() if compute is None else None
 
         def project() -> Tensor:
-            source = recompute() if kept is None else kept  # type: ignore[misc]
+            source = compute() if kept is None else kept  # type: ignore[misc]
             bias = None if self.in_proj.bias is None else self.in_proj.bias.to(dtype)
             with torch.autocast(source.device.type, enabled=False):
                 return F.linear(source.to(dtype), self.in_proj.weight.to(dtype), bias)
