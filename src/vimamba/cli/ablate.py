@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
-import statistics
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.table import Table
+from rich.console import Console
 
 from vimamba.cli import terminal
-from vimamba.cli.ablate_page import save_plot, write_page
+from vimamba.cli.ablate_page import markdown_table, plot_of, save_plot, skipping_lines, terminal_table, write_page
 from vimamba.cli.parsing import add_options, take
 from vimamba.errors import UserError, nearest, require
+from vimamba.files import write_text
 from vimamba.models import list_models
 from vimamba.tasks.ablation import DESIGNS, Budget, Run, design_costs, open_study_data, run_design
 from vimamba.tasks.optim import OptimOptions
-
-COLUMNS = ("design", "top-1 %", "±", "runs", "lr", "steps", "parameters", "MFLOPs", "forward ms", "step ms")
+from vimamba.tasks.study import Findings, Study, append_run, best_lr, read_runs, summarise
 
 
 @dataclasses.dataclass
@@ -40,7 +37,8 @@ class AblateOptions:
         batch_size: images in a step
         lr: highest learning rates: the first seed tries each of them, the others take what was best for their design
         output: folder of runs.csv, table.md and designs.png; runs/ablate-DATA if not given
-        page: write the documentation page, from the results of all studies beside the output folder, to this file
+        page: write the documentation page to this file; it shows every study in the JSON file of the same name, which
+            this one is added to
     """
 
     data: str = "mnist"
@@ -59,9 +57,9 @@ class AblateOptions:
         require(1 <= self.seeds <= 1000, f"--seeds is {self.seeds}; it must be from 1 to 1000")
         require(len(self.lr) > 0, "--lr: name at least one learning rate")
         require(all(0 < lr < math.inf for lr in self.lr), f"--lr is {self.lr}; learning rates are positive numbers")
-        own = [name for name in list_models() if not name.startswith("vim_pyramid")]
-        hint = nearest(self.model, own) or f"; they are {', '.join(own)}"
-        require(self.model in own, f"--model {self.model}: the designs are those of vimamba's models{hint}")
+        models = [name for name in list_models() if not name.startswith("vim_pyramid")]
+        hint = nearest(self.model, models) or f"; they are {', '.join(models)}"
+        require(self.model in models, f"--model {self.model}: the designs are those of vimamba's models{hint}")
         for name in self.designs or []:
             require(
                 name in DESIGNS,
@@ -78,6 +76,27 @@ def run(parser: ArgumentParser, parsed: Namespace) -> int:
     terminal.quiet_libraries()
     console = terminal.console()
     folder = Path(options.output or f"runs/ablate-{options.data}")
+    page = Path(options.page) if options.page else None
+    findings = Findings.read(page.with_suffix(".json")) if page else Findings()
+    done = train_designs(options, folder, console)
+    study = Study(
+        options.model, options.model_args, options.batch_size, options.equal, options.epochs, options.lr,
+        summarise(list(done.values())),
+    )  # fmt: skip
+    console.print(terminal_table(study), width=max(console.width, 110))  # a pipe is taken for 80 columns wide
+    for line in skipping_lines(study):
+        console.print(line)
+    write_text(folder / "table.md", markdown_table(study) + "\n")
+    save_plot(folder / "designs.png", study, options.data)
+    if page:
+        findings.studies[options.data], findings.costs = study, design_costs()
+        write_page(page, findings)
+        save_plot(plot_of(page, options.data), study, options.data)
+    return 0
+
+
+def train_designs(options: AblateOptions, folder: Path, console: Console) -> dict[tuple[str, int, float], Run]:
+    """The runs of a study; those that the folder holds already are not trained again."""
     optim = OptimOptions(epochs=options.epochs, batch_size=options.batch_size)
     budget = Budget(open_study_data(options.data), options.model, options.model_args, optim, options.equal)
     for line in budget.data.notes:
@@ -93,26 +112,9 @@ def run(parser: ArgumentParser, parsed: Namespace) -> int:
                     continue
                 finished = done[design, seed, lr] = run_design(design, seed, lr, budget)
                 append_run(folder, finished)
-                told = f"{number}/{total}  {design}, seed {seed}, learning rate {lr:g}"
-                console.print(f"{told}: {terminal.percent(finished.top1)}%", markup=False)
-    rows = summarise(list(done.values()))
-    console.print(table(rows), width=max(console.width, 110))  # a pipe is taken for 80 columns wide
-    skipping = [line for row in rows if (line := skip_line(row))]
-    for line in skipping:
-        console.print(line)
-    common = " ".join(f"{name}={value}" for name, value in options.model_args.items())
-    caption = (
-        f"`{options.model}` {common}, batches of {options.batch_size}, the training {options.equal} of "
-        f"{options.epochs} epochs of ssm_conv for every design, its learning rate the best of "
-        f"{', '.join(f'{lr:g}' for lr in options.lr)} for the first seed."
-    )
-    lines = [caption, "", "| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    (folder / "table.md").write_text("\n".join([*lines, "", *skipping]) + "\n", encoding="utf-8")
-    save_plot(folder / "designs.png", rows, options.data)
-    if options.page:
-        write_page(Path(options.page), folder.parent, design_costs())
-    return 0
+                place = f"{number}/{total}  {design}, seed {seed}, learning rate {lr:g}"
+                console.print(f"{place}: {terminal.percent(finished.top1)}%", markup=False)
+    return done
 
 
 def buildable(designs: list[str], budget: Budget) -> list[str]:
@@ -127,95 +129,3 @@ def buildable(designs: list[str], budget: Budget) -> list[str]:
             possible.append(design)
     require(bool(possible), "--model_args: no design can be built with them")
     return possible
-
-
-def append_run(folder: Path, finished: Run) -> None:
-    """Add a row to runs.csv."""
-    path = folder / "runs.csv"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Run)])
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(dataclasses.asdict(finished))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def best_lr(runs: Iterable[Run], design: str) -> float:
-    """The learning rate with which the first seed of a design did best."""
-    return max((run for run in runs if run.design == design and run.seed == 0), key=lambda run: run.top1).lr
-
-
-def read_runs(folder: Path) -> dict[tuple[str, int, float], Run]:
-    """The finished runs of a folder; a row that was cut off is run again."""
-    path = folder / "runs.csv"
-    if not path.is_file():
-        return {}
-    kinds = get_type_hints(Run)
-    runs = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if set(reader.fieldnames or ()) != set(kinds):
-            raise UserError(f"{path}: written by another version; delete it or choose another --output")
-        for row in reader:
-            if None in row.values():
-                continue
-            values: dict[str, Any] = {
-                k: (float(v) if v else None) if k.startswith("skip_") else kinds[k](v) for k, v in row.items()
-            }
-            runs[values["design"], values["seed"], values["lr"]] = Run(**values)
-    return runs
-
-
-def summarise(runs: list[Run]) -> list[dict[str, Any]]:
-    """One row a design, at its best learning rate: mean and spread of its accuracies, the quickest of its times."""
-    rows = []
-    for design in DESIGNS:
-        if not any(r.design == design and r.seed == 0 for r in runs):
-            continue
-        lr = best_lr(runs, design)
-        own = [r for r in runs if r.design == design and r.lr == lr]
-        top1 = [r.top1 for r in own]
-        spread = statistics.stdev(top1) if len(own) > 1 else 0.0
-        times = {name: min(getattr(r, name) for r in own) for name in ("forward_ms", "step_ms")}
-        first = own[0]
-        row = dict(design=design, lr=lr, top1=statistics.mean(top1), spread=spread, runs=len(own), steps=first.steps,
-                   parameters=first.parameters, gflops=first.gflops, **times)  # fmt: skip
-        if first.skip_share is not None:
-            for name in ("skip_share", "skip_top1", "skip_forward_ms"):
-                values = [getattr(r, name) for r in own]
-                row[name] = min(values) if name.endswith("ms") else statistics.mean(values)
-        rows.append(row)
-    return rows
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row as the table shows it."""
-    return [
-        row["design"], f"{100 * row['top1']:.2f}", f"{100 * row['spread']:.2f}", str(row["runs"]), f"{row['lr']:g}",
-        str(row["steps"]), terminal.count(row["parameters"]), f"{1e3 * row['gflops']:.1f}", f"{row['forward_ms']:.1f}",
-        f"{row['step_ms']:.1f}",
-    ]  # fmt: skip
-
-
-def skip_line(row: dict[str, Any]) -> str:
-    """What skipping does to a gated design."""
-    if "skip_share" not in row:
-        return ""
-    saved = 1 - row["skip_forward_ms"] / row["forward_ms"]
-    return (
-        f"{row['design']}: skipping {100 * row['skip_share']:.0f}% of the directions changes top-1 by "
-        f"{100 * (row['skip_top1'] - row['top1']):+.2f} points and forward time by {-100 * saved:+.0f}%."
-    )
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """The study as a table in the terminal."""
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for i, name in enumerate(COLUMNS):
-        shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*cells(row))
-    return shown

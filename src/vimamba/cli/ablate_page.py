@@ -1,29 +1,34 @@
-"""The picture of a study and the documentation page made from studies."""
+"""A study as a table and a picture, and the documentation page made from all studies."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from rich.table import Table
 
+from vimamba.cli import terminal
 from vimamba.errors import UserError
+from vimamba.files import write_text
 from vimamba.layers.grid import ScanPath
+from vimamba.tasks.ablation import BASE, DESIGNS
+from vimamba.tasks.study import Findings, Row, Study, difference
 
+COLUMNS = ("design", "top-1 %", "±", "runs", "lr", "steps", "parameters", "MFLOPs", "forward ms", "step ms")
 DRAWN = ("row", "column", "snake", "window2")
 
 
-def save_plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+def save_plot(path: Path, study: Study, title: str) -> None:
     """Accuracy, with its spread, over the cost of a forward pass."""
     figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
-    for row in rows:
-        at = (1e3 * row["gflops"], 100 * row["top1"])
-        color = "#ea580c" if row["design"] == "ssm_conv" else "#2563eb"
-        axes.errorbar(*at, yerr=100 * row["spread"], fmt="o", color=color, capsize=2)
-        axes.annotate(row["design"], at, (5, 4), textcoords="offset points", fontsize=8)
+    for row in study.rows:
+        at = (1e3 * row.gflops, 100 * row.top1)
+        color = "#ea580c" if row.design == BASE else "#2563eb"
+        axes.errorbar(*at, yerr=100 * row.spread, fmt="o", color=color, capsize=2)
+        axes.annotate(row.design, at, (5, 4), textcoords="offset points", fontsize=8)
     axes.set(
         xlabel="MFLOPs of a forward pass", ylabel="held-out accuracy, % (mean ± deviation over seeds)", title=title
     )
@@ -31,6 +36,11 @@ def save_plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     axes.grid(color="#e2e8f0", linewidth=0.8)
     figure.savefig(path)
     plt.close(figure)
+
+
+def plot_of(page: Path, name: str) -> Path:
+    """Where the page has the picture of a study."""
+    return page.with_name(f"{page.stem}-{name}.png")
 
 
 def draw_paths(path: Path, grid: tuple[int, int] = (4, 6)) -> None:
@@ -52,21 +62,24 @@ def draw_paths(path: Path, grid: tuple[int, int] = (4, 6)) -> None:
     plt.close(figure)
 
 
-def write_page(page: Path, studies: Path, costs: dict[str, float]) -> None:
-    """docs/designs.md: the switches, the drawing of each path, and every study's table and findings."""
-    tables = sorted(studies.glob("ablate-*/table.md"))
-    if not tables:
-        raise UserError(f"--page {page}: {studies} holds no finished study")
-    page.parent.mkdir(parents=True, exist_ok=True)
-    draw_paths(page.with_name("paths.svg"))
-    parts = [SWITCHES, cost_table(costs)]
-    for file in tables:
-        name = file.parent.name.removeprefix("ablate-")
-        plot = page.with_name(f"designs-{name}.png")
-        plot.write_bytes((file.parent / "designs.png").read_bytes())
-        parts += [f"## Measured on {name}", file.read_text(encoding="utf-8").strip(), findings(file),
-                  f"![accuracy and cost]({plot.name})"]  # fmt: skip
-    page.write_text("\n\n".join([*parts, ADVICE]) + "\n", encoding="utf-8")
+def write_page(page: Path, findings: Findings) -> None:
+    """docs/designs.md and the JSON file that it is made from: switches, drawings, every study's table and findings."""
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        findings.write(page.with_suffix(".json"))
+        draw_paths(page.with_name("paths.svg"))
+        write_text(page, render(page, findings))
+    except OSError as error:
+        raise UserError(f"--page {page}: cannot be written ({error.strerror})") from error
+
+
+def render(page: Path, findings: Findings) -> str:
+    """The page; its tables, and every sentence with a number of ours in it, say what the findings are."""
+    parts = [SWITCHES, cost_table(findings.costs)]
+    for name, study in sorted(findings.studies.items()):
+        parts += [f"## Measured on {name}", markdown_table(study), told_apart(study), best_rates(study),
+                  f"![accuracy and cost]({plot_of(page, name).name})"]  # fmt: skip
+    return "\n\n".join([*parts, advice(findings)]) + "\n"
 
 
 def cost_table(costs: dict[str, float]) -> str:
@@ -75,29 +88,123 @@ def cost_table(costs: dict[str, float]) -> str:
     return "\n".join([COSTS, "", "| design | forward time |", "| --- | ---: |", *rows])
 
 
-def findings(file: Path) -> str:
-    """Which designs the seeds tell apart from ssm_conv, in a clause each; single runs tell nothing."""
-    table = [line for line in file.read_text(encoding="utf-8").splitlines() if " | " in line][2:]
-    rows = [line.strip("| ").split(" | ") for line in table]
-    top1 = {row[0]: (float(row[1]), float(row[2])) for row in rows if int(row[3]) > 1}
-    if "ssm_conv" not in top1:
-        return "One run of ssm_conv has no spread, so no order is claimed."
-    base, spread = top1.pop("ssm_conv")
+def cells(row: Row) -> list[str]:
+    """A row as a table shows it."""
+    return [
+        row.design, f"{100 * row.top1:.2f}", f"{100 * row.spread:.2f}", str(row.runs), f"{row.lr:g}", str(row.steps),
+        terminal.count(row.parameters), f"{1e3 * row.gflops:.1f}", f"{row.forward_ms:.1f}", f"{row.step_ms:.1f}",
+    ]  # fmt: skip
+
+
+def terminal_table(study: Study) -> Table:
+    """The study as a table in the terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(COLUMNS):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in study.rows:
+        table.add_row(*cells(row))
+    return table
+
+
+def markdown_table(study: Study) -> str:
+    """The study as a table in Markdown, with its budget above and what skipping does below."""
+    common = " ".join(f"{name}={value}" for name, value in study.model_args.items())
+    caption = (
+        f"`{study.model}` {common}, batches of {study.batch_size}, the training {study.equal} of {study.epochs} epochs "
+        f"of {BASE} for every design, its learning rate the best of {', '.join(f'{lr:g}' for lr in study.lrs)} for the "
+        "first seed."
+    )
+    lines = [caption, "", "| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in study.rows]
+    return "\n".join([*lines, *(f"\n{line}" for line in skipping_lines(study))])
+
+
+def skipping_lines(study: Study) -> list[str]:
+    """What skipping does to each gated design."""
+    return [
+        f"{row.design}: skipping {100 * row.skip_share:.0f}% of the directions changes top-1 by "
+        f"{100 * (row.skip_top1 - row.top1):+.2f} points and forward time by "
+        f"{100 * (row.skip_forward_ms / row.forward_ms - 1):+.0f}%."
+        for row in study.rows
+        if row.skip_share is not None and row.skip_top1 is not None and row.skip_forward_ms is not None
+    ]
+
+
+def told_apart(study: Study) -> str:
+    """Which designs the seeds tell apart from the base, in a clause each; single runs tell nothing."""
+    base = study.row(BASE)
+    if base is None or base.runs < 2:
+        return f"One run of {BASE} has no spread, so no order is claimed."
     clauses = []
-    for name, (mean, own) in sorted(top1.items(), key=lambda item: -item[1][0]):
-        clear = abs(mean - base) > spread + own
-        verdict = ("above" if mean > base else "below") if clear else "not told apart from"
-        clauses.append(f"{name} is {verdict} ssm_conv ({mean - base:+.2f} points)")
+    for row in sorted(study.rows, key=lambda row: -row.top1):
+        if row is base or row.runs < 2:
+            continue
+        points, clear = difference(row, base)
+        verdict = ("above" if points > 0 else "below") if clear else "not told apart from"
+        clauses.append(f"{row.design} is {verdict} {BASE} ({points:+.2f} points)")
+    return f"Against the spread of the seeds: {'; '.join(clauses)}."
+
+
+def best_rates(study: Study) -> str:
+    """The designs that did best with each learning rate."""
     rates: dict[str, list[str]] = {}
-    for row in rows:
-        rates.setdefault(row[4], []).append(row[0])
-    best = "; ".join(f"{rate} for {', '.join(names)}" for rate, names in sorted(rates.items()))
-    return f"Against the spread of the seeds: {'; '.join(clauses)}.\n\nBest learning rate: {best}."
+    for row in study.rows:
+        rates.setdefault(f"{row.lr:g}", []).append(row.design)
+    clauses = [f"{rate} for {', '.join(designs)}" for rate, designs in sorted(rates.items())]
+    return f"Best learning rate: {'; '.join(clauses)}."
+
+
+def advice(findings: Findings) -> str:
+    """Which design to use: what is known of the published models, and what the studies found."""
+    compared = [versus(findings, *pair) for pair in COMPARED]
+    found = [clause for clause in [*compared, most_worth(findings), skipping(findings)] if clause]
+    return "\n".join([ADVICE, *(f"  - {clause}" for clause in found), LEARNING_RATE])
+
+
+def versus(findings: Findings, design: str, other: str) -> str:
+    """How one design did beside another in every study that has runs enough of both, and what it costs."""
+    clauses = []
+    for name, study in sorted(findings.studies.items()):
+        row, beside = study.row(design), study.row(other)
+        if row is not None and beside is not None and min(row.runs, beside.runs) > 1:
+            points, clear = difference(row, beside)
+            clauses.append(f"{points:+.1f} points on {name}{'' if clear else ', not told apart'}")
+    if not clauses:
+        return ""
+    if design in findings.costs and other in findings.costs:
+        clauses.append(f"{findings.costs[design] / findings.costs[other]:.2f} of the forward time")
+    return f"{design} against {other}: {'; '.join(clauses)}."
+
+
+def most_worth(findings: Findings) -> str:
+    """The design that stands furthest above the base in each study."""
+    clauses = []
+    for name, study in sorted(findings.studies.items()):
+        base = study.row(BASE)
+        gains = {} if base is None else {row.design: difference(row, base) for row in study.rows}
+        above = {design: points for design, (points, clear) in gains.items() if clear and points > 0}
+        if above:
+            best = max(above, key=above.__getitem__)
+            clauses.append(f"{best} on {name} ({above[best]:+.1f} points)")
+    return f"Worth most above {BASE}: {'; '.join(clauses)}." if clauses else ""
+
+
+def skipping(findings: Findings) -> str:
+    """What it cost to skip directions in each study."""
+    clauses = [
+        f"{100 * row.skip_share:.0f}% of the directions of {row.design} for {100 * (row.skip_top1 - row.top1):+.2f} "
+        f"points on {name}"
+        for name, study in sorted(findings.studies.items())
+        for row in study.rows
+        if row.skip_share is not None and row.skip_top1 is not None
+    ]
+    sparsity = DESIGNS["gate"]["gate_sparsity"]
+    return f"Skipping, trained with `gate_sparsity={sparsity}`: {'; '.join(clauses)}." if clauses else ""
 
 
 SWITCHES = """# Bidirectional designs
 
-*Made by `vimamba ablate --page`; edit `vimamba/cli/ablate_page.py` instead.*
+*Made by `vimamba ablate --page` from designs.json; edit `vimamba/cli/ablate_page.py` instead.*
 
 A direction is a path over the grid of patches and a sense. These are arguments of `VisionMamba`, or
 `--model_args.NAME VALUE` of `vimamba train`.
@@ -129,6 +236,15 @@ COSTS = """## What each costs
 
 Forward time on the CPU of Vim-Ti's width, 6 blocks, one image of 512×512 pixels, as a multiple of ssm_conv."""
 
+COMPARED = (
+    (BASE, "none"),
+    (BASE, "ssm"),
+    ("layer", BASE),
+    ("alternate", BASE),
+    ("every 2nd", BASE),
+)
+"""Two senses beside one, own weights beside shared ones, and what computes less beside the base."""
+
 ADVICE = """## Which to use
 
 - Published weights load into `ssm_conv` (or what a checkpoint was trained with), nothing else. `merge="gate"` may be
@@ -136,11 +252,8 @@ ADVICE = """## Which to use
 - The tables are of small models on small images under a small budget: they rank what learns fast there. They are no
   evidence about ImageNet, where the published order is ssm_conv 73.9, none 73.2, ssm 72.8, layer 70.9 (arXiv
   2401.09417), nor about dense tasks, where the same paper has ssm_conv ahead of none by 3.6 mIoU on ADE20K; neither
-  was trained here.
-- Classification of small images, from the tables: two senses (ssm_conv) beat one (none) by 8 to 12 points, and own
-  weights for the second beat shared ones (ssm). One sense a layer in turns (layer, alternate) and two in every second
-  layer do as well or better at the same training compute, with a fifth less to compute in use: take them where
-  compute is short. On the larger grid a convolutional stem, on 8×8 pixels a 2-D convolution, was worth most.
-- Skipping: trained with `gate_sparsity=0.15`, layers choose, and a third of the directions can go at no loss.
+  was trained here. What they say of the classification of small images:"""
+
+LEARNING_RATE = """\
 - Learning rate: take the one in the design's row above as a first guess at this size of model and batch; larger
   models want less (the published recipes: 0.001 for batches of 1024 from scratch)."""
