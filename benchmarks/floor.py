@@ -82,7 +82,7 @@ def state_updates(model: Any, size: int) -> int:
     if not mixers:
         return 0
     rows, columns = model.patch_embed.grid_size((size, size))
-    return (rows * columns + 1) * sum(way.A_log.numel() for mixer in mixers for way in mixer.directions())
+    return (rows * columns + 1) * sum(direction.A_log.numel() for mixer in mixers for direction in mixer.directions())
 
 
 def floor_of(entry: Entry) -> Floor:
@@ -94,9 +94,9 @@ def floor_of(entry: Entry) -> Floor:
     products = Counter({(entry.batch * rows * columns, patch[0].numel(), patch.shape[0]): 1})
     for module in model.modules():
         if isinstance(module, BidirectionalMixer):
-            ways = module.directions()
+            directions = module.directions()
             weights = [module.in_proj.weight, module.out_proj.weight]
-            weights += [weight for way in ways for weight in (way.x_proj_weight, way.dt_proj_weight)]
+            weights += [weight for d in directions for weight in (d.x_proj_weight, d.dt_proj_weight)]
             products.update((tokens, weight.shape[1], weight.shape[0]) for weight in weights)
     return Floor(products, entry.batch * state_updates(model, entry.size), DTYPES[entry.dtype])
 

@@ -112,8 +112,8 @@ def check_kernels(device: str) -> dict[str, float]:
         x, weight = torch.randn(2, 1001, dim, device=device).to(dtype), torch.randn(dim, device=device)
         taps = torch.randn(dim, 4, device=device)
         for (batch, length), reverse in itertools.product(lengths.items(), (False, True)):
-            way = f"scan ({batch}, {dim}, {length}){' reversed' if reverse else ''}"
-            errors[f"{name}: {way}"] = worst_error(
+            case = f"scan ({batch}, {dim}, {length}){' reversed' if reverse else ''}"
+            errors[f"{name}: {case}"] = worst_error(
                 lambda *a, reverse=reverse: vimamba.selective_scan(*a, True, reverse=reverse),
                 lambda *a, reverse=reverse: reference.selective_scan(*a, True, reverse=reverse),
                 scan_inputs(batch, dim, length, dtype, device),
@@ -240,10 +240,10 @@ def run_case(
     """Every contender at batch 1 and at the largest batch that all fit in but the written-out attention, which has
     its own."""
     entries = contenders(which, size, passes, options.device)
-    own = [largest_batch(entry) for entry in entries]
-    shared = min(own[:3])
+    largest = [largest_batch(entry) for entry in entries]
+    shared = min(largest[:3])
     by_batch: dict[int, list[Entry]] = {}
-    for entry, most in zip(entries, own, strict=True):
+    for entry, most in zip(entries, largest, strict=True):
         for batch in {1, min(most, shared)} - {0}:
             for mode in options.modes:
                 if mode != "graph" or (passes == "forward" and options.device == "cuda"):
@@ -257,12 +257,12 @@ def run_case(
         for result in measured:
             row = {"which": which, **report.as_row(result)}
             rows.append(row)
-            told = row["error"] or f"{row['images_per_s']:9.1f} images/s"
+            outcome = row["error"] or f"{row['images_per_s']:9.1f} images/s"
             if passes == "forward" and options.device == "cuda" and row["median_s"]:
                 row["floor_s"] = forward_floor(result.entry, result.cost.flops)
-                told += f", {row['floor_s'] / row['median_s']:.0%} of the floor's speed"
+                outcome += f", {row['floor_s'] / row['median_s']:.0%} of the floor's speed"
             peak = f", peak {row['peak_extra_bytes'] / 2**20:.0f} MB" if row["peak_extra_bytes"] else ""
-            print(f"{passes:7} {size:4} px batch {batch:3} {result.name:44} {told}{peak}", flush=True)
+            print(f"{passes:7} {size:4} px batch {batch:3} {result.name:44} {outcome}{peak}", flush=True)
     return rows, results
 
 
@@ -354,11 +354,11 @@ def main() -> None:
         earlier = json.loads(path.read_text()) if path.exists() else {"rows": []}
     except (OSError, ValueError, KeyError) as problem:
         sys.exit(f"{path}: cannot be continued ({problem})")
-    told = machine.describe(options.device)
-    if (before := earlier.get("machine", told)).get("gpu") != told.get("gpu"):
-        sys.exit(f"{path}: was measured on {before.get('gpu')}, not on {told.get('gpu')}; give another --out")
-    print(machine.heading(told))
-    content: dict[str, Any] = {"schema": report.SCHEMA, "machine": told, "errors": check_kernels(options.device)}
+    facts = machine.describe(options.device)
+    if (before := earlier.get("machine", facts)).get("gpu") != facts.get("gpu"):
+        sys.exit(f"{path}: was measured on {before.get('gpu')}, not on {facts.get('gpu')}; give another --out")
+    print(machine.heading(facts))
+    content: dict[str, Any] = {"schema": report.SCHEMA, "machine": facts, "errors": check_kernels(options.device)}
     content |= {
         "scan": time_scan(options.device),
         "first_call": time_first_call(options.device),
@@ -374,7 +374,7 @@ def main() -> None:
         path.with_suffix(".part").write_text(json.dumps(content, indent=1) + "\n")
         path.with_suffix(".part").replace(path)  # so that an interrupted run loses nothing
     if results and importlib.util.find_spec("matplotlib") is not None:
-        report.plot(options.out / "results.png", machine.heading(told), results)
+        report.plot(options.out / "results.png", machine.heading(facts), results)
     print(f"\nreached, by {time.perf_counter() - began:.0f} s of measurements and those of earlier runs:")
     for what, bound, aim, value in goals(content):
         shown = "not measured" if math.isnan(value) else f"{value:.2f}"

@@ -143,8 +143,8 @@ def main() -> None:
     report.check_writable(options.json, "--json")
 
     console = Console(highlight=False, width=200)
-    told = machine.describe("cpu")
-    console.print(machine.heading(told) + "\n", markup=False)
+    facts = machine.describe("cpu")
+    console.print(machine.heading(facts) + "\n", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("what", "at least", "aim", "measured", ""):
         table.add_column(heading, no_wrap=True, justify="left" if heading in ("what", "") else "right")
@@ -156,7 +156,7 @@ def main() -> None:
             measured = goal.measure(effort)
         rows.append(_row(goal, measured))
         table.add_row(*_cells(goal, measured))
-        options.json.write_text(json.dumps({"schema": 1, "machine": told, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"schema": 1, "machine": facts, "rows": rows}, indent=1) + "\n")
         console.print(f"{goal.what}: {measured.value:.2f}{goal.unit}, {measured.remark}", markup=False)
     console.print()
     console.print(table)

@@ -95,12 +95,12 @@ def mixer(x: dict[str, Tensor], rank: int = 12) -> Callable[[], object]:
     """The whole mixer of both directions, fused: convolution, projections, two scans, gate."""
     dim = x["u"].shape[1]
     xz = torch.cat([x["u"], x["z"]], dim=1).transpose(1, 2).contiguous()
-    ways = []
+    directions = []
     for reverse in (False, True):
         projections = (torch.randn(rank + 2 * STATE, dim) * dim**-0.5, torch.randn(dim, rank) * rank**-0.5)
         conv = (torch.randn(dim, 4), torch.zeros(dim))
-        ways.append(Direction(*conv, *projections, x["bias"], (-x["A"]).log(), x["D"], reverse, reverse))
-    return lambda: cpu.mixer_forward(xz, *flat(ways), 0.5, save_states=False)
+        directions.append(Direction(*conv, *projections, x["bias"], (-x["A"]).log(), x["D"], reverse, reverse))
+    return lambda: cpu.mixer_forward(xz, *flat(directions), 0.5, save_states=False)
 
 
 def measure(

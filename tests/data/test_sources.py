@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.data.folders import GREY, make
-from vimamba.data import sample
+from vimamba.data import mnist
 from vimamba.data.loaders import ImageDataModule
 from vimamba.data.sources import open_data
 from vimamba.data.transforms import AugmentOptions, Preprocessing, eval_transform, train_transform
@@ -20,7 +20,7 @@ def test_the_sample_is_split_evenly_and_apart():
 
 
 def test_digits_can_be_written_as_pictures(tmp_path):
-    paths = sample.write_digits(tmp_path / "digits")
+    paths = mnist.write_digits(tmp_path / "digits")
     assert len(paths) == 3
     held_out = open_data("mnist").val
     assert np.array_equal(np.asarray(Image.open(paths[1])), held_out.images[1])

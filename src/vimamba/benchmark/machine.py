@@ -26,7 +26,7 @@ def processor() -> str:
 def describe(device: str) -> dict[str, str | int]:
     """Machine, versions and the backend in use, as the table's heading and the JSON file give them."""
     kind = torch.device(device).type
-    told: dict[str, str | int] = {
+    facts: dict[str, str | int] = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -38,8 +38,8 @@ def describe(device: str) -> dict[str, str | int]:
         "backend": _backend(torch.device(device)),
     }
     if kind == "cuda":
-        told["gpu"] = torch.cuda.get_device_name(device)
-    return told
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
 
 
 def _version() -> str:
@@ -56,11 +56,12 @@ def _backend(device: torch.device) -> str:
     return f"{name} ({instructions()})" if instructions else name
 
 
-def heading(told: dict[str, str | int]) -> str:
+def heading(facts: dict[str, str | int]) -> str:
     """Two lines for people."""
-    where = f"{told['gpu']}, " if "gpu" in told else ""
+    where = f"{facts['gpu']}, " if "gpu" in facts else ""
     return (
-        f"{where}{told['processor']}, {told['threads']} thread{'s' * (told['threads'] != 1)}, {told['instructions']}, "
-        f"{told['system']}\nvimamba {told['vimamba']} (backend {told['backend']}), torch {told['torch']}, "
-        f"timm {told['timm']}, Python {told['python']}"
+        f"{where}{facts['processor']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}, "
+        f"{facts['instructions']}, {facts['system']}\n"
+        f"vimamba {facts['vimamba']} (backend {facts['backend']}), torch {facts['torch']}, timm {facts['timm']}, "
+        f"Python {facts['python']}"
     )

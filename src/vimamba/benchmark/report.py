@@ -115,9 +115,9 @@ def plot(path: str | Path, machine_line: str, results: Sequence[Result]) -> None
     for kind, (time_panel, memory_panel) in zip(kinds, panels, strict=True):
         passes, dtype, batch = kind
         for i, name in enumerate(names):
-            own = [r for r in results if r.name == name and r.entry.combination[:3] == kind]
-            timed = [(r.entry.size, r.median / batch) for r in own if r.median]
-            sized = [(r.entry.size, r.peak_bytes / 1e6) for r in own if r.peak_bytes]
+            shown = [r for r in results if r.name == name and r.entry.combination[:3] == kind]
+            timed = [(r.entry.size, r.median / batch) for r in shown if r.median]
+            sized = [(r.entry.size, r.peak_bytes / 1e6) for r in shown if r.peak_bytes]
             for panel, points in ((time_panel, timed), (memory_panel, sized)):
                 if points:
                     panel.plot(*zip(*points, strict=True), marker="o", color=f"C{i}", label=name)

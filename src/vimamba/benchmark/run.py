@@ -45,12 +45,12 @@ def plan(entries: Sequence[Entry]) -> list[Result]:
     seen: set[tuple] = set()
     for entry in entries:
         key = (entry.model, str(entry.model_args), entry.size)
-        own = cost(entry)
-        shown = f"{entry.model} {entry.attention}" if own.attends else entry.model
+        counted = cost(entry)
+        shown = f"{entry.model} {entry.attention}" if counted.attends else entry.model
         mode = "" if entry.mode == "eager" else f" {entry.mode}"
         if (key, shown, mode, entry.combination) not in seen:
             seen.add((key, shown, mode, entry.combination))
-            results.append(Result(entry, (entry.label or shown) + mode, own))
+            results.append(Result(entry, (entry.label or shown) + mode, counted))
     return results
 
 

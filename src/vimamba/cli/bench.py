@@ -48,10 +48,10 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     check(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    told = machine.describe(options.device)
+    facts = machine.describe(options.device)
     console = terminal.console()
     console.width = max(console.width, 100)  # rather wrapped than cut
-    console.print(machine.heading(told) + "\n", markup=False)
+    console.print(machine.heading(facts) + "\n", markup=False)
     with terminal.console(stderr=True).status("counting operations") as status:
         results = measure(
             entries(options), options.repeats, options.seconds, options.memory, lambda line: status.update(line)
@@ -64,9 +64,9 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
         "of that size; extra MB: peak memory beyond the loaded model[/]"
     )
     if options.json:
-        report.write_json(options.json, told, results)
+        report.write_json(options.json, facts, results)
     if options.plot:
-        report.plot(options.plot, machine.heading(told), results)
+        report.plot(options.plot, machine.heading(facts), results)
     for kind, path in (("measurements", options.json), ("plot", options.plot)):
         if path:
             console.print(f"{kind}: {path}", markup=False)

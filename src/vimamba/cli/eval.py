@@ -105,8 +105,8 @@ def write_confusion(
     if results.confusion is None:
         return None
     folder = Path(what.output) if what.output else folder_of(run)
-    own = which == OWN or what.output is not None
-    path = folder / ("confusion.png" if own else f"confusion-{Path(data.name).resolve().name}.png")
+    replaced = which == OWN or what.output is not None
+    path = folder / ("confusion.png" if replaced else f"confusion-{Path(data.name).resolve().name}.png")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         title = f"{card.model} on {data.name}: {terminal.percent(results.numbers['top1'])}%"

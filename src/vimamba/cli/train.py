@@ -13,7 +13,7 @@ from rich.console import Console
 from vimamba.cli import terminal
 from vimamba.cli.parsing import Parser, add_options, config_files
 from vimamba.cli.train_progress import TrainProgress
-from vimamba.data.sample import write_digits
+from vimamba.data.mnist import write_digits
 from vimamba.data.sources import BUILT_IN
 from vimamba.errors import require
 from vimamba.tasks.config import GROUPS, TrainConfig, check_source, fetches, read_config

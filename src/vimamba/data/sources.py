@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vimamba.data import sample
+from vimamba.data import mnist
 from vimamba.data.copies import copies_across
 from vimamba.data.folder import Classes, Reading, read_folder
 from vimamba.data.samples import FileSamples, HubSamples
@@ -135,10 +135,10 @@ def _unknown(name: str) -> str:
 
 
 def _built_in(name: str) -> ImageData:
-    train, val = sample.load_mnist()
+    train, val = mnist.load_mnist()
     digits = [str(digit) for digit in range(10)]
     return ImageData(
-        name, digits, train, val, BUILT_IN[name], (28, 28), 1, sample.MNIST_MEAN, sample.MNIST_STD, small=True
+        name, digits, train, val, BUILT_IN[name], (28, 28), 1, mnist.MNIST_MEAN, mnist.MNIST_STD, small=True
     )
 
 

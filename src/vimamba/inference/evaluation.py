@@ -52,10 +52,10 @@ class TrainedOn:
         if not path.exists():
             return cls()
         config, kinds = read_config(path), get_type_hints(cls)
-        told = {name: config[name] for name in kinds if name in config}
-        for name, value in told.items():
+        found = {name: config[name] for name in kinds if name in config}
+        for name, value in found.items():
             require(fits(kinds[name], value), f"{path}: {name} is {shown(value)}; expected {describe(kinds[name])}")
-        return cls(**told)
+        return cls(**found)
 
 
 def open_for_eval(
@@ -72,8 +72,8 @@ def open_for_eval(
         raise UserError("`data`: say what to measure on; the run's folder does not tell what it was trained on")
     if data is None and fetches("data", name):
         raise UserError(f"the run's {CONFIG} names data to be fetched: give `data` {name} if you mean to")
-    own = data is None or same_place(name, str(config.data))
-    if own and split != "all":
+    same = data is None or same_place(name, str(config.data))
+    if same and split != "all":
         return open_own(name, config, class_names, run), OWN
     found = open_data(name, 0.2 if split == "val" else 1.0, 0, class_names, strict=False)
     if split != "all" and found.moved_from(HeldOut.read(folder_of(run))):

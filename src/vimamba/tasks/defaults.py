@@ -72,21 +72,21 @@ def choose_lr(optim: OptimOptions, model: nn.Module, trained: bool) -> OptimOpti
 
 def choose_preprocessing(options: RunOptions, data: ImageData, behind: Architecture) -> Preprocessing:
     """What the arguments say, else what the data know of themselves, else what the model was made for."""
-    own = resolve_data_config(args={"crop_pct": None}, pretrained_cfg=behind.pretrained_cfg, verbose=False)
+    resolved = resolve_data_config(args={"crop_pct": None}, pretrained_cfg=behind.pretrained_cfg, verbose=False)
     in_chans = options.in_chans or data.in_chans
     trained = options.pretrained or options.checkpoint is not None
-    made_for = tuple(own["input_size"][-2:])
+    made_for = tuple(resolved["input_size"][-2:])
     size = options.img_size or data.img_size or (made_for if trained else _size_for(data, made_for))
     size = (size, size) if isinstance(size, int) else size
     if data.mean and data.std:
         mean, std = data.mean[:1] * in_chans, data.std[:1] * in_chans
-    elif in_chans == len(own["mean"]):
-        mean, std = tuple(own["mean"]), tuple(own["std"])
+    elif in_chans == len(resolved["mean"]):
+        mean, std = tuple(resolved["mean"]), tuple(resolved["std"])
     else:
-        mean, std = ((sum(own[key]) / len(own[key]),) * in_chans for key in ("mean", "std"))
-    crop_pct = 1.0 if data.img_size else own["crop_pct"]
-    interpolation = "bicubic" if own["interpolation"] == "random" else own["interpolation"]
-    return Preprocessing(size, in_chans, mean, std, interpolation, crop_pct, own["crop_mode"])
+        mean, std = ((sum(resolved[key]) / len(resolved[key]),) * in_chans for key in ("mean", "std"))
+    crop_pct = 1.0 if data.img_size else resolved["crop_pct"]
+    interpolation = "bicubic" if resolved["interpolation"] == "random" else resolved["interpolation"]
+    return Preprocessing(size, in_chans, mean, std, interpolation, crop_pct, resolved["crop_mode"])
 
 
 def _size_for(data: ImageData, made_for: tuple[int, ...]) -> tuple[int, int]:

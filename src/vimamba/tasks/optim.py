@@ -94,8 +94,8 @@ def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict[str, 
     Exempt from weight decay: biases and other one-dimensional parameters, what `model.no_weight_decay()` names,
     and parameters with the attribute `_no_weight_decay` (the mark that mamba_ssm uses).
     """
-    own: Any = getattr(model, "no_weight_decay", set)
-    exempt = set(own())
+    named: Any = getattr(model, "no_weight_decay", set)
+    exempt = set(named())
     exempt |= {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
     if options.layer_decay is None:
         return param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=exempt)

@@ -268,10 +268,10 @@ def load_start(model: nn.Module, path: Path) -> str:
             tensors = adapt(tensors, model)
         except Exception as error:  # it trips over checkpoints of other models in many ways
             raise UserError(f"`checkpoint` {path}: is not of this model ({one_line(error)})") from error
-    own, note = model.state_dict(), f"weights from {path}"
-    head = [name for name in own if name.rsplit(".", 1)[0] in _classifiers(model)]
-    if any(name in tensors and tensors[name].shape != own[name].shape for name in head):
-        tensors = {**tensors, **{name: own[name] for name in head}}
+    fresh, note = model.state_dict(), f"weights from {path}"
+    head = [name for name in fresh if name.rsplit(".", 1)[0] in _classifiers(model)]
+    if any(name in tensors and tensors[name].shape != fresh[name].shape for name in head):
+        tensors = {**tensors, **{name: fresh[name] for name in head}}
         note += ", with a new head for these classes"
     load_weights(model, tensors, f"`checkpoint` {path}")
     return note

@@ -1,4 +1,4 @@
-"""The built-in sample, and `python -m vimamba.data.sample FOLDER`, which writes held-out digits as pictures."""
+"""The built-in sample, and `python -m vimamba.data.mnist FOLDER`, which writes held-out digits as pictures."""
 
 from __future__ import annotations
 
