@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cards import card_of
 from floor import state_updates
 from torch import Tensor
 
@@ -49,13 +50,6 @@ FIRST_CALL_SECONDS = 20
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
 SCAN = (16, 384, 6085)
 
-# For the floor: the multiprocessors are read from the device, rates are those of the data sheets and of the CUDA C++
-# Programming Guide's table of arithmetic throughput.
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}
-PRODUCTS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-CLOCK = {"H100": 1.755e9, "H200": 1.755e9, "A100": 1.41e9}
-EXPONENTIALS_A_CYCLE = 16
-FLOAT_LANES = {8: 64, 9: 128}
 UPDATE_FLOPS = 9
 """As `count_flops` counts an update of a state."""
 
@@ -142,20 +136,19 @@ def kernel_seconds(run: Callable[[], object], device: str) -> float:
     return quartiles(alternate([run], 5, 1.0)[0])[1]
 
 
-def rate(of: dict[str, float]) -> float:
-    """This card's, or the A100's where the card is not in the table."""
-    name = torch.cuda.get_device_name(0)
-    return next((value for card, value in of.items() if card in name), of["A100"])
+def units_a_second(unit: str) -> float:
+    """Operations of a unit that this device's multiprocessors do in a second."""
+    card = card_of(torch.cuda.get_device_name(0))
+    return torch.cuda.get_device_properties(0).multi_processor_count * card.clock * card.lanes[unit]
 
 
 def scan_floor(batch: int, dim: int, length: int) -> dict[str, float]:
     """The least seconds that each unit needs for the forward scan in bfloat16."""
-    device, updates = torch.cuda.get_device_properties(0), batch * dim * length * 16
-    cycles = device.multi_processor_count * rate(CLOCK)
+    updates = batch * dim * length * 16
     return {
-        "memory": scan_bytes(batch, dim, length) / rate(BANDWIDTH),
-        "exponentials": updates / (cycles * EXPONENTIALS_A_CYCLE),
-        "multiply-adds": updates * 4 / (cycles * FLOAT_LANES.get(device.major, 128)),
+        "memory": scan_bytes(batch, dim, length) / card_of(torch.cuda.get_device_name(0)).bandwidth,
+        "exponentials": updates / units_a_second("mufu"),
+        "multiply-adds": updates * 4 / units_a_second("fma"),
     }
 
 
@@ -164,9 +157,8 @@ def forward_floor(entry: Entry, flops: int) -> float:
     state updates; nothing else.
     """
     updates = state_updates(build(Entry(entry.model, entry.size, model_args=entry.model_args)), entry.size)
-    cycles = torch.cuda.get_device_properties(0).multi_processor_count * rate(CLOCK)
-    products = (flops - UPDATE_FLOPS * updates) / rate(PRODUCTS)
-    return entry.batch * (products + updates / (cycles * EXPONENTIALS_A_CYCLE))
+    products = (flops - UPDATE_FLOPS * updates) / card_of(torch.cuda.get_device_name(0)).products
+    return entry.batch * (products + updates / units_a_second("mufu"))
 
 
 def scan_bytes(batch: int, dim: int, length: int) -> int:

@@ -32,6 +32,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
+from cards import CARDS, Card
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -47,23 +48,7 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Card:
-    """Lanes a cycle and multiprocessor of each unit; CUDA C++ Programming Guide, arithmetic throughput table."""
-
-    name: str
-    processors: int
-    clock: float  # Hz, boost
-    bandwidth: float  # bytes a second, data sheet
-    lanes: dict[str, int] = field(default_factory=lambda: {"issue": 128, "mufu": 16, "fma": 128, "alu": 64, "lsu": 32})
-
-
-CARDS = {
-    "sm_75": Card("T4", 40, 1.59e9, 3.2e11, {"issue": 128, "mufu": 16, "fma": 64, "alu": 64, "lsu": 16}),
-    "sm_80": Card("A100 SXM 80 GB", 108, 1.41e9, 2.04e12, {"issue": 128, "mufu": 16, "fma": 64, "alu": 64, "lsu": 32}),
-    "sm_90": Card("H100 SXM", 132, 1.755e9, 3.35e12),
-}
-"""T4: data sheet 2018; A100: whitepaper 2020; H100: whitepaper 2022, clock as observed under load."""
+CARD_OF = {"sm_75": CARDS["T4"], "sm_80": CARDS["A100"], "sm_90": CARDS["H100"]}
 
 UNITS = [
     ("mufu", r"MUFU|I2F|F2I|F2F\b"),
@@ -184,7 +169,7 @@ def analyse(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dic
     shape = " ".join(f"{k.lower()}={int(kwargs[k])}" for k in names if k in kwargs)
     result = Launch(kernel.fn.__name__, grid[0], kwargs.get("num_warps", 4), shape)
     binary = compiled(kernel, args, kwargs, TARGETS[arch])
-    if arch not in CARDS:
+    if arch not in CARD_OF:
         asm = binary.asm["amdgcn"]
         spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", asm)
         result.registers = max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", asm)), default=0)
@@ -195,7 +180,7 @@ def analyse(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dic
     # Of threads along time, a turn with its loop over the states; of others what the innermost loops do.
     body = inner * kwargs["N"] + around if "TIME" in kwargs else inner
     body = body or [name for _, name, _ in code]
-    result.cycles = scheduler_cycles(body, CARDS[arch])
+    result.cycles = scheduler_cycles(body, CARD_OF[arch])
     result.mix = dict(Counter(name.split(".")[0] for name in body).most_common(12))
     bound = dict(zip(kernel.arg_names, args, strict=False))
     if "UNROLL" in kwargs:
@@ -283,7 +268,7 @@ UPDATES = {"scan (16, 384, 6085)": 16 * 384 * 6085 * 16}
 
 def report(arch: str, cases: list[str]) -> tuple[list[dict], int]:
     """Print the table of one architecture; its rows, and how many kernels spill."""
-    card, rows, spilling = CARDS.get(arch), [], 0
+    card, rows, spilling = CARD_OF.get(arch), [], 0
     processors, warp = card.processors if card else 304, TARGETS[arch].warp_size
     hardware = {"processors": lambda _: processors, "threads_of_warp": lambda _: warp}
     print(f"\n{arch}" + (f", {card.name}: {card.processors} SMs at {card.clock / 1e9:.3f} GHz" if card else ""))

@@ -2,10 +2,10 @@
 
     python benchmarks/scan_cpu.py [--rounds 9] [--threads 2] [--json scan.json]
 
-Every round times each contestant once, one after the other, so that a busy machine slows all alike; the table
-shows medians. "steps" is the same scan on tensors whose steps, not channels, are contiguous. The floor of a scan is
-the larger of its state updates at the rate of our innermost loop on data in the first-level cache, and its
-activations at the bandwidth of a copy: both measured here, on all threads.
+Every round times each contestant once, in turns, so that a busy machine slows all alike; the table shows medians.
+"steps" is the same scan on tensors whose steps, not channels, are contiguous. The floor of a scan is the larger of its
+state updates at the rate of floor.cpp, with everything in registers, and its activations at the bandwidth of a copy:
+both measured here, on all threads.
 Rates are in state updates (one exp, two multiply-adds) a second and a thread.
 """
 
@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
+from floor import update_function
 from mambapy.pscan import pscan
 from torch import Tensor
 
+from vimamba.benchmark.timing import alternate
 from vimamba.ops import cpu
 from vimamba.ops.mixer import Direction, flat
 
@@ -30,23 +32,15 @@ SHAPES = [(8, 384, 197), (1, 384, 6085)]  # Vim-Ti at 224 px, batch 8, and at 12
 STATE = 16
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def inner_loop_rate() -> float:
-    """State updates a second of all threads: exp2 and the multiply-adds, no memory."""
-    tiles = 20_000
-    updates = torch.ops.vimamba_cpu.inner_loop(tiles)
-    return updates / min(seconds(lambda: torch.ops.vimamba_cpu.inner_loop(tiles)) for _ in range(5))
-
-
-def bandwidth() -> float:
-    """Bytes read and written a second by a large copy."""
+def rates() -> tuple[float, float]:
+    """State updates, and bytes read and written by a large copy, that all threads do in a second."""
+    updates, (update, _) = 1 << 30, update_function()
     source, target = torch.ones(1 << 25), torch.empty(1 << 25)
-    return 2 * 4 * source.numel() / min(seconds(lambda: target.copy_(source)) for _ in range(5))
+    runs = [lambda: update(updates), lambda: target.copy_(source)]
+    for warm_up in runs:
+        warm_up()
+    updating, copying = (min(times) for times in alternate(runs, 5, math.inf))
+    return updates / updating, 2 * source.nbytes / copying
 
 
 def problem(batch: int, dim: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -108,12 +102,9 @@ def measure(
 ) -> list[dict]:
     x = problem(*shape, dtype)
     runs = contestants(x, peer=dtype == torch.float32) | {"mixer, 2 directions": mixer(x)}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 1):
-        for name, run in runs.items():
-            taken = seconds(run)
-            if i:  # the first round warms up
-                times[name].append(taken)
+    for warm_up in runs.values():
+        warm_up()
+    times = dict(zip(runs, alternate(list(runs.values()), rounds, math.inf), strict=True))
     updates = STATE * shape[0] * shape[1] * shape[2]
     floor = max(updates / rate, 4 * x["u"].nbytes / bytes_a_second)
     middle = {name: median(taken) for name, taken in times.items()}
@@ -140,11 +131,11 @@ def main() -> None:
         raise SystemExit(reason)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    rate, bytes_a_second = inner_loop_rate(), bandwidth()
+    rate, bytes_a_second = rates()
     about = f"{platform.machine()}, {cpu.instruction_set()}, {options.threads} threads, torch {torch.__version__}"
     print(
         f"{about}\n"
-        f"inner loop {rate / 1e9 / options.threads:.2f} G updates/s/thread, copy {bytes_a_second / 1e9:.1f} GB/s"
+        f"state updates {rate / 1e9 / options.threads:.2f} G updates/s/thread, copy {bytes_a_second / 1e9:.1f} GB/s"
     )
     print(
         f"{'shape':>10} {'type':>8} {'what':>19} {'ms':>8} {'least':>8} {'G/s/thread':>10} {'x floor':>7}"
@@ -162,7 +153,7 @@ def main() -> None:
                 )
     if options.json:
         options.json.write_text(
-            json.dumps({"machine": about, "inner_loop": rate, "copy": bytes_a_second, "rows": rows}, indent=1)
+            json.dumps({"machine": about, "state_updates": rate, "copy": bytes_a_second, "rows": rows}, indent=1)
         )
 
 

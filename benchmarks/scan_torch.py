@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ from mambapy.pscan import pscan
 
 import vimamba
 from vimamba.benchmark.memory import growth
+from vimamba.benchmark.timing import alternate
 
 SHAPE, STATE = (1, 384, 6085), 16
 
@@ -63,13 +64,10 @@ def main() -> None:
         if options.memory:
             print((growth(runs[options.memory]) or 0) / 1e6)
             return
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(options.rounds + 1):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - start)
-    rows = {n: {"ms": 1e3 * median(t[1:]), "peak_MB": peak_megabytes(n)} for n, t in times.items()}
+        for warm_up in runs.values():
+            warm_up()
+        times = dict(zip(runs, alternate(list(runs.values()), options.rounds, math.inf), strict=True))
+    rows = {n: {"ms": 1e3 * median(t), "peak_MB": peak_megabytes(n)} for n, t in times.items()}
     for name, row in rows.items():
         print(f"{name:8} {row['ms']:8.1f} ms {row['peak_MB']:8.1f} MB")
     ratio = rows["mambapy"]["ms"] / rows["vimamba"]["ms"]
