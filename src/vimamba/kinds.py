@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import types
 import typing
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
-
-import yaml
 
 WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -34,38 +34,45 @@ def describe(kind: Any) -> str:
     return "a mapping such as '{depth: 4}'" if origin is dict else str(kind)
 
 
-def fits(kind: Any, value: Any) -> bool:
-    """Whether a value from YAML is of a type."""
-    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+def fits(kind: Any, value: Any, texts: bool = True) -> bool:
+    """Whether a value is of a type, as annotations spell it; lists stand for tuples, and whole numbers for floats.
+
+    Args:
+        kind: the type.
+        value: from YAML, or from JSON.
+        texts: a number may be a text too: YAML reads 1e-3 as one.
+    """
+    origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is Literal:
         return value in inside
     if origin in (typing.Union, types.UnionType):
-        return any(fits(part, value) for part in inside)
-    if origin is tuple:
-        several = isinstance(value, (list, tuple)) and len(value) == len(inside)
-        return several and all(map(fits, inside, value))
-    if origin is list:
-        return isinstance(value, list) and all(fits(inside[0], part) for part in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if kind is float:
-        return _is_number(value)
-    if kind is int:
+        return any(fits(part, value, texts) for part in inside)
+    if origin in (tuple, list, Sequence):
+        if not isinstance(value, list | tuple):
+            return False
+        if origin is tuple and inside and inside[-1] is not Ellipsis:
+            return len(value) == len(inside) and all(map(partial(fits, texts=texts), inside, value))
+        return all(fits(inside[0] if inside else Any, part, texts) for part in value)
+    if origin is float:
+        return _is_number(value, texts)
+    if origin is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return kind is Any or isinstance(value, kind)
+    return origin is Any or (isinstance(origin, type) and isinstance(value, origin))
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+def _is_number(value: Any, texts: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | str if texts else int | float):
         return False
     try:
-        return math.isfinite(float(value))  # YAML reads 1e-3 as a text
+        return math.isfinite(float(value))
     except (ValueError, OverflowError):
         return False
 
 
 def text_fits(kind: Any, text: str) -> bool:
     """Whether a word of the command line is a value of a type: as it stands, or as YAML."""
+    import yaml  # which reading a model's file needs not
+
     if fits(kind, text):
         return True
     try:

@@ -7,13 +7,11 @@ must be theirs. Nothing that a description says is fetched, opened, written or c
 
 from __future__ import annotations
 
-import collections.abc
 import contextlib
 import inspect
 import math
 import re
 import threading
-import types
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +24,7 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
 from vimamba.errors import UserError, nearest, one_line, shown
+from vimamba.kinds import fits
 from vimamba.layers.mixers import RECURRENCES
 from vimamba.models.checkpoints import check_fit
 from vimamba.models.pyramid import VisionMambaPyramid
@@ -57,7 +56,7 @@ def described_model(described: Any, tensors: dict[str, Tensor]) -> nn.Module:
         channels, size = prep["in_chans"], prep["img_size"]
     except (TypeError, KeyError) as error:
         raise UserError(f"the description of the model lacks a part ({one_line(error)})") from None
-    if not fits(channels, int) or not fits(size, tuple[int, int]) or min(size) < 1:
+    if not fits(int, channels) or not fits(tuple[int, int], size) or min(size) < 1:
         raise UserError(f"the description asks for images of {shown(size)} pixels and {shown(channels)} channels")
     return skeleton(*values, channels, tuple(size), tensors)
 
@@ -159,7 +158,7 @@ def check_arguments(name: str, model_args: dict[str, Any]) -> None:
         if argument not in kinds:
             hint = "" if argument in BUILDING else nearest(argument[:100], kinds)
             raise UserError(f"{shown(argument)} is no argument of {name} that a file may give{hint}")
-        if not fits(value, kinds[argument]):
+        if not fits(kinds[argument], value, texts=False):
             raise UserError(f"the argument {argument} of {name} cannot be {shown(value)}")
 
 
@@ -176,26 +175,6 @@ def arguments_of(model_class: type) -> dict[str, Any]:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 kinds.setdefault(parameter.name, hints.get(parameter.name, type(parameter.default)))
     return {argument: kind for argument, kind in kinds.items() if argument not in BUILDING | {"self"}}
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON (lists for tuples, whole numbers for floats) is of a type, as annotations spell it."""
-    origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, part) for part in inside)
-    if origin is typing.Literal:
-        return isinstance(value, str) and value in inside
-    if origin in (tuple, list, collections.abc.Sequence) and isinstance(value, list | tuple):
-        if origin is tuple and inside and inside[-1] is not Ellipsis:
-            return len(value) == len(inside) and all(map(fits, value, inside))
-        return all(fits(item, inside[0] if inside else str | bool | int | float) for item in value)
-    if origin is Any:
-        return fits(value, str | bool | int | float | None | list)
-    if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return origin in (str, bool, type(None)) and isinstance(value, origin)
 
 
 class _RatesOnCpu(TorchFunctionMode):
