@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.data.folders import GREY, make
 from vimamba.data import mnist
-from vimamba.data.loaders import ImageDataModule
+from vimamba.data.loaders import ImageDataModule, RepeatedOrder
 from vimamba.data.sources import open_data
 from vimamba.data.transforms import AugmentOptions, Preprocessing, eval_transform, train_transform
 
@@ -63,6 +63,34 @@ def test_batches_depend_on_seed_and_epoch_alone(workers):
     resumed = epoch(1, done=3)
     assert len(resumed) == 1
     assert resumed[0].equal(second[3])
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_the_order_of_images_depends_on_seed_and_epoch(copies):
+    data = open_data("mnist")
+
+    def order(seed, epoch):
+        module = ImageDataModule(
+            data, GREY, AugmentOptions(repeated_augmentation=copies, augment="affine"), 16, 0, seed
+        )
+        module.epoch = epoch
+        return [draw.sample for draw in module.train_dataloader().sampler]
+
+    first = order(seed=1, epoch=2)
+    assert order(seed=1, epoch=2) == first
+    assert order(seed=2, epoch=2) != first
+    assert order(seed=1, epoch=3) != first
+    runs = np.diff(np.flatnonzero(np.diff([-1, *first, -1])))
+    assert runs[:-1].tolist() == [copies] * (len(runs) - 1)
+
+
+def test_ranks_share_the_copies_of_an_image():
+    ranks = [RepeatedOrder(range(300), 2, rank, copies=2, seed=5) for rank in range(2)]
+    for order in ranks:
+        order.set_epoch(4)
+    first, second = map(list, ranks)
+    assert first == second
+    assert len(set(first)) == len(first)
 
 
 def test_a_hub_data_set(tmp_path):

@@ -61,6 +61,17 @@ class ImageDataset(Dataset):
             return self.transform(image), self.samples.target(index), ""
 
 
+class RepeatedOrder(RepeatAugSampler):
+    """Each image several times in a row, over the ranks; timm's takes the epoch alone for the seed of the order."""
+
+    def __init__(self, dataset: Dataset, ranks: int, rank: int, copies: int, seed: int):
+        super().__init__(dataset, ranks, rank, num_repeats=copies)
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(mix_seed(self.seed, epoch))
+
+
 class DrawSampler(Sampler):
     """The order of an epoch's images, a function of seed and epoch alone, from any batch on."""
 
@@ -122,7 +133,7 @@ class ImageDataModule(pl.LightningDataModule):
         dataset = ImageDataset(self.data.train, transform)
         ranks, rank = self._place()
         if self.augment.repeated_augmentation > 1:
-            order: Any = RepeatAugSampler(dataset, ranks, rank, num_repeats=self.augment.repeated_augmentation)
+            order: Any = RepeatedOrder(dataset, ranks, rank, self.augment.repeated_augmentation, self.seed)
         else:
             order = DistributedSampler(dataset, ranks, rank, shuffle=True, seed=self.seed)
         sampler = DrawSampler(order, self.seed, self.epoch, self.batches_done * self.batch_size)
