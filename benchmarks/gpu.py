@@ -35,6 +35,7 @@ import vimamba
 from vimamba.benchmark import Entry, Result, machine, measure, memory, report
 from vimamba.benchmark.entries import MODES, PASSES, build, images
 from vimamba.benchmark.timing import alternate, quartiles
+from vimamba.files import write_text
 from vimamba.ops import backends, reference
 
 SIZES = (224, 512, 1024, 1248, 2048)
@@ -363,8 +364,7 @@ def main() -> None:
         results += measured
         fresh = {key(row) for row in rows}
         content["rows"] = [row for row in content["rows"] if key(row) not in fresh] + rows
-        path.with_suffix(".part").write_text(json.dumps(content, indent=1) + "\n")
-        path.with_suffix(".part").replace(path)  # so that an interrupted run loses nothing
+        write_text(path, json.dumps(content, indent=1) + "\n")  # whole, so that an interrupted run loses nothing
     if results and importlib.util.find_spec("matplotlib") is not None:
         report.plot(options.out / "results.png", machine.heading(facts), results)
     print(f"\nreached, by {time.perf_counter() - began:.0f} s of measurements and those of earlier runs:")

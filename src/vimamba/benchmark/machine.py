@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import timm
@@ -34,19 +33,12 @@ def describe(device: str) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "vimamba": _version(),
+        "vimamba": vimamba.__version__,
         "backend": _backend(torch.device(device)),
     }
     if kind == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
-
-
-def _version() -> str:
-    try:
-        return version("vimamba")
-    except PackageNotFoundError:
-        return vimamba.__version__
 
 
 def _backend(device: torch.device) -> str:
