@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from vimamba.ops.mixer import Direction, flat
+from vimamba.ops.direction import Direction, flat
 from vimamba.ops.triton import mixer, norm, scan
 
 TARGETS = {

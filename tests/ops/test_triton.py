@@ -14,8 +14,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import vimamba
-from tests.ops.triton_cases import ON_GPU, check_scan, error, scan_case
-from vimamba.ops import triton as kernels
+from tests.ops.triton_cases import ON_GPU, check_scan, error, kernels, scan_case
+from vimamba.ops import triton
 from vimamba.ops.triton import pack, plan, scan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,7 @@ def test_refusals_name_the_way_out(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "TRITON_INTERPRET=1" in kernels.unavailable(torch.device("cpu"))
     assert "'mps'" in kernels.unavailable(torch.device("mps"))
-    monkeypatch.setattr(kernels, "AVAILABLE", False)
+    monkeypatch.setattr(triton, "AVAILABLE", False)
     assert "not installed" in kernels.unavailable()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vimamba.ops import backends, reference
+from vimamba.ops import backends
 from vimamba.ops.arguments import check_flags, check_shape, check_tensors, wide
 
 torch.library.define(
@@ -79,16 +79,17 @@ def causal_conv1d(
     if weight.dim() != 2 or weight.shape[0] != x.shape[1] or 0 in weight.shape:
         raise ValueError(f"weight must have shape (dim, width) = ({x.shape[1]}, width), got {tuple(weight.shape)}")
     check_shape("bias", bias, (x.shape[1],), "(dim,)")
-    if backend == "reference":
-        return reference.causal_conv1d(x, weight, bias, activation and "silu", reverse=reverse)
     dtype = wide(x.dtype)
     bias = None if bias is None else bias.to(dtype)
-    return torch.ops.vimamba.causal_conv1d(x, weight.to(dtype), bias, activation is not None, reverse, backend or "")
+    run = _forward if backends.direct(backend, x) else torch.ops.vimamba.causal_conv1d
+    return run(x, weight.to(dtype), bias, activation is not None, reverse, backend or "")
 
 
-@torch.library.impl("vimamba::causal_conv1d", "CompositeExplicitAutograd")
 def _forward(x, weight, bias, silu, reverse, backend):
     return backends.resolve(backend, x.device, x.dtype).conv_forward(x, weight, bias, silu, reverse)
+
+
+torch.library.impl("vimamba::causal_conv1d", "CompositeExplicitAutograd", _forward)
 
 
 @torch.library.register_fake("vimamba::causal_conv1d")
@@ -98,8 +99,8 @@ def _forward_fake(x, weight, bias, silu, reverse, backend):
 
 @torch.library.impl("vimamba::causal_conv1d_backward", "CompositeExplicitAutograd")
 def _backward(dy, x, weight, bias, silu, reverse, backend):
-    module = backends.resolve(backend, x.device, x.dtype)
-    dx, dweight, dbias = module.conv_backward(dy, x, weight, bias, silu, reverse)
+    chosen = backends.resolve(backend, x.device, x.dtype)
+    dx, dweight, dbias = chosen.conv_backward(dy, x, weight, bias, silu, reverse)
     return dx, dweight, weight.new_empty(0) if dbias is None else dbias
 
 

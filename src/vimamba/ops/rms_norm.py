@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vimamba.ops import backends, reference
+from vimamba.ops import backends
 from vimamba.ops.arguments import check_number, check_shape, check_tensors, wide
 
 torch.library.define(
@@ -54,18 +54,16 @@ def rms_norm(
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype must be a floating type, got {out_dtype}")
-    if backend == "reference":
-        return reference.rms_norm(x, weight, residual, eps, out_dtype=out_dtype)
     dtype = wide(x.dtype)
     residual = None if residual is None else residual.to(dtype)
-    run = _forward if backends.values_only(x) else torch.ops.vimamba.rms_norm
+    run = _forward if backends.direct(backend, x) else torch.ops.vimamba.rms_norm
     normed, total, _ = run(x, weight.to(dtype), residual, eps, out_dtype or x.dtype, backend or "")
     return normed, total
 
 
 def _forward(x, weight, residual, eps, out_dtype, backend):
-    module = backends.resolve(backend, x.device, x.dtype, out_dtype)
-    return module.norm_forward(x, residual, weight, eps, out_dtype)
+    chosen = backends.resolve(backend, x.device, x.dtype, out_dtype)
+    return chosen.norm_forward(x, residual, weight, eps, out_dtype)
 
 
 torch.library.impl("vimamba::rms_norm", "CompositeExplicitAutograd", _forward)
@@ -79,8 +77,8 @@ def _forward_fake(x, weight, residual, eps, out_dtype, backend):
 
 @torch.library.impl("vimamba::rms_norm_backward", "CompositeExplicitAutograd")
 def _backward(dnormed, dtotal, total, weight, rstd, backend):
-    module = backends.resolve(backend, total.device, total.dtype, dnormed.dtype)
-    return module.norm_backward(dnormed, dtotal, total, weight, rstd)
+    chosen = backends.resolve(backend, total.device, total.dtype, dnormed.dtype)
+    return chosen.norm_backward(dnormed, dtotal, total, weight, rstd)
 
 
 @torch.library.register_fake("vimamba::rms_norm_backward")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.triton_cases import DEVICE, TOLERANCE, check_scan, error, rand, scan_case
+from tests.ops.triton_cases import DEVICE, TOLERANCE, check_scan, error, kernels, rand, scan_case
 from vimamba.ops import reference
-from vimamba.ops import triton as kernels
-from vimamba.ops.mixer import Direction, flat
+from vimamba.ops.direction import Direction, flat
 from vimamba.ops.triton import plan, scan
 
 
@@ -197,9 +196,9 @@ def test_mixer(flags):
     wants = torch.autograd.grad(truth, leaves, dout)
     single = [Direction(*(t.detach().float().to(DEVICE) for t in way[:7]), *way[7:]) for way in ways]
     given = xz.detach().float().to(DEVICE)
-    out, states = kernels.mixer_forward(given, *flat(single), 0.5, True)
+    out, states = kernels.mixer_forward(given, *flat(single), 0.5, None, True)
     dxz, grads = kernels.mixer_backward(dout.float().to(DEVICE), given, *flat(single), states, 0.5)
     assert error(out, truth) < 1e-6
     for got, want in zip([dxz, *grads], wants, strict=True):
         assert error(got, want) < 2e-6
-    assert torch.equal(out, kernels.mixer_forward(given, *flat(single), 0.5, False)[0])
+    assert torch.equal(out, kernels.mixer_forward(given, *flat(single), 0.5, None, False)[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vimamba.ops.backends import CHUNK
+from vimamba.ops.sizes import CHUNK
 
 SUB_CORES = 4
 """Schedulers of a multiprocessor: each issues one warp instruction a cycle."""

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vimamba.ops.backends import CHUNK
+from vimamba.ops.sizes import CHUNK
 from vimamba.ops.triton import pack, plan
 from vimamba.ops.triton.scan_backward import scan_backward_kernel
 from vimamba.ops.triton.scan_forward import scan_forward_kernel
