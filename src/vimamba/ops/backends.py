@@ -234,12 +234,3 @@ def differentiates(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
-
-
-def first_derivatives_only(op: str) -> None:
-    """Have a second derivative through the backward op `op` raise instead of being silently wrong."""
-
-    def rule(ctx, *grads):
-        raise RuntimeError(f"{op} has no derivative: vimamba's ops have first derivatives only")
-
-    torch.library.register_autograd(op, rule)

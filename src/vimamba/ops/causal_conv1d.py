@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vimamba.ops import backends
+from vimamba.ops import backends, operators
 from vimamba.ops.arguments import check_flags, check_shape, check_tensors, wide
 
-torch.library.define(
-    "vimamba::causal_conv1d",
+operators.define(
+    "causal_conv1d",
     "(Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, str backend) -> Tensor",
 )
-torch.library.define(
-    "vimamba::causal_conv1d_backward",
+operators.define(
+    "causal_conv1d_backward",
     "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, str backend)"
     " -> (Tensor, Tensor, Tensor)",
 )
@@ -89,7 +89,7 @@ def _forward(x, weight, bias, silu, reverse, backend):
     return backends.resolve(backend, x.device, x.dtype).conv_forward(x, weight, bias, silu, reverse)
 
 
-torch.library.impl("vimamba::causal_conv1d", "CompositeExplicitAutograd", _forward)
+operators.implement("causal_conv1d", _forward)
 
 
 @torch.library.register_fake("vimamba::causal_conv1d")
@@ -97,11 +97,13 @@ def _forward_fake(x, weight, bias, silu, reverse, backend):
     return torch.empty_like(x)
 
 
-@torch.library.impl("vimamba::causal_conv1d_backward", "CompositeExplicitAutograd")
 def _backward(dy, x, weight, bias, silu, reverse, backend):
     chosen = backends.resolve(backend, x.device, x.dtype)
     dx, dweight, dbias = chosen.conv_backward(dy, x, weight, bias, silu, reverse)
     return dx, dweight, weight.new_empty(0) if dbias is None else dbias
+
+
+operators.implement("causal_conv1d_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::causal_conv1d_backward")
@@ -127,7 +129,7 @@ def _backward_rule(ctx, dy):
 
 
 torch.library.register_autograd("vimamba::causal_conv1d", _backward_rule, setup_context=_setup_context)
-backends.first_derivatives_only("vimamba::causal_conv1d_backward")
+operators.first_derivatives_only("causal_conv1d_backward")
 
 
 @register_flop_formula(torch.ops.vimamba.causal_conv1d)

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vimamba.ops import backends
+from vimamba.ops import backends, operators
 from vimamba.ops.arguments import check_flags, check_number, check_shape, check_tensors, wide
 from vimamba.ops.direction import WEIGHTS, Direction, flat
 from vimamba.ops.sizes import FLOPS_OF_UPDATE
 
-torch.library.define(
-    "vimamba::mixer",
+operators.define(
+    "mixer",
     "(Tensor xz, Tensor[] weights, int[] reverse, float scale, Tensor? gates, bool save_states, str backend)"
     " -> (Tensor, Tensor)",
 )
-torch.library.define(
-    "vimamba::mixer_backward",
+operators.define(
+    "mixer_backward",
     "(Tensor dout, Tensor xz, Tensor[] weights, Tensor states, int[] reverse, float scale, str backend)"
     " -> (Tensor, Tensor[])",
 )
@@ -145,7 +145,7 @@ def _forward(xz, weights, reverse, scale, gates, save_states, backend):
     return chosen.mixer_forward(xz, weights, reverse, scale, gates, save_states)
 
 
-torch.library.impl("vimamba::mixer", "CompositeExplicitAutograd", _forward)
+operators.implement("mixer", _forward)
 
 
 @torch.library.register_fake("vimamba::mixer")
@@ -157,10 +157,12 @@ def _forward_fake(xz, weights, reverse, scale, gates, save_states, backend):
     return xz.new_empty(batch, length, width // 2), A_log.new_empty(states)
 
 
-@torch.library.impl("vimamba::mixer_backward", "CompositeExplicitAutograd")
 def _backward(dout, xz, weights, states, reverse, scale, backend):
     chosen = backends.resolve(backend, xz.device, xz.dtype)
     return chosen.mixer_backward(dout, xz, weights, reverse, states, scale)
+
+
+operators.implement("mixer_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::mixer_backward")
@@ -185,7 +187,7 @@ def _backward_rule(ctx, dout, _dstates):
 
 
 torch.library.register_autograd("vimamba::mixer", _backward_rule, setup_context=_setup_context)
-backends.first_derivatives_only("vimamba::mixer_backward")
+operators.first_derivatives_only("mixer_backward")
 
 
 @register_flop_formula(torch.ops.vimamba.mixer)

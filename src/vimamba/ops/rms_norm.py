@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vimamba.ops import backends
+from vimamba.ops import backends, operators
 from vimamba.ops.arguments import check_number, check_shape, check_tensors, wide
 
-torch.library.define(
-    "vimamba::rms_norm",
+operators.define(
+    "rms_norm",
     "(Tensor x, Tensor weight, Tensor? residual, float eps, ScalarType out_dtype, str backend)"
     " -> (Tensor, Tensor, Tensor)",
 )
-torch.library.define(
-    "vimamba::rms_norm_backward",
+operators.define(
+    "rms_norm_backward",
     "(Tensor dnormed, Tensor? dtotal, Tensor total, Tensor weight, Tensor rstd, str backend) -> (Tensor, Tensor)",
 )
 
@@ -66,7 +66,7 @@ def _forward(x, weight, residual, eps, out_dtype, backend):
     return chosen.norm_forward(x, residual, weight, eps, out_dtype)
 
 
-torch.library.impl("vimamba::rms_norm", "CompositeExplicitAutograd", _forward)
+operators.implement("rms_norm", _forward)
 
 
 @torch.library.register_fake("vimamba::rms_norm")
@@ -75,10 +75,12 @@ def _forward_fake(x, weight, residual, eps, out_dtype, backend):
     return torch.empty_like(total, dtype=out_dtype), total, weight.new_empty(x.shape[:-1])
 
 
-@torch.library.impl("vimamba::rms_norm_backward", "CompositeExplicitAutograd")
 def _backward(dnormed, dtotal, total, weight, rstd, backend):
     chosen = backends.resolve(backend, total.device, total.dtype, dnormed.dtype)
     return chosen.norm_backward(dnormed, dtotal, total, weight, rstd)
+
+
+operators.implement("rms_norm_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::rms_norm_backward")
@@ -105,4 +107,4 @@ def _backward_rule(ctx, dnormed, dtotal, _drstd):
 
 
 torch.library.register_autograd("vimamba::rms_norm", _backward_rule, setup_context=_setup_context)
-backends.first_derivatives_only("vimamba::rms_norm_backward")
+operators.first_derivatives_only("rms_norm_backward")

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vimamba.ops import backends
+from vimamba.ops import backends, operators
 from vimamba.ops.arguments import check_flags, check_shape, check_tensors, wide
 from vimamba.ops.sizes import FLOPS_OF_UPDATE
 
-torch.library.define(
-    "vimamba::selective_scan",
+operators.define(
+    "selective_scan",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
     " bool delta_softplus, bool reverse, bool save_states, str backend) -> (Tensor, Tensor, Tensor)",
 )
-torch.library.define(
-    "vimamba::selective_scan_backward",
+operators.define(
+    "selective_scan_backward",
     "(Tensor dout, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
     " Tensor? delta_bias, Tensor states, bool delta_softplus, bool reverse, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -150,7 +150,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_
     return chosen.scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states)
 
 
-torch.library.impl("vimamba::selective_scan", "CompositeExplicitAutograd", _forward)
+operators.implement("selective_scan", _forward)
 
 
 @torch.library.register_fake("vimamba::selective_scan")
@@ -161,11 +161,13 @@ def _forward_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, 
     return torch.empty_like(u), A.new_empty(batch, dim, A.shape[1]), A.new_empty(states)
 
 
-@torch.library.impl("vimamba::selective_scan_backward", "CompositeExplicitAutograd")
 def _backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, backend):
     chosen = backends.resolve(backend, u.device, u.dtype)
     grads = chosen.scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse)
     return tuple(A.new_empty(0) if g is None else g.contiguous() if i in _MATRICES else g for i, g in enumerate(grads))
+
+
+operators.implement("selective_scan_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::selective_scan_backward")
@@ -196,7 +198,7 @@ def _backward_rule(ctx, dout, dlast, _dstates):
 
 
 torch.library.register_autograd("vimamba::selective_scan", _backward_rule, setup_context=_setup_context)
-backends.first_derivatives_only("vimamba::selective_scan_backward")
+operators.first_derivatives_only("selective_scan_backward")
 
 
 @register_flop_formula(torch.ops.vimamba.selective_scan)

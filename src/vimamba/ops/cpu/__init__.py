@@ -1,12 +1,10 @@
 """The backend "cpu": C++ kernels behind the operators vimamba_cpu.*.
 
-The kernels of scan and convolution take activations of any strides; this file allocates the outputs and sums partial
-gradients.
+The kernels of scan and convolution take activations of any strides. The operators of the forward passes allocate their
+outputs; for those of the backward passes this file does, and sums partial gradients.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,6 @@ from torch import Tensor
 from vimamba.ops.backends import Backend
 from vimamba.ops.cpu import library
 from vimamba.ops.pytorch import conv
-from vimamba.ops.sizes import chunks
 
 _FEW_ROWS = 16
 """Fewer rows are not worth packing the weight of a linear layer for (benchmarks/linear.py)."""
@@ -38,31 +35,8 @@ class CPU(Backend):
     def supports(self, dtype: torch.dtype) -> bool:
         return dtype in (torch.float32, torch.bfloat16)
 
-    def scan_forward(
-        self,
-        u_BDL: Tensor,
-        delta_BDL: Tensor,
-        A_DN: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D_D: Tensor | None,
-        z_BDL: Tensor | None,
-        delta_bias_D: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-        save_states: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """out (B, D, L), last_state (B, D, N), and if wanted the states before each chunk (B, K, D, N)."""
-        batch, dim, length = u_BDL.shape
-        state = A_DN.shape[1]
-        out_BDL = torch.empty_like(u_BDL)
-        last_BDN = A_DN.new_empty(batch, dim, state)
-        states_BKDN = A_DN.new_empty((batch, chunks(length), dim, state) if save_states else (0,))
-        torch.ops.vimamba_cpu.scan_forward(
-            *(u_BDL, delta_BDL, *_weights(A_DN, B, C, D_D), z_BDL, _contiguous(delta_bias_D)),
-            *(delta_softplus, reverse, out_BDL, last_BDN, states_BKDN if save_states else None),
-        )
-        return out_BDL, last_BDN, states_BKDN
+    def scan_forward(self, *arguments):
+        return torch.ops.vimamba_cpu.scan_forward(*arguments)
 
     def scan_backward(
         self,
@@ -91,7 +65,7 @@ class CPU(Backend):
         dbias_BD = None if delta_bias_D is None else delta_bias_D.new_empty(batch, dim)
         torch.ops.vimamba_cpu.scan_backward(
             *(dout_BDL, _contiguous(dlast_BDN)),
-            *(u_BDL, delta_BDL, *_weights(A_DN, B, C, D_D), z_BDL, _contiguous(delta_bias_D)),
+            *(u_BDL, delta_BDL, A_DN, B, C, D_D, z_BDL, delta_bias_D),
             *(states_BKDN.contiguous(), delta_softplus, reverse, parts),
             *(du_BDL, ddelta_BDL, dA_BDN, dB, dC, dD_BD, dz_BDL, dbias_BD),
         )
@@ -109,12 +83,9 @@ class CPU(Backend):
     def conv_forward(
         self, x_BDL: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool, reverse: bool
     ) -> Tensor:
-        """Depthwise causal convolution, and SiLU."""
         if weight_DW.shape[1] > torch.ops.vimamba_cpu.max_width():
             return conv.conv_forward(x_BDL, weight_DW, bias_D, silu, reverse)
-        y_BDL = torch.empty_like(x_BDL)
-        torch.ops.vimamba_cpu.conv_forward(x_BDL, weight_DW.contiguous(), _contiguous(bias_D), silu, reverse, y_BDL)
-        return y_BDL
+        return torch.ops.vimamba_cpu.conv_forward(x_BDL, weight_DW, bias_D, silu, reverse)
 
     def conv_backward(
         self, dy_BDL: Tensor, x_BDL: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool, reverse: bool
@@ -132,16 +103,8 @@ class CPU(Backend):
         )
         return dx_BDL, dweight_SDW.sum(0), None if dbias_SD is None else dbias_SD.sum(0)
 
-    def norm_forward(
-        self, x: Tensor, residual: Tensor | None, weight_E: Tensor, eps: float, out_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """RMSNorm of x + residual (..., E), that sum in float32, and the reciprocal root mean squares."""
-        x = x.contiguous()
-        normed = torch.empty_like(x, dtype=out_dtype)
-        total = torch.empty_like(x, dtype=torch.float32)
-        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-        torch.ops.vimamba_cpu.norm_forward(x, _contiguous(residual), weight_E.contiguous(), eps, normed, total, rstd)
-        return normed, total, rstd
+    def norm_forward(self, *arguments):
+        return torch.ops.vimamba_cpu.norm_forward(*arguments)
 
     def norm_backward(
         self, dnormed: Tensor, dresidual: Tensor | None, residual_out: Tensor, weight_E: Tensor, rstd: Tensor
@@ -166,41 +129,12 @@ class CPU(Backend):
             return self.product(x, weight_NK, bias_N)
         return F.linear(x, weight_NK, bias_N)
 
-    def product(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        """x (..., K) weight^T + bias, float32, by the kernel."""
-        out = x.new_empty(*x.shape[:-1], weight_NK.shape[0])
-        torch.ops.vimamba_cpu.linear(x.contiguous(), weight_NK.contiguous(), _contiguous(bias_N), out)
-        return out
+    def product(self, *arguments):
+        """x (..., K) weight^T (K, N) + bias (N,), float32, by the kernel."""
+        return torch.ops.vimamba_cpu.linear(*arguments)
 
-    def mixer_forward(
-        self,
-        xz_BLE: Tensor,
-        weights: Sequence[Tensor],
-        reverse: Sequence[int],
-        scale: float,
-        gates: Tensor | None,
-        save_states: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """The mixer between its linear layers: out (B, L, D), and if wanted the states (directions, B, K, D, N).
-
-        gates (B, L or 1, directions), float32, weigh the directions; one that is 0 for a whole image is not computed.
-        """
-        if xz_BLE.stride(2) != 1:
-            xz_BLE = xz_BLE.contiguous()
-        batch, length, width = xz_BLE.shape
-        out_BLD = xz_BLE.new_empty(batch, length, width // 2)
-        A_DN, count = weights[5], len(reverse)
-        states = A_DN.new_empty((count, batch, chunks(length), *A_DN.shape) if save_states else (count, 0))
-        torch.ops.vimamba_cpu.mixer_forward(
-            xz_BLE,
-            [weight.contiguous() for weight in weights],
-            reverse,
-            scale,
-            _contiguous(gates),
-            out_BLD,
-            states if save_states else None,
-        )
-        return out_BLD, states
+    def mixer_forward(self, *arguments):
+        return torch.ops.vimamba_cpu.mixer_forward(*arguments)
 
 
 BACKEND = CPU()
@@ -208,12 +142,6 @@ BACKEND = CPU()
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
-
-
-def _weights(A_DN: Tensor, B: Tensor, C: Tensor, D_D: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The activations come as they are; what is read channel by channel is small and contiguous."""
-    B, C = (m.contiguous() if m.dim() == 2 else m for m in (B, C))
-    return A_DN.contiguous(), B, C, _contiguous(D_D)
 
 
 def _projection_gradient(x: Tensor, batch: int, parts: int) -> Tensor:

@@ -1,4 +1,4 @@
-// What ops.cpp (which knows tensors and threads) asks of the kernels (which know neither): plain structures
+// What the calls (*_call.h, which know tensors and threads) ask of the kernels (which know neither): plain structures
 // and a table of functions, one table an instruction set. Every function works on the part of the task it is
 // given, on the calling thread.
 //
@@ -10,7 +10,8 @@
 
 namespace vimamba {
 
-constexpr int64_t kChunk = 64;  // steps between two saved states; vimamba.ops.backends.CHUNK
+constexpr int64_t kChunk = 64;  // steps between two saved states; CHUNK in vimamba/ops/sizes.py
+inline int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
 
 constexpr int kMaxWidth = 16;  // of a convolution
 

@@ -1,6 +1,6 @@
 """The shared library of C++ kernels: loading it, and the instruction set that it uses (AVX-512, AVX2 or portable).
 
-VIMAMBA_CPU=avx512|avx2|portable forces an instruction set, VIMAMBA_CPU_LIBRARY=FILE takes another build of the
+VIMAMBA_CPU=avx512|avx2|portable forces an instruction set, VIMAMBA_CPUPATH=FILE takes another build of the
 kernels, such as the sanitized one of `make test-sanitized`.
 """
 
@@ -16,18 +16,21 @@ from vimamba.ops.sizes import CHUNK
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 wide_vectors = False
 """Whether the instruction set in use has vectors of 8 numbers or more."""
-_LIBRARY = Path(os.environ.get("VIMAMBA_CPU_LIBRARY") or Path(__file__).parent / "_kernels.so").resolve()
+PATH = Path(os.environ.get("VIMAMBA_CPUPATH") or Path(__file__).parent / "_kernels.so").resolve()
+"""The library's file."""
 
 
 def _load() -> str | None:
     """Load the library; the reason why it cannot be, or None."""
-    if not _LIBRARY.exists():
+    if not PATH.exists():
         return "the CPU kernels were not built (no C++20 compiler when vimamba was installed)"
     try:
-        torch.ops.load_library(str(_LIBRARY))
-        chunk = torch.ops.vimamba_cpu.chunk()
-    except (OSError, AttributeError) as error:  # the latter: a library that an earlier version left
+        torch.ops.load_library(str(PATH))
+    except OSError as error:
         return f"the CPU kernels do not load, install vimamba again: {error}"
+    if not hasattr(torch.ops.vimamba, "mixer"):
+        return "the CPU kernels are an earlier version's: install vimamba again"
+    chunk = torch.ops.vimamba_cpu.chunk()
     if chunk != CHUNK:
         return f"the CPU kernels keep a state every {chunk} steps, this vimamba every {CHUNK}: install vimamba again"
     wanted = os.environ.get("VIMAMBA_CPU") or instruction_set()
