@@ -177,7 +177,6 @@ def analyse(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dic
         "ROWS",
         "BLOCK",
         "DIRECTIONS",
-        "GRADIENT",
         "HAS_Z",
         "SAVE_STATES",
     )
@@ -197,7 +196,7 @@ def analyse(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dic
     body = body or [name for _, name, _ in code]
     result.cycles = scheduler_cycles(body, CARDS[arch])
     result.mix = dict(Counter(name.split(".")[0] for name in body).most_common(12))
-    bound = dict(zip(kernel.arg_names, args, strict=False))
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     if "UNROLL" in kwargs:
         steps = min(bound.get("segment_length", bound["length"]), bound["length"])
         result.trips = math.ceil(steps / (kwargs["UNROLL"] * kwargs.get("TIME", 1)))

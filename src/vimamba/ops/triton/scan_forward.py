@@ -72,7 +72,7 @@ def scan_forward_kernel(
 
     shift = tl.load(bias + r * dim + channel, mask=exists, other=0.0) if HAS_BIAS else 0.0
     skip = tl.load(D + r * dim + channel, mask=exists, other=0.0) if HAS_D else 0.0
-    own = channel * N
+    state_offset = channel * N
     A_rows, last_rows = A + r * dim * N, last + sequence * dim * N
     states_rows = states + sequence * n_states * dim * N
     offsets = channel * channel_stride
@@ -98,14 +98,14 @@ def scan_forward_kernel(
             dts, inputs, ys = dts + (dt,), inputs + (dt * x,), ys + (skip * x,)
             elapsed += dt
         for n in range(0, N):
-            A2 = tl.load(A_rows + (own + n), mask=exists, other=0.0) * LOG2E
-            entering = tl.load(last_rows + (own + n), mask=exists & is_first, other=0.0)
+            A2 = tl.load(A_rows + (state_offset + n), mask=exists, other=0.0) * LOG2E
+            entering = tl.load(last_rows + (state_offset + n), mask=exists & is_first, other=0.0)
             if CONST_B:
-                B_n = tl.load(B_const + (own + n), mask=exists, other=0.0)
+                B_n = tl.load(B_const + (state_offset + n), mask=exists, other=0.0)
             else:
                 Bs = load_steps(bc_columns + n * steps + i, UNROLL)
             if CONST_C:
-                C_n = tl.load(C_const + (own + n), mask=exists, other=0.0)
+                C_n = tl.load(C_const + (state_offset + n), mask=exists, other=0.0)
             else:
                 Cs = load_steps(bc_columns + (BLOCK_N + n) * steps + i, UNROLL)
             if TIME == 1:
@@ -125,10 +125,10 @@ def scan_forward_kernel(
                 # Each thread gets the state after its predecessor's steps, the first one that after the last's: the
                 # state of the next turn.
                 after = tl.reshape(tl.gather(after, previous, 1), [LANES])
-                tl.store(last_rows + (own + n), after, mask=exists & is_first)
+                tl.store(last_rows + (state_offset + n), after, mask=exists & is_first)
                 h = tl.where(is_first, entering, after)
             if SAVE_STATES:
-                here = states_rows + ((i // CHUNK).to(tl.int64) * (dim * N) + (own + n))
+                here = states_rows + ((i // CHUNK).to(tl.int64) * (dim * N) + (state_offset + n))
                 tl.store(here, h, mask=(i % CHUNK == 0) & (left > 0))
             new_ys = ()
             for j in tl.static_range(UNROLL):
@@ -139,7 +139,7 @@ def scan_forward_kernel(
                 new_ys = new_ys + (ys[j] + h * (C_n if CONST_C else Cs[j]),)
             ys = new_ys
             if TIME == 1:
-                tl.store(last_rows + (own + n), h, mask=exists)
+                tl.store(last_rows + (state_offset + n), h, mask=exists)
         outs = row_of(out_row, i, out_step) + offsets
         if HAS_Z:
             zs = row_of(z_row, i, z_step) + offsets
