@@ -35,6 +35,7 @@ from vimamba.benchmark import Entry, Result, machine, measure, memory, report
 from vimamba.benchmark.entries import MODES, PASSES, build, images
 from vimamba.benchmark.timing import alternate, quartiles
 from vimamba.ops import backends, reference
+from vimamba.ops.sizes import FLOPS_OF_UPDATE
 
 SIZES = (224, 512, 1024, 1248, 2048)
 MODELS = {
@@ -56,8 +57,6 @@ PRODUCTS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 CLOCK = {"H100": 1.755e9, "H200": 1.755e9, "A100": 1.41e9}
 EXPONENTIALS_A_CYCLE = 16
 FLOAT_LANES = {8: 64, 9: 128}
-UPDATE_FLOPS = 9
-"""As `count_flops` counts an update of a state."""
 
 FIRST_CALL = """
 import time, torch, vimamba
@@ -165,7 +164,7 @@ def forward_floor(entry: Entry, flops: int) -> float:
     """
     updates = state_updates(build(Entry(entry.model, entry.size, model_args=entry.model_args)), entry.size)
     cycles = torch.cuda.get_device_properties(0).multi_processor_count * rate(CLOCK)
-    products = (flops - UPDATE_FLOPS * updates) / rate(PRODUCTS)
+    products = (flops - FLOPS_OF_UPDATE * updates) / rate(PRODUCTS)
     return entry.batch * (products + updates / (cycles * EXPONENTIALS_A_CYCLE))
 
 

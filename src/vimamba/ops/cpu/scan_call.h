@@ -109,8 +109,8 @@ void check_projection_gradient(const char* name, const Tensor& gradient, const T
 
 void scan_backward(const Tensor dout, const Maybe dlast, const Tensor u, const Tensor delta, const Tensor A,
                    const Tensor B, const Tensor C, const Maybe D, const Maybe z, const Maybe delta_bias,
-                   const Tensor states, bool delta_softplus, bool reverse, int64_t parts, Tensor du, Tensor ddelta,
-                   Tensor dA, Tensor dB, Tensor dC, Maybe dD, Maybe dz, Maybe dbias) {
+                   const Tensor states, bool delta_softplus, bool reverse, int64_t parts, Tensor du,
+                   Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Maybe dD, Maybe dz, Maybe dbias) {
   const Kernels& k = kernels();
   const ScanWeights weights(A, B, C, D, delta_bias);
   Scan scan = scan_of(u, delta, weights, z, delta_softplus, reverse);

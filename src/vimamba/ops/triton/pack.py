@@ -31,8 +31,8 @@ def share_of_steps(groups, length, batch, reverse_mask, ROWS: tl.constexpr):
     step = (pid % n_tiles).to(tl.int32) * ROWS + tl.arange(0, ROWS)
     group, sequence = (pid // n_tiles) % groups, pid // (n_tiles * groups)
     b, r = sequence % batch, sequence // batch
-    backwards = (reverse_mask >> r.to(tl.int32)) & 1
-    token = position(tl.minimum(step, length - 1), length, backwards).to(tl.int64)
+    reverse = (reverse_mask >> r.to(tl.int32)) & 1
+    token = position(tl.minimum(step, length - 1), length, reverse).to(tl.int64)
     return step, token, step < length, sequence, r, b, group
 
 

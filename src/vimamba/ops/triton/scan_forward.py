@@ -68,7 +68,7 @@ def scan_forward_kernel(
     channel = group * group_dim + local
     sequence = (pid // n_blocks).to(tl.int64)
     b, r = sequence % batch, sequence // batch
-    backwards = (reverse_mask >> r.to(tl.int32)) & 1
+    reverse = (reverse_mask >> r.to(tl.int32)) & 1
 
     shift = tl.load(bias + r * dim + channel, mask=exists, other=0.0) if HAS_BIAS else 0.0
     skip = tl.load(D + r * dim + channel, mask=exists, other=0.0) if HAS_D else 0.0
@@ -76,11 +76,11 @@ def scan_forward_kernel(
     A_rows, last_rows = A + r * dim * N, last + sequence * dim * N
     states_rows = states + sequence * n_states * dim * N
     offsets = channel * channel_stride
-    u_row, u_step = walk(u + r * u_sr + b * u_sb, u_sl, length, backwards)
-    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, backwards)
-    out_row, out_step = walk(out + r * out_sr + b * out_sb, out_sl, length, backwards)
+    u_row, u_step = walk(u + r * u_sr + b * u_sb, u_sl, length, reverse)
+    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, reverse)
+    out_row, out_step = walk(out + r * out_sr + b * out_sb, out_sl, length, reverse)
     if HAS_Z:
-        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, backwards)
+        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, reverse)
     steps = tl.cdiv(length, PADDING) * PADDING
     bc_columns = bc if CONST_B and CONST_C else packed_matrices(bc, sequence, groups, group, length, BLOCK_N)
 
