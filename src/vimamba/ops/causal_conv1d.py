@@ -47,7 +47,7 @@ def causal_conv1d(
         seq_idx, initial_states, return_final_states, final_states_out: not supported; leave them out.
         activation: None, "silu" or "swish", which is the same.
         reverse: look at later steps instead, with the same weights.
-        backend: None (choose), "reference", "torch", "cpu" or "triton".
+        backend: None (choose), "reference", "torch", "cpu", "triton" or one registered with `ops.backends.register`.
 
     Returns:
         (batch, dim, length) in x's type.

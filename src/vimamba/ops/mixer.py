@@ -50,7 +50,7 @@ def mixer(
         scale: 1 for the sum of the directions, 1 / len(directions) for the mean.
         gates: (batch, length or 1, len(directions)), what each direction counts for each token or image.
         skip: where no gradient is wanted, do not compute a direction for the images whose gate is 0.
-        backend: None (choose), "reference", "torch", "cpu" or "triton".
+        backend: None (choose), "reference", "torch", "cpu", "triton" or one registered with `ops.backends.register`.
 
     Returns:
         (batch, length, dim) in xz's type.

@@ -36,7 +36,7 @@ def rms_norm(
         residual: same shape as x, or None for the first block.
         eps: added to the mean square.
         out_dtype: type of the normalised output, x's by default.
-        backend: None (choose), "reference", "torch", "cpu" or "triton".
+        backend: None (choose), "reference", "torch", "cpu", "triton" or one registered with `ops.backends.register`.
 
     Returns:
         The normalised sum in `out_dtype`, and the sum itself in float32 (float64 for float64 input).

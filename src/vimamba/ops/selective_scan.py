@@ -58,7 +58,7 @@ def selective_scan(
         delta_softplus: apply softplus to delta.
         return_last_state: also return the state after the last step, (batch, dim, state), float32.
         reverse: run from the last step to the first; results stay in place.
-        backend: None (choose), "reference", "torch", "cpu" or "triton".
+        backend: None (choose), "reference", "torch", "cpu", "triton" or one registered with `ops.backends.register`.
 
     Returns:
         (batch, dim, length) in u's type, or that and the last state. First derivatives only.
