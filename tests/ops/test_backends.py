@@ -17,7 +17,7 @@ from vimamba.ops.pytorch import PyTorch
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch):
     """The backends that a test registers are gone after it."""
-    monkeypatch.setattr(backends, "_registered", {})
+    monkeypatch.setattr(backends, "_known", dict(backends._known))
     monkeypatch.setattr(backends, "FASTEST", dict(backends.FASTEST))
     yield
     backends._fastest.cache_clear()
@@ -97,6 +97,19 @@ def test_the_mixer_is_composed_of_a_backends_functions(backend, gates):
         torch.testing.assert_close(mixer(xz, ways, 0.5, gates, backend=backend.name), want)
 
 
+@pytest.mark.parametrize("name", ["reference", "torch", "mine"])
+def test_a_named_backend_compiles_as_one_graph(name):
+    backends.register(Mine())
+    inputs = {k: v.requires_grad_() for k, v in make_inputs(length=9).items()}
+
+    def scan(**inputs: torch.Tensor) -> torch.Tensor:
+        return vimamba.selective_scan(**inputs, delta_softplus=True, backend=name)
+
+    out, want = torch.compile(scan, fullgraph=True, backend="aot_eager")(**inputs), scan(**inputs)
+    for got, wanted in zip(*(torch.autograd.grad(y.sum(), list(inputs.values())) for y in (out, want)), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_a_backend_without_gradients_computes_values_and_says_so():
     backends.register(ValuesOnly())
     inputs = make_inputs(length=9)
@@ -126,7 +139,7 @@ def test_a_backend_may_be_the_one_to_choose():
     backends.register(mine, fastest_on=["cpu"])
     assert backends.resolve("", torch.device("cpu"), torch.float32) is mine
     assert backends.resolve("", torch.device("cpu"), torch.float64).name == "torch"
-    vimamba.selective_scan(**make_inputs(length=9))
+    check(make_inputs(length=9), None, delta_softplus=True)
     assert mine.scans == 1
     with pytest.raises(UserError, match="backend='mine' cannot run on cpu: it has no float64 kernels"):
         rms_norm(torch.ones(2, 3).double(), torch.ones(3).double(), backend="mine")

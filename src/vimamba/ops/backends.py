@@ -131,7 +131,8 @@ MODULES = {"reference": "reference", "torch": "pytorch", "cpu": "cpu", "triton":
 """Our backends: the module, loaded when it is first asked for, whose `BACKEND` each is."""
 FASTEST = {"cpu": "cpu", "cuda": "triton"}
 """The backend for each type of device, where the caller names none and it can run; for all others, "torch"."""
-_registered: dict[str, Backend] = {}
+_known: dict[str, Backend] = {}
+"""Those of ours that were asked for, and those that were registered."""
 
 
 def register(backend: Backend, *, fastest_on: Iterable[str] = ()) -> None:
@@ -142,24 +143,21 @@ def register(backend: Backend, *, fastest_on: Iterable[str] = ()) -> None:
     """
     if backend.name in names():
         raise UserError(f"there is a backend {backend.name!r} already: give this one another name")
-    _registered[backend.name] = backend
+    _known[backend.name] = backend
     FASTEST.update(dict.fromkeys(fastest_on, backend.name))
     _fastest.cache_clear()
 
 
 def names() -> tuple[str, ...]:
     """What `backend=` may be."""
-    return *MODULES, *_registered
+    return tuple(MODULES | _known)
 
 
 def load(name: str) -> Backend:
     """The backend `name`, which may be unable to run here."""
-    return _registered[name] if name in _registered else _load_ours(name)
-
-
-@cache
-def _load_ours(name: str) -> Backend:
-    return importlib.import_module(f"vimamba.ops.{MODULES[name]}").BACKEND
+    if name not in _known:
+        _known[name] = importlib.import_module(f"vimamba.ops.{MODULES[name]}").BACKEND
+    return _known[name]
 
 
 def status(device: torch.device | str | None = None) -> dict[str, str | None]:
@@ -198,18 +196,24 @@ def _fastest(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Backend:
     return backend if usable else load("torch")
 
 
+@torch.compiler.assume_constant_result
+def trait(which: str, name: str | None, device: torch.device, dtype: torch.dtype) -> bool:
+    """What the backend that runs says of itself, `differentiable` or `skips_closed_gates`; torch.compile asks once."""
+    return getattr(resolve(name or "", device, dtype), which)
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device; it does not know the meta device."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def direct(name: str | None, x: Tensor) -> bool:
-    """Whether an op on `x` calls the backend `name` itself, not the operator that registers its gradient and its trace.
+    """Whether an op on `x` calls the backend itself, not the operator that registers its gradient and its trace.
 
     So it is where nothing but the numbers is wanted: in small models the dispatcher's way through the operator takes
     as long as the work.
     """
-    return values_only(x) or (name is not None and load(name).differentiable)
+    return values_only(x) or trait("differentiable", name, x.device, x.dtype)
 
 
 def values_only(x: Tensor) -> bool:

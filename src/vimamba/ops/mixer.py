@@ -70,7 +70,7 @@ def mixer(
         gates = gates.to(dtype)
         values = not (save_states or backends.differentiates(gates))
         skips = skip and values
-        if not values or (skips and not backends.resolve(backend or "", xz.device, xz.dtype).skips_closed_gates):
+        if not values or (skips and not backends.trait("skips_closed_gates", backend, xz.device, xz.dtype)):
             return _one_by_one(xz, directions, scale, gates, skips, backend)
     run = _forward if backends.direct(backend, xz) else torch.ops.vimamba.mixer
     return run(xz, weights, reverse, scale, gates, save_states, backend or "")[0]
