@@ -37,6 +37,7 @@ from vimamba.benchmark.entries import MODES, PASSES, build, images
 from vimamba.benchmark.timing import alternate, quartiles
 from vimamba.files import write_text
 from vimamba.ops import backends, reference
+from vimamba.ops.sizes import FLOPS_OF_UPDATE
 
 SIZES = (224, 512, 1024, 1248, 2048)
 MODELS = {
@@ -51,8 +52,6 @@ FIRST_CALL_SECONDS = 20
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
 SCAN = (16, 384, 6085)
 
-UPDATE_FLOPS = 9
-"""As `count_flops` counts an update of a state."""
 
 FIRST_CALL = """
 import time, torch, vimamba
@@ -158,7 +157,7 @@ def forward_floor(entry: Entry, flops: int) -> float:
     state updates; nothing else.
     """
     updates = state_updates(build(Entry(entry.model, entry.size, model_args=entry.model_args)), entry.size)
-    products = (flops - UPDATE_FLOPS * updates) / card_of(torch.cuda.get_device_name(0)).products
+    products = (flops - FLOPS_OF_UPDATE * updates) / card_of(torch.cuda.get_device_name(0)).products
     return entry.batch * (products + updates / units_a_second("mufu"))
 
 

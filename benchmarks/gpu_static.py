@@ -37,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from vimamba.ops.mixer import Direction, flat
+from vimamba.ops.direction import Direction, flat
 from vimamba.ops.triton import mixer, norm, scan
 
 TARGETS = {
@@ -162,7 +162,6 @@ def analyse(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dic
         "ROWS",
         "BLOCK",
         "DIRECTIONS",
-        "GRADIENT",
         "HAS_Z",
         "SAVE_STATES",
     )
@@ -182,7 +181,7 @@ def analyse(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dic
     body = body or [name for _, name, _ in code]
     result.cycles = scheduler_cycles(body, CARD_OF[arch])
     result.mix = dict(Counter(name.split(".")[0] for name in body).most_common(12))
-    bound = dict(zip(kernel.arg_names, args, strict=False))
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     if "UNROLL" in kwargs:
         steps = min(bound.get("segment_length", bound["length"]), bound["length"])
         result.trips = math.ceil(steps / (kwargs["UNROLL"] * kwargs.get("TIME", 1)))

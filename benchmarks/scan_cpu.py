@@ -25,9 +25,11 @@ from mambapy.pscan import pscan
 from torch import Tensor
 
 from vimamba.benchmark.timing import alternate
-from vimamba.ops import cpu
-from vimamba.ops.mixer import Direction, flat
+from vimamba.ops import backends
+from vimamba.ops.cpu import library
+from vimamba.ops.direction import Direction, flat
 
+cpu = backends.load("cpu")
 SHAPES = [(8, 384, 197), (1, 384, 6085)]  # Vim-Ti at 224 px, batch 8, and at 1248 px
 STATE = 16
 
@@ -94,7 +96,7 @@ def mixer(x: dict[str, Tensor], rank: int = 12) -> Callable[[], object]:
         projections = (torch.randn(rank + 2 * STATE, dim) * dim**-0.5, torch.randn(dim, rank) * rank**-0.5)
         conv = (torch.randn(dim, 4), torch.zeros(dim))
         directions.append(Direction(*conv, *projections, x["bias"], (-x["A"]).log(), x["D"], reverse, reverse))
-    return lambda: cpu.mixer_forward(xz, *flat(directions), 0.5, save_states=False)
+    return lambda: cpu.mixer_forward(xz, *flat(directions), 0.5, None, False)
 
 
 def measure(
@@ -132,7 +134,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rate, bytes_a_second = rates()
-    about = f"{platform.machine()}, {cpu.instruction_set()}, {options.threads} threads, torch {torch.__version__}"
+    about = f"{platform.machine()}, {library.instruction_set()}, {options.threads} threads, torch {torch.__version__}"
     print(
         f"{about}\n"
         f"state updates {rate / 1e9 / options.threads:.2f} G updates/s/thread, copy {bytes_a_second / 1e9:.1f} GB/s"

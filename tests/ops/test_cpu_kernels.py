@@ -17,8 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vimamba.ops import cpu, reference
-from vimamba.ops.mixer import Direction, flat
+from vimamba.ops import backends, reference
+from vimamba.ops.cpu import library
+from vimamba.ops.direction import Direction, flat
+
+cpu = backends.load("cpu")
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -26,13 +29,13 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.un
 TOLERANCE = 1e-6
 
 
-@pytest.fixture(params=cpu.instruction_sets() if cpu.unavailable() is None else ["none"])
+@pytest.fixture(params=library.instruction_sets() if cpu.unavailable() is None else ["none"])
 def each_set(request):
     """The test runs once with each instruction set of this machine."""
-    before = cpu.instruction_set()
-    assert cpu.use_instruction_set(request.param)
+    before = library.instruction_set()
+    assert library.use_instruction_set(request.param)
     yield request.param
-    cpu.use_instruction_set(before)
+    library.use_instruction_set(before)
 
 
 @pytest.fixture
@@ -85,15 +88,15 @@ def check(x, reverse=False) -> None:
 
 
 def test_an_instruction_set_can_be_forced_by_a_variable():
-    for name in cpu.instruction_sets():
-        script = "from vimamba.ops import cpu; print(cpu.unavailable(), cpu.instruction_set())"
+    for name in library.instruction_sets():
+        script = "from vimamba.ops.cpu import library; print(library.UNAVAILABLE, library.instruction_set())"
         environment = {**os.environ, "VIMAMBA_CPU": name}
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         assert done.stdout.split() == ["None", name], done.stderr
 
 
 def test_an_unknown_instruction_set_is_named():
-    script = "from vimamba.ops import cpu; print(cpu.unavailable())"
+    script = "from vimamba.ops.cpu import library; print(library.UNAVAILABLE)"
     environment = {**os.environ, "VIMAMBA_CPU": "sse9"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert "VIMAMBA_CPU=sse9" in done.stdout
@@ -146,7 +149,7 @@ def test_the_mixer_however_its_work_is_divided(batch, length, count, threads, ea
     threads(count)
     xz, ways, truths = mixer_problem(batch, length)
     for some, truth in zip((ways, ways[:1], ways[1:]), truths, strict=True):
-        out, states = cpu.mixer_forward(xz, *flat(some), 0.5, save_states=True)
+        out, states = cpu.mixer_forward(xz, *flat(some), 0.5, None, True)
         assert error(out, truth) < TOLERANCE
         for way, saved in zip(some, states, strict=True):
             check_states(xz, way, saved)
@@ -166,7 +169,7 @@ def check_states(xz_BLE: Tensor, way: Direction, saved_BKDN: Tensor) -> None:
 
 def test_bfloat16_mixer_is_close(each_set):
     xz, ways, (truth, _, _) = mixer_problem(2, 66)
-    out, _ = cpu.mixer_forward(xz.bfloat16(), *flat(ways), 0.5, save_states=False)
+    out, _ = cpu.mixer_forward(xz.bfloat16(), *flat(ways), 0.5, None, False)
     assert out.dtype == torch.bfloat16
     assert error(out, truth) < 5e-3
 
@@ -176,7 +179,7 @@ def test_the_kernels_alone_under_the_sanitizers(tmp_path):
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    kernels, program = Path(cpu.__file__).parent, tmp_path / "alone"
+    kernels, program = Path(library.__file__).parent, tmp_path / "alone"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     sources = [str(Path(__file__).with_name("cpu_kernels_alone.cpp")), str(kernels / "kernels.cpp")]
     command = [compiler, "-std=c++20", "-O1", f"-I{kernels}", *sources, "-o", str(program)]
@@ -286,35 +289,31 @@ def test_in_a_forked_data_loader_worker():
 def test_the_operators_themselves_refuse_sizes_that_they_would_read_beyond():
     """Whoever calls vimamba_cpu.* without the public functions gets an error, not another tensor's memory."""
     x = inputs(batch=1, dim=8, length=9, state=4)
-    out, last = torch.empty_like(x["u"]), torch.empty(1, 8, 4)
-
-    def scan(**changes: Tensor) -> None:
-        given = x | changes
-        torch.ops.vimamba_cpu.scan_forward(*given.values(), True, False, out, last, None)
-
-    scan()
     for name, value in {
         "delta": x["delta"][:, :, :8], "A": x["A"].double(), "B": x["B"][:, :, :3], "D": x["D"][:1],
-        "z": x["z"].bfloat16(), "bias": torch.zeros(16)[::2],
+        "z": x["z"].bfloat16(), "bias": torch.zeros(7),
     }.items():  # fmt: skip
         with pytest.raises(RuntimeError, match="vimamba_cpu: "):
-            scan(**{name: value})
+            forward(x | {name: value})
     norm = torch.ops.vimamba_cpu.norm_forward
     rows = torch.zeros(2, 3)
+    for given, residual, message in (
+        (torch.zeros(2, 0), None, "x is not"), (rows, rows[:1], "residual has not"), (rows.double(), None, "x is not"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"vimamba_cpu: {message}"):
+            norm(given, residual, torch.ones(given.shape[1]), 1e-5, torch.float32)
     with pytest.raises(RuntimeError, match="vimamba_cpu: x is not"):
-        norm(torch.zeros(2, 0), None, torch.zeros(0), 1e-5, rows, rows, torch.zeros(2))
-    with pytest.raises(RuntimeError, match="vimamba_cpu: rstd"):
-        norm(rows, None, torch.ones(3), 1e-5, rows.clone(), rows.clone(), torch.zeros(1))
-    with pytest.raises(RuntimeError, match="vimamba_cpu: x is not"):
-        torch.ops.vimamba_cpu.linear(torch.zeros(4, 0), torch.zeros(3, 0), None, torch.zeros(4, 3))
+        torch.ops.vimamba_cpu.linear(torch.zeros(4, 0), torch.zeros(3, 0), None)
     weights, reverse = flat(make_directions(8, 3, 4))
-    xz, mixed = torch.zeros(1, 9, 16), torch.zeros(1, 9, 8)
+    xz, mix = torch.zeros(1, 9, 16), torch.ops.vimamba_cpu.mixer_forward
     for i in range(7):
-        spoilt = [w[:1].contiguous() if j == 7 + i else w for j, w in enumerate(weights)]
+        spoilt = [w[:1] if j == 7 + i else w for j, w in enumerate(weights)]
         with pytest.raises(RuntimeError, match="vimamba_cpu: "):
-            torch.ops.vimamba_cpu.mixer_forward(xz, spoilt, reverse, 1.0, None, mixed, None)
+            mix(xz, spoilt, reverse, 1.0, None, False)
     with pytest.raises(RuntimeError, match="vimamba_cpu: the mixer needs"):
-        torch.ops.vimamba_cpu.mixer_forward(xz, [], [], 1.0, None, mixed, None)
+        mix(xz, [], [], 1.0, None, False)
+    with pytest.raises(RuntimeError, match="vimamba_cpu: gates"):
+        mix(xz, weights, reverse, 1.0, torch.ones(1, 5, 2), False)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux does")
@@ -323,7 +322,9 @@ def test_a_failed_allocation_leaves_nothing_behind():
     """Working memory that cannot be had is an error, and the next call, smaller or larger, has its own."""
     script = """
 import resource, torch
-from vimamba.ops import cpu
+from vimamba.ops import backends
+
+cpu = backends.load("cpu")
 
 def scan(dim, state):
     x, matrix = torch.ones(1, dim, 1), torch.ones(1, 1, state, 1)

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from vimamba.ops import cpu, linear
+from vimamba.ops import backends, linear
+from vimamba.ops.cpu import library
+
+cpu = backends.load("cpu")
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -20,27 +23,27 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 def calls(monkeypatch):
     """How often the kernel ran."""
     ran = []
-    kernel = cpu.linear
-    monkeypatch.setattr(cpu, "linear", lambda *args: ran.append(args) or kernel(*args))
+    kernel = cpu.product
+    monkeypatch.setattr(cpu, "product", lambda *args: ran.append(args) or kernel(*args))
     return ran
 
 
-@pytest.mark.parametrize("kind", cpu.instruction_sets() if cpu.unavailable() is None else ["none"])
+@pytest.mark.parametrize("kind", library.instruction_sets() if cpu.unavailable() is None else ["none"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("rows", "inner", "outer"), [(1, 1, 1), (7, 5, 3), (33, 50, 44), (197, 192, 100), (300, 513, 49), (2, 20, 97)]
 )
 def test_product(rows, inner, outer, bias, threads, kind):
-    before = torch.get_num_threads(), cpu.instruction_set()
+    before = torch.get_num_threads(), library.instruction_set()
     try:
         torch.set_num_threads(threads)
-        cpu.use_instruction_set(kind)
+        library.use_instruction_set(kind)
         x, weight, b = rand(2, rows, inner), rand(outer, inner, seed=1), rand(outer, seed=2) if bias else None
-        out = cpu.linear(x, weight, b)
+        out = cpu.product(x, weight, b)
     finally:
         torch.set_num_threads(before[0])
-        cpu.use_instruction_set(before[1])
+        library.use_instruction_set(before[1])
     truth = F.linear(x.double(), weight.double(), None if b is None else b.double())
     assert (out - truth).abs().max() / truth.abs().max() < 1e-6
 

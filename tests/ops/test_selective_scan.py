@@ -77,7 +77,7 @@ def truth_of(inputs: dict[str, Tensor], **options):
     return run(scan, doubled, **options)
 
 
-def check(inputs: dict[str, Tensor], backend: str, **options) -> None:
+def check(inputs: dict[str, Tensor], backend: str | None, **options) -> None:
     out, last, grads = run(vimamba.selective_scan, inputs, backend=backend, **options)
     want_out, want_last, want_grads = truth_of(inputs, **options)
     tolerance = TOLERANCE[out.dtype]

@@ -14,9 +14,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import vimamba
-from tests.ops.triton_cases import ON_GPU, check_scan, error, scan_case
-from vimamba.ops import triton as kernels
-from vimamba.ops.triton import pack, plan, scan
+from tests.ops.triton_cases import ON_GPU, check_scan, error, kernels, scan_case
+from vimamba.ops import sizes, triton
+from vimamba.ops.triton import pack, tiling
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,21 +130,21 @@ def test_refusals_name_the_way_out(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "TRITON_INTERPRET=1" in kernels.unavailable(torch.device("cpu"))
     assert "'mps'" in kernels.unavailable(torch.device("mps"))
-    monkeypatch.setattr(kernels, "AVAILABLE", False)
+    monkeypatch.setattr(triton, "AVAILABLE", False)
     assert "not installed" in kernels.unavailable()
 
 
-def test_plan_fills_the_machine():
+def test_tilings_fill_the_machine():
     """Few channels get threads along time, many none, and every tiling fits in the registers."""
-    assert plan.forward_tiling(2, 1, 384, 6085, 16, 132).time >= 8
-    assert plan.forward_tiling(512, 1, 384, 6085, 16, 132).time == 1
+    assert tiling.forward_tiling(2, 1, 384, 6085, 16, 132).time >= 8
+    assert tiling.forward_tiling(512, 1, 384, 6085, 16, 132).time == 1
     for sequences in (1, 8, 64, 512):
         for length in (1, 197, 6085):
             for state in (1, 16, 64, 200):
-                forward = plan.forward_tiling(sequences, 1, 384, length, state, 132)
+                forward = tiling.forward_tiling(sequences, 1, 384, length, state, 132)
                 assert forward.warps() <= 4
                 assert pack.PADDING.value % (forward.time * forward.unroll) == 0
-                backward = plan.backward_tiling(sequences, 1, 384, length, state, 132)
+                backward = tiling.backward_tiling(sequences, 1, 384, length, state, 132)
                 assert backward.updates <= 32
-                assert backward.segment % scan.CHUNK == 0 or backward.segments(length) == 1
-    assert plan.backward_tiling(2, 1, 384, 6085, 16, 132).segments(6085) > 8
+                assert backward.segment % sizes.CHUNK == 0 or backward.segments(length) == 1
+    assert tiling.backward_tiling(2, 1, 384, 6085, 16, 132).segments(6085) > 8

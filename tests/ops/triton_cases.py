@@ -7,8 +7,9 @@ import os
 import torch
 from torch import Tensor
 
-from vimamba.ops import reference
-from vimamba.ops import triton as kernels
+from vimamba.ops import backends, reference
+
+kernels = backends.load("triton")
 
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -34,18 +34,11 @@ def describe(device: str) -> dict[str, str | int]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "vimamba": vimamba.__version__,
-        "backend": _backend(torch.device(device)),
+        "backend": str(backends.resolve("", torch.device(device), torch.float32)),
     }
     if kind == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
-
-
-def _backend(device: torch.device) -> str:
-    module = backends.resolve("", device, torch.float32)
-    name = next(name for name, where in backends.MODULES.items() if module.__name__.endswith(f".{where}"))
-    instructions = getattr(module, "instruction_set", None)
-    return f"{name} ({instructions()})" if instructions else name
 
 
 def heading(facts: dict[str, str | int]) -> str:

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vimamba.ops import backends, reference
+from vimamba.ops import backends, operators
 from vimamba.ops.arguments import check_flags, check_shape, check_tensors, wide
 
-torch.library.define(
-    "vimamba::causal_conv1d",
+operators.define(
+    "causal_conv1d",
     "(Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, str backend) -> Tensor",
 )
-torch.library.define(
-    "vimamba::causal_conv1d_backward",
+operators.define(
+    "causal_conv1d_backward",
     "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, str backend)"
     " -> (Tensor, Tensor, Tensor)",
 )
@@ -47,7 +47,7 @@ def causal_conv1d(
         seq_idx, initial_states, return_final_states, final_states_out: not supported; leave them out.
         activation: None, "silu" or "swish", which is the same.
         reverse: look at later steps instead, with the same weights.
-        backend: None (choose), "reference", "torch", "cpu" or "triton".
+        backend: None (choose), "reference", "torch", "cpu", "triton" or one registered with `ops.backends.register`.
 
     Returns:
         (batch, dim, length) in x's type.
@@ -79,16 +79,17 @@ def causal_conv1d(
     if weight.dim() != 2 or weight.shape[0] != x.shape[1] or 0 in weight.shape:
         raise ValueError(f"weight must have shape (dim, width) = ({x.shape[1]}, width), got {tuple(weight.shape)}")
     check_shape("bias", bias, (x.shape[1],), "(dim,)")
-    if backend == "reference":
-        return reference.causal_conv1d(x, weight, bias, activation and "silu", reverse=reverse)
     dtype = wide(x.dtype)
     bias = None if bias is None else bias.to(dtype)
-    return torch.ops.vimamba.causal_conv1d(x, weight.to(dtype), bias, activation is not None, reverse, backend or "")
+    run = _forward if backends.direct(backend, x) else torch.ops.vimamba.causal_conv1d
+    return run(x, weight.to(dtype), bias, activation is not None, reverse, backend or "")
 
 
-@torch.library.impl("vimamba::causal_conv1d", "CompositeExplicitAutograd")
 def _forward(x, weight, bias, silu, reverse, backend):
     return backends.resolve(backend, x.device, x.dtype).conv_forward(x, weight, bias, silu, reverse)
+
+
+operators.implement("causal_conv1d", _forward)
 
 
 @torch.library.register_fake("vimamba::causal_conv1d")
@@ -96,11 +97,13 @@ def _forward_fake(x, weight, bias, silu, reverse, backend):
     return torch.empty_like(x)
 
 
-@torch.library.impl("vimamba::causal_conv1d_backward", "CompositeExplicitAutograd")
 def _backward(dy, x, weight, bias, silu, reverse, backend):
-    module = backends.resolve(backend, x.device, x.dtype)
-    dx, dweight, dbias = module.conv_backward(dy, x, weight, bias, silu, reverse)
+    chosen = backends.resolve(backend, x.device, x.dtype)
+    dx, dweight, dbias = chosen.conv_backward(dy, x, weight, bias, silu, reverse)
     return dx, dweight, weight.new_empty(0) if dbias is None else dbias
+
+
+operators.implement("causal_conv1d_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::causal_conv1d_backward")
@@ -126,7 +129,7 @@ def _backward_rule(ctx, dy):
 
 
 torch.library.register_autograd("vimamba::causal_conv1d", _backward_rule, setup_context=_setup_context)
-backends.first_derivatives_only("vimamba::causal_conv1d_backward")
+operators.first_derivatives_only("causal_conv1d_backward")
 
 
 @register_flop_formula(torch.ops.vimamba.causal_conv1d)

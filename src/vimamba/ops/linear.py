@@ -32,9 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must have shape (..., in_features) = (..., {weight.shape[1]}), got {tuple(x.shape)}")
     check_shape("bias", bias, weight.shape[:1], "(out_features,)")
-    if backends.values_only(x) and x.device.type == "cpu" and not backends.autocasts(x.device):
-        module = backends.resolve("", x.device, x.dtype)
-        same_types = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
-        if same_types and hasattr(module, "linear") and module.linear_pays(x):
-            return module.linear(x, weight, bias)
+    same_types = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+    if same_types and backends.values_only(x) and not backends.autocasts(x.device):
+        return backends.resolve("", x.device, x.dtype).linear(x, weight, bias)
     return F.linear(x, weight, bias)

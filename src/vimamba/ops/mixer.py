@@ -8,66 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vimamba.ops import backends, composed_mixer, reference
-from vimamba.ops.arguments import check_flags, check_number, check_shape, check_tensors, wide, widen
+from vimamba.ops import backends, operators
+from vimamba.ops.arguments import check_flags, check_number, check_shape, check_tensors, wide
+from vimamba.ops.direction import WEIGHTS, Direction, flat
+from vimamba.ops.sizes import FLOPS_OF_UPDATE
 
-torch.library.define(
-    "vimamba::mixer",
+operators.define(
+    "mixer",
     "(Tensor xz, Tensor[] weights, int[] reverse, float scale, Tensor? gates, bool save_states, str backend)"
     " -> (Tensor, Tensor)",
 )
-torch.library.define(
-    "vimamba::mixer_backward",
+operators.define(
+    "mixer_backward",
     "(Tensor dout, Tensor xz, Tensor[] weights, Tensor states, int[] reverse, float scale, str backend)"
     " -> (Tensor, Tensor[])",
 )
-
-WEIGHTS = 7
-"""Tensors a direction, in the operators' list of weights."""
-
-
-class Direction(NamedTuple):
-    """The weights of one direction of the mixer, and which way its convolution and its scan run."""
-
-    conv_weight: Tensor  # (dim, width), or (dim, 1, width) as torch.nn.Conv1d keeps it
-    conv_bias: Tensor  # (dim,)
-    x_proj_weight: Tensor  # (rank + 2 * state, dim)
-    dt_proj_weight: Tensor  # (dim, rank)
-    dt_bias: Tensor  # (dim,)
-    A_log: Tensor  # (dim, state), the logarithm of -A
-    D: Tensor  # (dim,)
-    conv_reverse: bool = False
-    scan_reverse: bool = False
-
-    @property
-    def decay_rates(self) -> Tensor:
-        """A (dim, state), in float32 or more whatever the type of A_log."""
-        return -torch.exp(widen(self.A_log))
-
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        return self[:WEIGHTS]  # type: ignore[return-value]
-
-    @property
-    def reverse(self) -> int:
-        """Which way round, as the operators take it: 1 for a reversed convolution plus 2 for a reversed scan."""
-        return int(self.conv_reverse) + 2 * int(self.scan_reverse)
-
-
-def flat(directions: Sequence[Direction]) -> tuple[list[Tensor], list[int]]:
-    """Directions as the operators and the backends take them: all weights in a list, and which way round each runs."""
-    return [weight for d in directions for weight in d.weights], [d.reverse for d in directions]
-
-
-def _directions(weights: Sequence[Tensor], reverse: Sequence[int]) -> list[Direction]:
-    sets = (weights[i : i + WEIGHTS] for i in range(0, len(weights), WEIGHTS))
-    return [Direction._make((*w, bool(r & 1), bool(r & 2))) for w, r in zip(sets, reverse, strict=True)]
 
 
 def mixer(
@@ -86,11 +46,11 @@ def mixer(
 
     Args:
         xz: (batch, length, 2 * dim): the input and the gate side by side, as the input projection gives them.
-        directions: one or more, each with its own weights and sense.
+        directions: one or more, each with weights of its own, running either way.
         scale: 1 for the sum of the directions, 1 / len(directions) for the mean.
         gates: (batch, length or 1, len(directions)), what each direction counts for each token or image.
         skip: where no gradient is wanted, do not compute a direction for the images whose gate is 0.
-        backend: None (choose), "reference", "torch", "cpu" or "triton".
+        backend: None (choose), "reference", "torch", "cpu", "triton" or one registered with `ops.backends.register`.
 
     Returns:
         (batch, length, dim) in xz's type.
@@ -102,18 +62,17 @@ def mixer(
     check_flags(skip=skip)
     check_number("scale", scale)
     _check(xz, directions, gates)
-    if backend == "reference":
-        return reference.mixer(xz, directions, scale, gates)
     dtype = wide(xz.dtype)
     weights, reverse = flat(directions)
     weights = [w if w.dtype == dtype else w.to(dtype) for w in weights]
     save_states = backends.differentiates(xz, *weights)
     if gates is not None:
         gates = gates.to(dtype)
-        differentiable = save_states or backends.differentiates(gates)
-        if differentiable or not hasattr(backends.resolve(backend or "", xz.device, xz.dtype), "mixer_takes_gates"):
-            return _one_by_one(xz, directions, scale, gates, skip and not differentiable, backend)
-    run = _forward if backends.values_only(xz) else torch.ops.vimamba.mixer
+        values = not (save_states or backends.differentiates(gates))
+        skips = skip and values
+        if not values or (skips and not backends.trait("skips_closed_gates", backend, xz.device, xz.dtype)):
+            return _one_by_one(xz, directions, scale, gates, skips, backend)
+    run = _forward if backends.direct(backend, xz) else torch.ops.vimamba.mixer
     return run(xz, weights, reverse, scale, gates, save_states, backend or "")[0]
 
 
@@ -166,46 +125,44 @@ def _check_direction(names: Sequence[str], direction: Direction, first: Directio
 def _one_by_one(
     xz: Tensor, directions: Sequence[Direction], scale: float, gates: Tensor, skip: bool, backend: str | None
 ) -> Tensor:
-    """The sum of the mixers of single directions, each times its gate, for backends that weigh no directions."""
+    """The sum of the mixers of single directions, each times its gate: the gates have gradients, or are closed and to
+    be skipped by a backend that does not."""
     total: Tensor | None = None
-    for way, gate in zip(directions, gates.to(xz.dtype).split(1, dim=-1), strict=True):
+    for direction, gate in zip(directions, gates.to(xz.dtype).split(1, dim=-1), strict=True):
         images = gate[:, 0, 0].nonzero()[:, 0] if skip and gate.shape[1] == 1 else None
         if images is None or len(images) == len(xz):
-            y = mixer(xz, [way], scale, backend=backend) * gate
+            y = mixer(xz, [direction], scale, backend=backend) * gate
             total = y if total is None else total + y
         elif len(images):
-            y = mixer(xz[images], [way], scale, backend=backend) * gate[images]
+            y = mixer(xz[images], [direction], scale, backend=backend) * gate[images]
             base = y.new_zeros(len(xz), *y.shape[1:]) if total is None else total
             total = base.index_add(0, images, y)
     return xz.new_zeros(*xz.shape[:2], xz.shape[2] // 2) if total is None else total
 
 
 def _forward(xz, weights, reverse, scale, gates, save_states, backend):
-    module = backends.resolve(backend, xz.device, xz.dtype)
-    if gates is not None:
-        return module.mixer_forward(xz, weights, reverse, scale, save_states, gates)
-    if hasattr(module, "mixer_forward"):
-        return module.mixer_forward(xz, weights, reverse, scale, save_states)
-    return composed_mixer.forward(module, xz, _directions(weights, reverse), scale, save_states)
+    chosen = backends.resolve(backend, xz.device, xz.dtype)
+    return chosen.mixer_forward(xz, weights, reverse, scale, gates, save_states)
 
 
-torch.library.impl("vimamba::mixer", "CompositeExplicitAutograd", _forward)
+operators.implement("mixer", _forward)
 
 
 @torch.library.register_fake("vimamba::mixer")
 def _forward_fake(xz, weights, reverse, scale, gates, save_states, backend):
     batch, length, width = xz.shape
     A_log, count = weights[5], len(reverse)
-    states = (count, batch, backends.chunks(length), *A_log.shape) if save_states else (count, 0)
+    saved = backends.resolve(backend, xz.device, xz.dtype).saved_states(length)
+    states = (count, batch, saved, *A_log.shape) if save_states else (count, 0)
     return xz.new_empty(batch, length, width // 2), A_log.new_empty(states)
 
 
-@torch.library.impl("vimamba::mixer_backward", "CompositeExplicitAutograd")
 def _backward(dout, xz, weights, states, reverse, scale, backend):
-    module = backends.resolve(backend, xz.device, xz.dtype)
-    if hasattr(module, "mixer_backward"):
-        return module.mixer_backward(dout, xz, weights, reverse, states, scale)
-    return composed_mixer.backward(module, dout, xz, _directions(weights, reverse), states, scale)
+    chosen = backends.resolve(backend, xz.device, xz.dtype)
+    return chosen.mixer_backward(dout, xz, weights, reverse, states, scale)
+
+
+operators.implement("mixer_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::mixer_backward")
@@ -230,16 +187,16 @@ def _backward_rule(ctx, dout, _dstates):
 
 
 torch.library.register_autograd("vimamba::mixer", _backward_rule, setup_context=_setup_context)
-backends.first_derivatives_only("vimamba::mixer_backward")
+operators.first_derivatives_only("mixer_backward")
 
 
 @register_flop_formula(torch.ops.vimamba.mixer)
 def mixer_flops(xz_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
-    """Convolution and projections at two operations a weight and step, the scan at nine a state update."""
+    """Convolution and projections at two operations a weight and step, those of every state update."""
     batch, length, _ = xz_shape
     total = 0
     for i in range(0, len(weight_shapes), WEIGHTS):
         conv, _, x_proj, dt_proj, _, A_log, _ = weight_shapes[i : i + WEIGHTS]
         linear = sum(math.prod(shape) for shape in (conv, x_proj, dt_proj))
-        total += batch * length * (2 * linear + 9 * A_log[0] * A_log[1])
+        total += batch * length * (2 * linear + FLOPS_OF_UPDATE * A_log[0] * A_log[1])
     return total

@@ -1,24 +1,20 @@
-"""The ops as plain PyTorch, one step at a time: the truth that every backend is tested against.
+"""The backend "reference": plain PyTorch, one step at a time, the truth that every backend is tested against.
 
 Each function takes the arguments of its public namesake, is differentiable by autograd, and computes in
-float32 (float64 for float64 input) whatever the input type.
-
-Shapes: B batch, D dim, L length, N state, G groups, W width of the convolution, R rank of delta.
+float32 (float64 for float64 input) whatever the input type. Shapes: as in `backends.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vimamba.ops.arguments import widen
-
-if TYPE_CHECKING:
-    from vimamba.ops.mixer import Direction
+from vimamba.ops.backends import Backend
+from vimamba.ops.direction import Direction, directions_of
 
 
 def _per_channel(matrix: Tensor, dim: int, length: int) -> Tensor:
@@ -106,14 +102,25 @@ def mixer(
     """Convolution, projections, scan and gate of every direction, summed (arXiv 2401.09417, algorithm 1)."""
     x_BDL, z_BDL = xz_BLE.transpose(1, 2).chunk(2, dim=1)
     total: Tensor | None = None
-    for r, way in enumerate(directions):
-        c_BDL = causal_conv1d(x_BDL, way.conv_weight.flatten(1), way.conv_bias, "silu", reverse=way.conv_reverse)
-        rank, state = way.dt_proj_weight.shape[1], way.A_log.shape[1]
-        x_dbl = way.x_proj_weight.to(c_BDL.dtype) @ c_BDL
+    for r, direction in enumerate(directions):
+        c_BDL = causal_conv1d(
+            x_BDL, direction.conv_weight.flatten(1), direction.conv_bias, "silu", reverse=direction.conv_reverse
+        )
+        rank, state = direction.dt_proj_weight.shape[1], direction.A_log.shape[1]
+        x_dbl = direction.x_proj_weight.to(c_BDL.dtype) @ c_BDL
         dt_BRL, B_BNL, C_BNL = x_dbl.split([rank, state, state], dim=1)
-        delta_BDL = way.dt_proj_weight.to(c_BDL.dtype) @ dt_BRL
+        delta_BDL = direction.dt_proj_weight.to(c_BDL.dtype) @ dt_BRL
         y = selective_scan(
-            c_BDL, delta_BDL, way.decay_rates, B_BNL, C_BNL, way.D, z_BDL, way.dt_bias, True, reverse=way.scan_reverse
+            c_BDL,
+            delta_BDL,
+            direction.decay_rates,
+            B_BNL,
+            C_BNL,
+            direction.D,
+            z_BDL,
+            direction.dt_bias,
+            True,
+            reverse=direction.scan_reverse,
         )
         assert isinstance(y, Tensor)
         if gates_BLR is not None:
@@ -121,3 +128,30 @@ def mixer(
         total = y if total is None else total + y
     assert total is not None
     return (total * scale).transpose(1, 2)
+
+
+class Reference(Backend):
+    """The functions above."""
+
+    name = "reference"
+    differentiable = True
+
+    def saved_states(self, length: int) -> int:
+        return 0
+
+    def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states):
+        out, last = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True, reverse=reverse)
+        return out, last, A.new_empty(0)
+
+    def conv_forward(self, x, weight, bias, silu, reverse):
+        return causal_conv1d(x, weight, bias, "silu" if silu else None, reverse=reverse)
+
+    def norm_forward(self, x, residual, weight, eps, out_dtype):
+        normed, total = rms_norm(x, weight, residual, eps, out_dtype=out_dtype)
+        return normed, total, torch.rsqrt(total.square().mean(-1) + eps)
+
+    def mixer_forward(self, xz, weights, reverse, scale, gates, save_states):
+        return mixer(xz, directions_of(weights, reverse), scale, gates), xz.new_empty(len(reverse), 0)
+
+
+BACKEND = Reference()

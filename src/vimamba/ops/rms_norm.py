@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vimamba.ops import backends, reference
+from vimamba.ops import backends, operators
 from vimamba.ops.arguments import check_number, check_shape, check_tensors, wide
 
-torch.library.define(
-    "vimamba::rms_norm",
+operators.define(
+    "rms_norm",
     "(Tensor x, Tensor weight, Tensor? residual, float eps, ScalarType out_dtype, str backend)"
     " -> (Tensor, Tensor, Tensor)",
 )
-torch.library.define(
-    "vimamba::rms_norm_backward",
+operators.define(
+    "rms_norm_backward",
     "(Tensor dnormed, Tensor? dtotal, Tensor total, Tensor weight, Tensor rstd, str backend) -> (Tensor, Tensor)",
 )
 
@@ -36,7 +36,7 @@ def rms_norm(
         residual: same shape as x, or None for the first block.
         eps: added to the mean square.
         out_dtype: type of the normalised output, x's by default.
-        backend: None (choose), "reference", "torch", "cpu" or "triton".
+        backend: None (choose), "reference", "torch", "cpu", "triton" or one registered with `ops.backends.register`.
 
     Returns:
         The normalised sum in `out_dtype`, and the sum itself in float32 (float64 for float64 input).
@@ -54,21 +54,19 @@ def rms_norm(
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype must be a floating type, got {out_dtype}")
-    if backend == "reference":
-        return reference.rms_norm(x, weight, residual, eps, out_dtype=out_dtype)
     dtype = wide(x.dtype)
     residual = None if residual is None else residual.to(dtype)
-    run = _forward if backends.values_only(x) else torch.ops.vimamba.rms_norm
+    run = _forward if backends.direct(backend, x) else torch.ops.vimamba.rms_norm
     normed, total, _ = run(x, weight.to(dtype), residual, eps, out_dtype or x.dtype, backend or "")
     return normed, total
 
 
 def _forward(x, weight, residual, eps, out_dtype, backend):
-    module = backends.resolve(backend, x.device, x.dtype, out_dtype)
-    return module.norm_forward(x, residual, weight, eps, out_dtype)
+    chosen = backends.resolve(backend, x.device, x.dtype, out_dtype)
+    return chosen.norm_forward(x, residual, weight, eps, out_dtype)
 
 
-torch.library.impl("vimamba::rms_norm", "CompositeExplicitAutograd", _forward)
+operators.implement("rms_norm", _forward)
 
 
 @torch.library.register_fake("vimamba::rms_norm")
@@ -77,10 +75,12 @@ def _forward_fake(x, weight, residual, eps, out_dtype, backend):
     return torch.empty_like(total, dtype=out_dtype), total, weight.new_empty(x.shape[:-1])
 
 
-@torch.library.impl("vimamba::rms_norm_backward", "CompositeExplicitAutograd")
 def _backward(dnormed, dtotal, total, weight, rstd, backend):
-    module = backends.resolve(backend, total.device, total.dtype, dnormed.dtype)
-    return module.norm_backward(dnormed, dtotal, total, weight, rstd)
+    chosen = backends.resolve(backend, total.device, total.dtype, dnormed.dtype)
+    return chosen.norm_backward(dnormed, dtotal, total, weight, rstd)
+
+
+operators.implement("rms_norm_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::rms_norm_backward")
@@ -107,4 +107,4 @@ def _backward_rule(ctx, dnormed, dtotal, _drstd):
 
 
 torch.library.register_autograd("vimamba::rms_norm", _backward_rule, setup_context=_setup_context)
-backends.first_derivatives_only("vimamba::rms_norm_backward")
+operators.first_derivatives_only("rms_norm_backward")

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vimamba.ops import backends, reference
+from vimamba.ops import backends, operators
 from vimamba.ops.arguments import check_flags, check_shape, check_tensors, wide
+from vimamba.ops.sizes import FLOPS_OF_UPDATE
 
-torch.library.define(
-    "vimamba::selective_scan",
+operators.define(
+    "selective_scan",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
     " bool delta_softplus, bool reverse, bool save_states, str backend) -> (Tensor, Tensor, Tensor)",
 )
-torch.library.define(
-    "vimamba::selective_scan_backward",
+operators.define(
+    "selective_scan_backward",
     "(Tensor dout, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
     " Tensor? delta_bias, Tensor states, bool delta_softplus, bool reverse, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -57,7 +58,7 @@ def selective_scan(
         delta_softplus: apply softplus to delta.
         return_last_state: also return the state after the last step, (batch, dim, state), float32.
         reverse: run from the last step to the first; results stay in place.
-        backend: None (choose), "reference", "torch", "cpu" or "triton".
+        backend: None (choose), "reference", "torch", "cpu", "triton" or one registered with `ops.backends.register`.
 
     Returns:
         (batch, dim, length) in u's type, or that and the last state. First derivatives only.
@@ -71,17 +72,12 @@ def selective_scan(
     check_tensors("selective_scan", required, {"D": D, "z": z, "delta_bias": delta_bias})
     u, delta, B, C, z = _under_autocast(u, delta, B, C, z)
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
-    if backend == "reference":
-        return reference.selective_scan(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reverse=reverse
-        )
     dtype = wide(u.dtype)
     A, D, delta_bias = A.to(dtype), _to(D, dtype), _to(delta_bias, dtype)
     B, C = (m.to(dtype) if m.dim() == 2 else m[:, None] if m.dim() == 3 else m for m in (B, C))
     save_states = backends.differentiates(u, delta, A, B, C, D, z, delta_bias)
-    out, last_state, _ = torch.ops.vimamba.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states, backend or ""
-    )
+    run = _forward if backends.direct(backend, u) else torch.ops.vimamba.selective_scan
+    out, last_state, _ = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states, backend or "")
     return (out, last_state) if return_last_state else out
 
 
@@ -149,24 +145,29 @@ def _check_matrix(name: str, matrix: Tensor, batch: int, dim: int, length: int, 
 _MATRICES = (2, 3, 4)  # the gradients of A, B and C are contiguous; the others have their tensors' layout
 
 
-@torch.library.impl("vimamba::selective_scan", "CompositeExplicitAutograd")
 def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states, backend):
-    module = backends.resolve(backend, u.device, u.dtype)
-    return module.scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states)
+    chosen = backends.resolve(backend, u.device, u.dtype)
+    return chosen.scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states)
+
+
+operators.implement("selective_scan", _forward)
 
 
 @torch.library.register_fake("vimamba::selective_scan")
 def _forward_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states, backend):
     batch, dim, length = u.shape
-    states = (batch, backends.chunks(length), dim, A.shape[1]) if save_states else (0,)
+    saved = backends.resolve(backend, u.device, u.dtype).saved_states(length)
+    states = (batch, saved, dim, A.shape[1]) if save_states else (0,)
     return torch.empty_like(u), A.new_empty(batch, dim, A.shape[1]), A.new_empty(states)
 
 
-@torch.library.impl("vimamba::selective_scan_backward", "CompositeExplicitAutograd")
 def _backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, backend):
-    module = backends.resolve(backend, u.device, u.dtype)
-    grads = module.scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse)
+    chosen = backends.resolve(backend, u.device, u.dtype)
+    grads = chosen.scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse)
     return tuple(A.new_empty(0) if g is None else g.contiguous() if i in _MATRICES else g for i, g in enumerate(grads))
+
+
+operators.implement("selective_scan_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::selective_scan_backward")
@@ -197,11 +198,11 @@ def _backward_rule(ctx, dout, dlast, _dstates):
 
 
 torch.library.register_autograd("vimamba::selective_scan", _backward_rule, setup_context=_setup_context)
-backends.first_derivatives_only("vimamba::selective_scan_backward")
+operators.first_derivatives_only("selective_scan_backward")
 
 
 @register_flop_formula(torch.ops.vimamba.selective_scan)
 def scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
-    """Nine operations a state update, as the Mamba authors count."""
+    """Those of every state update."""
     batch, dim, length = u_shape
-    return 9 * batch * dim * length * A_shape[1]
+    return FLOPS_OF_UPDATE * batch * dim * length * A_shape[1]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.triton_cases import DEVICE, TOLERANCE, check_scan, error, rand, scan_case
-from vimamba.ops import reference
-from vimamba.ops import triton as kernels
-from vimamba.ops.mixer import Direction, flat
-from vimamba.ops.triton import plan, scan
+from tests.ops.triton_cases import DEVICE, TOLERANCE, check_scan, error, kernels, rand, scan_case
+from vimamba.ops import reference, sizes
+from vimamba.ops.direction import Direction, flat
+from vimamba.ops.triton import scan, tiling
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +19,7 @@ def _seed():
 @pytest.fixture
 def short_chunks(monkeypatch):
     """States every 8 steps instead of 64, so that a few steps make several chunks."""
-    monkeypatch.setattr(scan, "CHUNK", 8)
-    monkeypatch.setattr(plan, "CHUNK", 8)
+    monkeypatch.setattr(sizes, "CHUNK", 8)
 
 
 CASES = {
@@ -41,11 +39,11 @@ CASES = {
 }
 
 
-def forward_in(tiling: plan.ForwardTiling):
-    """A plan that always chooses `tiling`, with the blocks of states that the state at hand needs."""
+def forward_in(tile: tiling.ForwardTiling):
+    """Always chooses `tile`, with the blocks of states that the state at hand needs."""
 
     def choose(sequences, groups, group_dim, length, state, processors):
-        return tiling._replace(block_n=plan.power_of_two(state))
+        return tile._replace(block_n=tiling.power_of_two(state))
 
     return choose
 
@@ -53,8 +51,8 @@ def forward_in(tiling: plan.ForwardTiling):
 @pytest.fixture(params=["channel", "time"])
 def either_way(request, monkeypatch):
     """A thread for each channel, and 4 threads a channel along time; 4 or 8 steps each."""
-    tiling = plan.ForwardTiling(32, 1, 8, 0) if request.param == "channel" else plan.ForwardTiling(8, 4, 8, 0)
-    monkeypatch.setattr(plan, "forward_tiling", forward_in(tiling))
+    tile = tiling.ForwardTiling(32, 1, 8, 0) if request.param == "channel" else tiling.ForwardTiling(8, 4, 8, 0)
+    monkeypatch.setattr(tiling, "forward_tiling", forward_in(tile))
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -71,14 +69,14 @@ def test_scan_over_several_chunks(reverse, short_chunks, either_way):
 @pytest.mark.parametrize("time", [1, 2, 8, 16])
 def test_threads_along_time(time, monkeypatch):
     """Turns of 16 to 256 steps, of which the states before every 64 are kept."""
-    monkeypatch.setattr(plan, "forward_tiling", forward_in(plan.ForwardTiling(32 // time, time, 16, 0)))
+    monkeypatch.setattr(tiling, "forward_tiling", forward_in(tiling.ForwardTiling(32 // time, time, 16, 0)))
     check_scan(scan_case(dim=3, length=150, state=3) | {"z": None})
 
 
 @pytest.mark.parametrize("lanes_first", [False, True])
 def test_tiles_of_older_and_newer_compilers(lanes_first, monkeypatch, short_chunks):
     monkeypatch.setattr(scan, "LANES_FIRST", lanes_first)
-    monkeypatch.setattr(plan, "forward_tiling", forward_in(plan.ForwardTiling(32, 1, 8, 0)))
+    monkeypatch.setattr(tiling, "forward_tiling", forward_in(tiling.ForwardTiling(32, 1, 8, 0)))
     check_scan(scan_case(dim=41, length=19, state=3))
 
 
@@ -95,9 +93,9 @@ def test_nothing_passes_from_one_sequence_to_the_next():
     arguments = [u, delta, A, B, C, D, z, bias]
     for tensor in (u, delta, B, C, z):
         tensor[1] = float("nan")
-    for tiling in (plan.ForwardTiling(32, 1, 8, 4), plan.ForwardTiling(8, 4, 8, 4)):
+    for tile in (tiling.ForwardTiling(32, 1, 8, 4), tiling.ForwardTiling(8, 4, 8, 4)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plan, "forward_tiling", lambda *_, tiling=tiling: tiling)
+            patch.setattr(tiling, "forward_tiling", lambda *_, tile=tile: tile)
             for reverse in (False, True):
                 out, last, _ = kernels.scan_forward(*arguments, True, reverse, False)
                 assert out[0].isfinite().all()
@@ -119,9 +117,9 @@ def test_scan_options(missing, either_way):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
 def test_scan_in_segments_of_time(gate, reverse, monkeypatch, short_chunks):
-    monkeypatch.setattr(plan, "forward_tiling", forward_in(plan.ForwardTiling(32, 1, 8, 0)))
-    tiling = plan.backward_tiling
-    monkeypatch.setattr(plan, "backward_tiling", lambda *args: tiling(*args)._replace(segment=8))
+    monkeypatch.setattr(tiling, "forward_tiling", forward_in(tiling.ForwardTiling(32, 1, 8, 0)))
+    choose = tiling.backward_tiling
+    monkeypatch.setattr(tiling, "backward_tiling", lambda *args: choose(*args)._replace(segment=8))
     case = scan_case(dim=2, length=19, state=2)
     if not gate:
         case["z"] = None
@@ -197,9 +195,9 @@ def test_mixer(flags):
     wants = torch.autograd.grad(truth, leaves, dout)
     single = [Direction(*(t.detach().float().to(DEVICE) for t in way[:7]), *way[7:]) for way in ways]
     given = xz.detach().float().to(DEVICE)
-    out, states = kernels.mixer_forward(given, *flat(single), 0.5, True)
+    out, states = kernels.mixer_forward(given, *flat(single), 0.5, None, True)
     dxz, grads = kernels.mixer_backward(dout.float().to(DEVICE), given, *flat(single), states, 0.5)
     assert error(out, truth) < 1e-6
     for got, want in zip([dxz, *grads], wants, strict=True):
         assert error(got, want) < 2e-6
-    assert torch.equal(out, kernels.mixer_forward(given, *flat(single), 0.5, False)[0])
+    assert torch.equal(out, kernels.mixer_forward(given, *flat(single), 0.5, None, False)[0])

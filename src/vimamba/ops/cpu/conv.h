@@ -103,7 +103,7 @@ void conv_backward(const Conv& conv, const ConvGradients& grad, int64_t b, int64
                    int64_t split, float* memory) {
   alignas(64) float packed[kMaxWidth * W];
   const ConvScratch s(conv, memory);
-  const int64_t direction = conv.reverse ? 1 : -1, stride = direction * W, width = conv.width;
+  const int64_t sign = conv.reverse ? 1 : -1, stride = sign * W, width = conv.width;
   for (int64_t tile = begin; tile < end; tile += kConvTile) {
     const int64_t tile_end = tile + kConvTile < end ? tile + kConvTile : end;
     // Tokens whose sums the tile's tokens entered, and the tokens that entered those.
@@ -131,7 +131,7 @@ void conv_backward(const Conv& conv, const ConvGradients& grad, int64_t b, int64
       for (int64_t t = tile; t < tile_end; ++t) {
         vf dx = {};
         for (int64_t j = 0; j < width; ++j) {
-          const int64_t from = t - direction * j;
+          const int64_t from = t - sign * j;
           if (from >= first && from < beyond) dx += load(packed + j * W) * load(s.dsum + (from - first) * W);
         }
         store(s.dx + (t - tile) * W, dx);

@@ -1,6 +1,6 @@
-// What ops.cpp (which knows tensors and threads) asks of the kernels (which know neither): plain structures
-// and a table of functions, one table an instruction set. Every function works on the part of the task it is
-// given, on the calling thread.
+// What the calls (*_call.h, which know tensors and threads) ask of the kernels (which know neither): plain
+// structures and a table of functions, one table an instruction set. Every function works on the part of the
+// task it is given, on the calling thread.
 //
 // Letters: B batch, D channels, L time, N state, G groups, R dt_rank, K chunks. Strides are in elements.
 // "Step" counts in the order of the recurrence, "position" along the sequence.
@@ -10,7 +10,8 @@
 
 namespace vimamba {
 
-constexpr int64_t kChunk = 64;  // steps between two saved states; vimamba.ops.backends.CHUNK
+constexpr int64_t kChunk = 64;  // steps between two saved states; CHUNK in vimamba/ops/sizes.py
+static inline int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
 
 constexpr int kMaxWidth = 16;  // of a convolution
 
@@ -96,7 +97,7 @@ struct Mixer {
 };
 
 // A block is one vector of channels that share a group; a group's last block may be short.
-inline int64_t blocks_of(int64_t dim, int64_t groups, int lanes) {
+static inline int64_t blocks_of(int64_t dim, int64_t groups, int lanes) {
   return groups * ((dim / groups + lanes - 1) / lanes);
 }
 

@@ -59,21 +59,17 @@ void mixer_pack(const Mixer& m, const Direction& direction, float* memory) {
 }
 
 struct MixerScratch {
-  float *c, *projected, *delta, *drive, *y;  // (T, D padded), (T, columns), (T, W) x 3
+  float *c, *projected, *delta, *delta_u, *y;  // (T, D padded), (T, columns), (T, W) x 3
 
   static int64_t padded(const Mixer& m) { return blocks_of(m.dim, 1, W) * W; }
   static int64_t floats(const Mixer& m) { return kTile * (padded(m) + mixer_columns(m) + 3 * W); }
   MixerScratch(const Mixer& m, float* at) {
-    delta = at, drive = delta + kTile * W, y = drive + kTile * W, c = y + kTile * W,
+    delta = at, delta_u = delta + kTile * W, y = delta_u + kTile * W, c = y + kTile * W,
     projected = c + kTile * padded(m);
   }
 };
 
 int64_t mixer_scratch(const Mixer& m) { return MixerScratch::floats(m); }
-
-inline int64_t position_of(const Mixer& m, const Direction& direction, int64_t step) {
-  return direction.scan_reverse ? m.length - 1 - step : step;
-}
 
 // c = SiLU(conv(x)) for the tile's steps and the blocks [begin, end).
 template <class T>
@@ -85,7 +81,7 @@ void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirec
     const Block block = block_at(i, m.dim, 1);
     const Taps taps{packed.taps + i * m.width * W, load(packed.conv_bias + i * W), (int)m.width};
     for (int t = 0; t < steps; ++t) {
-      const int64_t position = position_of(m, direction, step + t);
+      const int64_t position = position_of(step + t, m.length, direction.scan_reverse);
       const int64_t reach = reach_at(position, m.length, direction.conv_reverse);
       const T* x = row<const T>(m.x, b, position) + block.channel;
       store(c + t * row_floats + i * W, silu(convolve(taps, x, stride, reach, block.lanes)));
@@ -125,7 +121,7 @@ inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t 
     }
     for (int r = 0; r < rows; ++r) {
       const vf positive = softplus(delta[r]);
-      store(s.drive + (t + r) * W, positive * load(s.c + (t + r) * c_stride + i * W));
+      store(s.delta_u + (t + r) * W, positive * load(s.c + (t + r) * c_stride + i * W));
       store(s.delta + (t + r) * W, at_most(positive, kFinite));
     }
   }
@@ -143,7 +139,7 @@ inline void add_tile(const Mixer& m, const Direction& direction, const PackedDir
   const vf skip = load(packed.skip + i * W);
   const int64_t c_stride = MixerScratch::padded(m);
   for (int t = 0; t < steps; ++t) {
-    const int64_t position = position_of(m, direction, step + t);
+    const int64_t position = position_of(step + t, m.length, direction.scan_reverse);
     T* out = row<T>(m.out, b, position) + block.channel;
     vf y = load(s.y + t * W) + skip * load(s.c + t * c_stride + i * W);
     if (m.gates) y *= gate_of(m, direction, b, position);
@@ -188,7 +184,7 @@ void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDi
                     direction.states + (chunk * m.dim + block.channel) * N);
       }
       expand_delta(m, packed, i, projected, columns, steps, s);
-      advance_all<false, false>({steps, s.delta, s.drive}, N, packed.decay + i * N * W,
+      advance_all<false, false>({steps, s.delta, s.delta_u}, N, packed.decay + i * N * W,
                                 {projected + m.dt_rank, columns}, {projected + m.dt_rank + N, columns},
                                 state + i * N * W, s.y);
       add_tile<T>(m, direction, packed, b, i, step, steps, first, last, s);

@@ -12,25 +12,28 @@
 
 namespace {
 
-inline int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
-
 template <class T>
 inline T* row(const Rows& rows, int64_t b, int64_t position) {
   return (T*)rows.data + b * rows.batch_stride + position * rows.time_stride;
 }
 
-// A stretch of the sequence: `steps` steps whose positions rise by `sense` (1 or -1) from `position` on.
+inline int64_t position_of(int64_t step, int64_t length, bool reverse) {
+  return reverse ? length - 1 - step : step;
+}
+
+// A stretch of the sequence: `steps` steps whose positions rise by `sign` (1, or -1 in reverse) from
+// `position` on.
 struct Stretch {
   int64_t position;
-  int steps, sense;
+  int steps, sign;
   int64_t ahead = 0;  // from here to the stretch that is read next, in positions
-  int64_t lowest() const { return sense > 0 ? position : position - steps + 1; }
+  int64_t lowest() const { return sign > 0 ? position : position - steps + 1; }
 };
 
 inline Stretch stretch_of(const Scan& scan, int64_t step, int steps, bool next_is_before = false) {
-  const int sense = scan.reverse ? -1 : 1;
-  return {scan.reverse ? scan.length - 1 - step : step, steps, sense,
-          next_is_before ? -sense * kChunk : sense * steps};
+  const int sign = scan.reverse ? -1 : 1;
+  return {position_of(step, scan.length, scan.reverse), steps, sign,
+          next_is_before ? -sign * kChunk : sign * steps};
 }
 
 // `lanes` neighbours, `lane_stride` apart, at every step of a stretch, into (T, `tile_stride`) float32,
@@ -41,11 +44,11 @@ inline void load_tile(const T* from, int64_t lane_stride, int64_t time_stride, i
                       float* tile, int64_t tile_stride, int width) {
   if (lane_stride == 1) {
     for (int t = 0; t < at.steps; ++t)
-      store(tile + t * tile_stride, load(from + (at.position + t * at.sense) * time_stride, lanes), width);
+      store(tile + t * tile_stride, load(from + (at.position + t * at.sign) * time_stride, lanes), width);
   } else if (time_stride == 1) {
     for (int t = 0; t < at.steps; t += W) {
       const int count = at.steps - t < W ? at.steps - t : W;
-      const int64_t lowest = Stretch{at.position + t * at.sense, count, at.sense}.lowest();
+      const int64_t lowest = Stretch{at.position + t * at.sign, count, at.sign}.lowest();
       vf square[W];
       for (int i = 0; i < W; ++i) {
         square[i] = i < lanes ? load(from + i * lane_stride + lowest, count) : vf{};
@@ -55,11 +58,11 @@ inline void load_tile(const T* from, int64_t lane_stride, int64_t time_stride, i
       }
       transpose(square);
       for (int i = 0; i < count; ++i)
-        store(tile + (t + (at.sense > 0 ? i : count - 1 - i)) * tile_stride, square[i], width);
+        store(tile + (t + (at.sign > 0 ? i : count - 1 - i)) * tile_stride, square[i], width);
     }
   } else {
     for (int t = 0; t < at.steps; ++t) {
-      const T* here = from + (at.position + t * at.sense) * time_stride;
+      const T* here = from + (at.position + t * at.sign) * time_stride;
       for (int i = 0; i < width; ++i)
         tile[t * tile_stride + i] = i < lanes ? scalar(here + i * lane_stride) : 0.0f;
     }
@@ -72,14 +75,14 @@ inline void store_tile(T* to, int64_t lane_stride, int64_t time_stride, int lane
                        const float* tile) {
   if (lane_stride == 1) {
     for (int t = 0; t < at.steps; ++t)
-      store(to + (at.position + t * at.sense) * time_stride, load(tile + t * W), lanes);
+      store(to + (at.position + t * at.sign) * time_stride, load(tile + t * W), lanes);
   } else if (time_stride == 1) {
     for (int t = 0; t < at.steps; t += W) {
       const int count = at.steps - t < W ? at.steps - t : W;
-      const int64_t lowest = Stretch{at.position + t * at.sense, count, at.sense}.lowest();
+      const int64_t lowest = Stretch{at.position + t * at.sign, count, at.sign}.lowest();
       vf square[W];
       for (int i = 0; i < W; ++i)
-        square[i] = i < count ? load(tile + (t + (at.sense > 0 ? i : count - 1 - i)) * W) : vf{};
+        square[i] = i < count ? load(tile + (t + (at.sign > 0 ? i : count - 1 - i)) * W) : vf{};
       transpose(square);
       for (int i = 0; i < lanes; ++i) store(to + i * lane_stride + lowest, square[i], count);
     }
@@ -88,7 +91,7 @@ inline void store_tile(T* to, int64_t lane_stride, int64_t time_stride, int lane
       T lane[W];
       store(lane, load(tile + t * W));
       for (int i = 0; i < lanes; ++i)
-        to[(at.position + t * at.sense) * time_stride + i * lane_stride] = lane[i];
+        to[(at.position + t * at.sign) * time_stride + i * lane_stride] = lane[i];
     }
   }
 }
@@ -133,7 +136,7 @@ inline void pack_projection(const Projection& from, const Scan& scan, int64_t b,
 struct ScanScratch {
   float *decay, *state, *constant_B, *constant_C;  // (blocks, N, W) each
   float *B, *C;                                    // (T, N)
-  float *delta, *drive, *u, *z, *y;                // (T, W)
+  float *delta, *delta_u, *u, *z, *y;                // (T, W)
 
   static int64_t floats(const Scan& scan, int64_t blocks) {
     return 4 * blocks * scan.state * W + 5 * kTile * W + 2 * kTile * scan.state;
@@ -142,7 +145,7 @@ struct ScanScratch {
   ScanScratch(const Scan& scan, int64_t blocks, float* at) {
     auto take = [&at](int64_t floats, auto&... each) { ((each = at, at += floats), ...); };
     take(blocks * scan.state * W, decay, state, constant_B, constant_C);
-    take(kTile * W, delta, drive, u, z, y);
+    take(kTile * W, delta, delta_u, u, z, y);
     take(kTile * scan.state, B, C);
   }
 };
@@ -157,7 +160,7 @@ inline void load_inputs(const Scan& scan, int64_t b, const Stretch& at, const Bl
   for (int t = 0; t < at.steps; ++t) {
     vf delta = load(tile.delta + t * W) + bias;
     if (scan.softplus) delta = softplus(delta);
-    store(tile.drive + t * W, delta * load(tile.u + t * W));
+    store(tile.delta_u + t * W, delta * load(tile.u + t * W));
     store(tile.delta + t * W, at_most(at_least(delta, -kFinite), kFinite));
   }
 }
@@ -204,7 +207,7 @@ void scan_forward_task(const Scan& scan, int64_t b, int64_t begin, int64_t end, 
         unpack_rows(state, N, block.lanes, scan.states + (chunk * scan.dim + block.channel) * N);
       }
       load_inputs(scan, b, at, block, tile);
-      advance_all<constant_B, constant_C>({steps, tile.delta, tile.drive}, N, tile.decay + i * size,
+      advance_all<constant_B, constant_C>({steps, tile.delta, tile.delta_u}, N, tile.decay + i * size,
                                           {constant_B ? tile.constant_B + i * size : tile.B, N},
                                           {constant_C ? tile.constant_C + i * size : tile.C, N}, state,
                                           tile.y);

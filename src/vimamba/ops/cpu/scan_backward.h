@@ -25,8 +25,8 @@ struct BackwardScratch {
   float *B, *C;                               // (T, N)
   float *dB, *dC;                             // (T, N, W)
   float *kept_decay, *kept_state;             // (T, kBackward, W)
-  float *raw, *delta, *drive, *u, *z, *dout;  // (T, W)
-  float *dy, *y, *ddelta, *ddrive;            // (T, W)
+  float *raw, *delta, *delta_u, *u, *z, *dout;  // (T, W)
+  float *dy, *y, *ddelta, *ddelta_u;            // (T, W)
 
   static int64_t floats(const Scan& scan, int64_t blocks) {
     const int64_t T = kChunk, N = scan.state;
@@ -41,7 +41,7 @@ struct BackwardScratch {
     take(blocks * W, dD, dbias);
     take(T * N * W, dB, dC);
     take(T * kBackward * W, kept_decay, kept_state);
-    take(T * W, raw, delta, drive, u, z, dout, dy, y, ddelta, ddrive);
+    take(T * W, raw, delta, delta_u, u, z, dout, dy, y, ddelta, ddelta_u);
     take(T * N, B, C);
   }
 };
@@ -61,14 +61,14 @@ inline void retreat(const BackwardScratch& s, int steps, int64_t first, int64_t 
 #pragma GCC unroll 8
   for (int n = 0; n < count; ++n) h[n] = load(state + (first + n) * W);
   for (int t = 0; t < steps; ++t) {
-    const vf delta = load(s.delta + t * W), drive = load(s.drive + t * W), dy = load(s.dy + t * W);
+    const vf delta = load(s.delta + t * W), delta_u = load(s.delta_u + t * W), dy = load(s.dy + t * W);
     vf y = first ? load(s.y + t * W) : vf{};
 #pragma GCC unroll 8
     for (int n = 0; n < count; ++n) {
       const vf a = exp2(delta * load(decay + (first + n) * W));
       store(s.kept_decay + (t * kBackward + n) * W, a);
       store(s.kept_state + (t * kBackward + n) * W, h[n]);
-      h[n] = a * h[n] + drive * B(t, first + n);
+      h[n] = a * h[n] + delta_u * B(t, first + n);
       y += h[n] * C(t, first + n);
       float* to = gradient_at<constant_C>(dC, N, t, first + n);
       store(to, load(to) + dy * h[n]);
@@ -79,21 +79,21 @@ inline void retreat(const BackwardScratch& s, int steps, int64_t first, int64_t 
 #pragma GCC unroll 8
   for (int n = 0; n < count; ++n) g[n] = load(carry + (first + n) * W), dA_sum[n] = vf{};
   for (int t = steps - 1; t >= 0; --t) {
-    const vf delta = load(s.delta + t * W), drive = load(s.drive + t * W), dy = load(s.dy + t * W);
-    vf ddelta = first ? load(s.ddelta + t * W) : vf{}, ddrive = first ? load(s.ddrive + t * W) : vf{};
+    const vf delta = load(s.delta + t * W), delta_u = load(s.delta_u + t * W), dy = load(s.dy + t * W);
+    vf ddelta = first ? load(s.ddelta + t * W) : vf{}, ddelta_u = first ? load(s.ddelta_u + t * W) : vf{};
 #pragma GCC unroll 8
     for (int n = 0; n < count; ++n) {
       const vf dh = g[n] + dy * C(t, first + n);
       float* to = gradient_at<constant_B>(dB, N, t, first + n);
-      store(to, load(to) + dh * drive);
-      ddrive += dh * B(t, first + n);
+      store(to, load(to) + dh * delta_u);
+      ddelta_u += dh * B(t, first + n);
       g[n] = dh * load(s.kept_decay + (t * kBackward + n) * W);
       const vf dexponent = g[n] * load(s.kept_state + (t * kBackward + n) * W);
       dA_sum[n] += dexponent * delta;
       ddelta += dexponent * load(decay + (first + n) * W);
     }
     store(s.ddelta + t * W, ddelta);
-    store(s.ddrive + t * W, ddrive);
+    store(s.ddelta_u + t * W, ddelta_u);
   }
 #pragma GCC unroll 8
   for (int n = 0; n < count; ++n) {
@@ -126,7 +126,7 @@ inline void load_backward_inputs(const Scan& scan, const ScanGradients& grad, in
     vf dy = load(s.dout + t * W);
     if (scan.z.data) dy *= silu(load(s.z + t * W));
     store(s.raw + t * W, raw);
-    store(s.drive + t * W, delta * load(s.u + t * W));
+    store(s.delta_u + t * W, delta * load(s.u + t * W));
     store(s.delta + t * W, at_most(at_least(delta, -kFinite), kFinite));
     store(s.dy + t * W, dy);
   }
@@ -139,10 +139,10 @@ inline void store_backward_outputs(const Scan& scan, const ScanGradients& grad, 
   vf dD_sum = {}, dbias_sum = {};
   for (int t = 0; t < at.steps; ++t) {
     const vf u = load(s.u + t * W), delta = load(s.delta + t * W), dy = load(s.dy + t * W);
-    const vf ddrive = load(s.ddrive + t * W);
-    vf du = ddrive * delta, y = load(s.y + t * W);
+    const vf ddelta_u = load(s.ddelta_u + t * W);
+    vf du = ddelta_u * delta, y = load(s.y + t * W);
     if (scan.D) du += dy * skip, y += u * skip, dD_sum += dy * u;
-    vf ddelta = load(s.ddelta + t * W) * kLn2 + ddrive * u;
+    vf ddelta = load(s.ddelta + t * W) * kLn2 + ddelta_u * u;
     if (scan.softplus) ddelta *= sigmoid(load(s.raw + t * W));
     dbias_sum += ddelta;
     store(s.u + t * W, du);
@@ -178,7 +178,7 @@ struct ProjectionGradient {
         gradient + ((split * scan.batch + b) * own_groups + group / of.share) * scan.length * scan.state;
     for (int t = 0; t < at.steps; ++t)
       for (int64_t n = 0; n < scan.state; ++n)
-        to[(at.position + t * at.sense) * scan.state + n] = sum(load(vectors + (t * scan.state + n) * W));
+        to[(at.position + t * at.sign) * scan.state + n] = sum(load(vectors + (t * scan.state + n) * W));
   }
 };
 

@@ -90,7 +90,7 @@ struct Coefficients {
 
 struct TileInputs {
   int steps;
-  const float *delta, *drive;  // (T, W): delta after softplus, delta * u
+  const float *delta, *delta_u;  // (T, W): delta after softplus, delta * u
 };
 
 // States [first, first + count): y (T, W) gains sum_n C_t[n] h_t[n].
@@ -101,12 +101,12 @@ inline void advance(const TileInputs& in, int64_t first, int64_t N, const float*
 #pragma GCC unroll 16
   for (int n = 0; n < count; ++n) h[n] = load(state + (first + n) * W);
   for (int t = 0; t < in.steps; ++t) {
-    const vf delta = load(in.delta + t * W), drive = load(in.drive + t * W);
+    const vf delta = load(in.delta + t * W), delta_u = load(in.delta_u + t * W);
     vf even = first ? load(y + t * W) : vf{}, odd = {};
 #pragma GCC unroll 16
     for (int n = 0; n < count; ++n) {
       const vf a = exp2(delta * load(decay + (first + n) * W));
-      h[n] = a * h[n] + drive * B(t, first + n);
+      h[n] = a * h[n] + delta_u * B(t, first + n);
       (n & 1 ? odd : even) += h[n] * C(t, first + n);
     }
     store(y + t * W, even + odd);

@@ -101,12 +101,12 @@ def conv_backward_kernel(
     gradients = ()
     sums = ()
     for r in tl.static_range(DIRECTIONS):
-        own = ()
+        taps_r = ()
         none = ()
         for w in tl.static_range(WIDTH):
-            own = own + (tl.load(weight + (r * dim + d) * WIDTH + w, mask=exists, other=0.0),)
+            taps_r = taps_r + (tl.load(weight + (r * dim + d) * WIDTH + w, mask=exists, other=0.0),)
             none = none + (zero,)
-        taps = taps + (own,)
+        taps = taps + (taps_r,)
         gradients = gradients + (none,)
         sums = sums + (none + (zero,),)
 
@@ -149,6 +149,15 @@ def conv_backward_kernel(
             tl.store(part + (r * (WIDTH + 1) + w) * dim + d, sums[r][w], mask=exists)
 
 
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """The kernels' strides of each (B, D, L) or (R, B, D, L) tensor x: x_sr, x_sb, x_sd and x_sl."""
+    return {
+        f"{name}_s{axis}": stride
+        for name, tensor in tensors.items()
+        for axis, stride in zip("rbdl"[-tensor.dim() :], tensor.stride(), strict=True)
+    }
+
+
 def forward(
     x_BDL: Tensor, weight_RDW: Tensor, bias_RD: Tensor | None, y_RBDL: Tensor, silu: bool, reverse_mask: int
 ) -> None:
@@ -159,7 +168,8 @@ def forward(
     tiles, blocks = triton.cdiv(length, FORWARD_ROWS), triton.cdiv(dim, BLOCK)
     with torch.cuda.device_of(x_BDL):
         conv_forward_kernel[(batch * tiles * blocks,)](
-            x_BDL, weight_RDW, bias_RD, y_RBDL, *x_BDL.stride(), *y_RBDL.stride(), length, dim, tiles, blocks,
+            x=x_BDL, weight=weight_RDW, bias=bias_RD, y=y_RBDL, **_strides(x=x_BDL, y=y_RBDL),
+            length=length, dim=dim, n_tiles=tiles, n_blocks=blocks,
             DIRECTIONS=weight_RDW.shape[0], WIDTH=weight_RDW.shape[2], ROWS=FORWARD_ROWS, BLOCK=BLOCK,
             REVERSE_MASK=reverse_mask, HAS_BIAS=bias_RD is not None, SILU=silu, num_warps=4,
         )  # fmt: skip
@@ -178,8 +188,8 @@ def backward(
     parts = x_BDL.new_empty((batch * tiles, directions, width + 1, dim), dtype=torch.float32)
     with torch.cuda.device_of(x_BDL):
         conv_backward_kernel[(batch * tiles * blocks,)](
-            dy_RBDL, x_BDL, weight_RDW, bias_RD, dx_BDL, parts,
-            *dy_RBDL.stride(), *x_BDL.stride(), *dx_BDL.stride(), length, dim, tiles, blocks,
+            dy=dy_RBDL, x=x_BDL, weight=weight_RDW, bias=bias_RD, dx=dx_BDL, parts=parts,
+            **_strides(dy=dy_RBDL, x=x_BDL, dx=dx_BDL), length=length, dim=dim, n_tiles=tiles, n_blocks=blocks,
             DIRECTIONS=directions, WIDTH=width, ROWS=BACKWARD_ROWS, BLOCK=BLOCK,
             REVERSE_MASK=reverse_mask, HAS_BIAS=bias_RD is not None, SILU=silu, num_warps=1,
         )  # fmt: skip

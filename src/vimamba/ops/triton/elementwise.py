@@ -85,7 +85,7 @@ def share_of_work(
     CHANNELS: tl.constexpr, LANES: tl.constexpr, LANES_FIRST: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """What a program works on: its channels (see `channel_tile`), its segment of time from step `begin` to `end`, and
-    its sequence, which is batch element b of direction r, and whether that runs backwards.
+    its sequence, which is batch element b of direction r, and whether that runs in reverse.
     """
     n_blocks = groups * blocks_per_group
     pid = tl.program_id(0)
@@ -95,10 +95,10 @@ def share_of_work(
     segment = (pid // n_blocks) % segments + first_segment
     sequence = (pid // (n_blocks * segments)).to(tl.int64)
     b, r = sequence % batch, sequence // batch
-    backwards = (reverse_mask >> r.to(tl.int32)) & 1
+    reverse = (reverse_mask >> r.to(tl.int32)) & 1
     begin = segment * segment_length
     end = tl.minimum(begin + segment_length, length)
-    return channel, exists, group, segment, begin, end, sequence, b, r, backwards
+    return channel, exists, group, segment, begin, end, sequence, b, r, reverse
 
 
 @triton.jit
@@ -137,9 +137,9 @@ def step_size(raw, bias, valid, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def position(step, length, backwards):
+def position(step, length, reverse):
     """The token of a step of the recurrence."""
-    return backwards * (length - 1) + (1 - 2 * backwards) * step
+    return reverse * (length - 1) + (1 - 2 * reverse) * step
 
 
 @triton.jit
@@ -149,9 +149,9 @@ def row_of(pointer, t, stride):
 
 
 @triton.jit
-def walk(pointer, stride, length, backwards):
+def walk(pointer, stride, length, reverse):
     """The row of step 0 of the recurrence, and how far it is from a step's row to the next one's."""
-    return row_of(pointer, backwards * (length - 1), stride), (1 - 2 * backwards) * stride
+    return row_of(pointer, reverse * (length - 1), stride), (1 - 2 * reverse) * stride
 
 
 @triton.jit

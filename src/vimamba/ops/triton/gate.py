@@ -39,7 +39,7 @@ def gate(y_RBLD: Tensor, z_BLD: Tensor, scale: float) -> Tensor:
     if total:
         with torch.cuda.device_of(out):
             gate_kernel[(triton.cdiv(total, BLOCK),)](
-                y_RBLD, z_BLD, out, total, dim, length, z_BLD.stride(0), z_BLD.stride(1), scale,
-                DIRECTIONS=directions, BLOCK=BLOCK, num_warps=4,
+                y=y_RBLD, z=z_BLD, out=out, total=total, dim=dim, length=length, z_sb=z_BLD.stride(0),
+                z_sl=z_BLD.stride(1), scale=scale, DIRECTIONS=directions, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return out

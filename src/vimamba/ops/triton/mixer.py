@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vimamba.ops.direction import CONV_REVERSE, SCAN_REVERSE, WEIGHTS
 from vimamba.ops.triton import conv, gate, pack, scan
 
 
@@ -25,28 +26,27 @@ class _Weights(NamedTuple):
     dt_bias_RD: Tensor
     A_RDN: Tensor
     D_RD: Tensor
-    conv_mask: int
-    scan_mask: int
+    conv_reverse_mask: int
+    scan_reverse_mask: int
 
 
 def _stack(flat: list[Tensor], reverse: list[int], dtype: torch.dtype) -> _Weights:
     """One launch for the weights of a type, where a torch.stack for each, with the casts, would be ten in all."""
-    kinds = len(flat) // len(reverse)
-    of_directions = [flat[i : i + kinds] for i in range(0, len(flat), kinds)]
+    of_directions = [flat[i : i + WEIGHTS] for i in range(0, len(flat), WEIGHTS)]
     projections = (2, 3)
     stacked = [
         weight.new_empty((len(reverse), *weight.shape), dtype=dtype if i in projections else torch.float32)
         for i, weight in enumerate(of_directions[0])
     ]
-    for chosen in (projections, tuple(i for i in range(kinds) if i not in projections)):
+    for chosen in (projections, tuple(i for i in range(WEIGHTS) if i not in projections)):
         torch._foreach_copy_(
             [stacked[i][r] for r in range(len(reverse)) for i in chosen],
             [weights[i] for weights in of_directions for i in chosen],
         )
     conv_w, conv_b, x_proj, dt_proj, dt_bias, A_log, D = stacked
-    conv_mask, scan_mask = (sum(bool(flags & bit) << r for r, flags in enumerate(reverse)) for bit in (1, 2))
+    masks = (sum(bool(bits & which) << r for r, bits in enumerate(reverse)) for which in (CONV_REVERSE, SCAN_REVERSE))
     A_RDN = A_log.exp_().neg_()
-    return _Weights(conv_w.flatten(2), conv_b, x_proj, dt_proj, dt_bias, A_RDN, D, conv_mask, scan_mask)
+    return _Weights(conv_w.flatten(2), conv_b, x_proj, dt_proj, dt_bias, A_RDN, D, *masks)
 
 
 def _matrices(bc_RME: Tensor, batch: int, length: int, state: int) -> Tensor:
@@ -69,7 +69,7 @@ def _activations(xz_BLE: Tensor, weights: _Weights, z_RBDL: Tensor | None, scale
     x_BDL = xz_BLE[..., :dim].transpose(1, 2)
     c_RBLD = xz_BLE.new_empty(directions, batch, length, dim)
     conv.forward(
-        x_BDL, weights.conv_RDW, weights.conv_bias_RD, c_RBLD.transpose(2, 3), True, weights.conv_mask
+        x_BDL, weights.conv_RDW, weights.conv_bias_RD, c_RBLD.transpose(2, 3), True, weights.conv_reverse_mask
     )  # fmt: skip
     x_dbl_RME = torch.bmm(c_RBLD.view(directions, tokens, dim), weights.x_proj_RED.transpose(1, 2))
     dt_RMK = x_dbl_RME[..., :rank]
@@ -77,7 +77,7 @@ def _activations(xz_BLE: Tensor, weights: _Weights, z_RBDL: Tensor | None, scale
     B_RBGNL, C_RBGNL = _matrices(x_dbl_RME[..., rank:], batch, length, state).permute(4, 0, 1, 2, 5, 3)
     inputs = scan.Scan(
         c_RBLD.transpose(2, 3), delta_RBLD.transpose(2, 3), weights.A_RDN, B_RBGNL, C_RBGNL, None, None, weights.D_RD,
-        z_RBDL, weights.dt_bias_RD, 1, True, weights.scan_mask, scale,
+        z_RBDL, weights.dt_bias_RD, 1, True, weights.scan_reverse_mask, scale,
     )  # fmt: skip
     return _Activations(c_RBLD, dt_RMK, inputs)
 
@@ -120,14 +120,14 @@ def mixer_backward(
     state, rank = weights.A_RDN.shape[2], weights.dt_proj_RDK.shape[2]
     dx_dbl_RME = c_RMD.new_empty(count, tokens, rank + 2 * state)
     dx_dbl_RME[..., :rank] = torch.bmm(ddelta_RMD, weights.dt_proj_RDK)
-    pack.unpack(grads.dbc_PRBGSMN, _matrices(dx_dbl_RME[..., rank:], batch, length, state), weights.scan_mask)
+    pack.unpack(grads.dbc_PRBGSMN, _matrices(dx_dbl_RME[..., rank:], batch, length, state), weights.scan_reverse_mask)
     dx_weight = torch.bmm(dx_dbl_RME.transpose(1, 2), c_RMD)
     dc_RBLD.view(count, tokens, dim).baddbmm_(dx_dbl_RME, weights.x_proj_RED)
 
     dxz_BLE = xz_BLE.new_empty(batch, length, width)
     dconv_weight, dconv_bias = conv.backward(
         dc_RBLD.transpose(2, 3), xz_BLE[..., :dim].transpose(1, 2), weights.conv_RDW, weights.conv_bias_RD,
-        dxz_BLE[..., :dim].transpose(1, 2), True, weights.conv_mask,
+        dxz_BLE[..., :dim].transpose(1, 2), True, weights.conv_reverse_mask,
     )  # fmt: skip
     torch.sum(dz_RBLD, 0, out=dxz_BLE[..., dim:])
     stacked = (

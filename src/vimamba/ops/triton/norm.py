@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vimamba.ops.triton.plan import power_of_two
+from vimamba.ops.triton.tiling import power_of_two
 
 TILE = 2048
 """Elements of a program's tile; 16 for each of its 128 threads."""
@@ -94,9 +94,10 @@ def norm_forward(
     rows, block, warps = _tile(width)
     with torch.cuda.device_of(x):
         norm_forward_kernel[(triton.cdiv(count, rows),)](
-            x_ME, residual_ME, weight_E.contiguous(), normed, residual_out, rstd, x_ME.stride(0),
-            0 if residual_ME is None else residual_ME.stride(0), count, width, eps,
-            ROWS=rows, BLOCK=block, HAS_RESIDUAL=residual is not None, num_warps=warps,
+            x=x_ME, residual=residual_ME, weight=weight_E.contiguous(), normed=normed, residual_out=residual_out,
+            rstd=rstd, x_sm=x_ME.stride(0), residual_sm=0 if residual_ME is None else residual_ME.stride(0),
+            count=count, width=width, eps=eps, ROWS=rows, BLOCK=block, HAS_RESIDUAL=residual is not None,
+            num_warps=warps,
         )  # fmt: skip
     return normed, residual_out, rstd
 
@@ -117,8 +118,9 @@ def norm_backward(
     parts = dsum.new_empty((programs, width))
     with torch.cuda.device_of(dsum):
         norm_backward_kernel[(programs,)](
-            dnormed_ME, dresidual_ME, residual_out.contiguous(), weight_E.contiguous(), rstd.contiguous(), dsum, parts,
-            dnormed_ME.stride(0), 0 if dresidual_ME is None else dresidual_ME.stride(0), count, width,
-            ROWS=rows, BLOCK=block, HAS_DRESIDUAL=dresidual is not None, num_warps=warps,
+            dnormed=dnormed_ME, dresidual=dresidual_ME, residual_out=residual_out.contiguous(),
+            weight=weight_E.contiguous(), rstd=rstd.contiguous(), dsum=dsum, parts=parts,
+            dnormed_sm=dnormed_ME.stride(0), dresidual_sm=0 if dresidual_ME is None else dresidual_ME.stride(0),
+            count=count, width=width, ROWS=rows, BLOCK=block, HAS_DRESIDUAL=dresidual is not None, num_warps=warps,
         )  # fmt: skip
     return dsum, parts.sum(0)

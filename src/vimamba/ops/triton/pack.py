@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vimamba.ops.triton.elementwise import PADDING, packed_matrices, position, row_of
-from vimamba.ops.triton.plan import power_of_two
+from vimamba.ops.triton.tiling import power_of_two
 
 ROWS = 64
 
@@ -31,8 +31,8 @@ def share_of_steps(groups, length, batch, reverse_mask, ROWS: tl.constexpr):
     step = (pid % n_tiles).to(tl.int32) * ROWS + tl.arange(0, ROWS)
     group, sequence = (pid // n_tiles) % groups, pid // (n_tiles * groups)
     b, r = sequence % batch, sequence // batch
-    backwards = (reverse_mask >> r.to(tl.int32)) & 1
-    token = position(tl.minimum(step, length - 1), length, backwards).to(tl.int64)
+    reverse = (reverse_mask >> r.to(tl.int32)) & 1
+    token = position(tl.minimum(step, length - 1), length, reverse).to(tl.int64)
     return step, token, step < length, sequence, r, b, group
 
 
@@ -96,13 +96,18 @@ def pack(
     block_n = power_of_two(state)
     packed = given.new_empty((R, batch, groups, padded(length), 2, block_n), dtype=torch.float32)
     if packed.numel():
-        strides = [s for m in (B_RBGNL, C_RBGNL) for s in ((0,) * 5 if m is None else m.stride())]
-        shares = [1 if m is None else groups // m.shape[2] for m in (B_RBGNL, C_RBGNL)]
+        matrices = {"B": B_RBGNL, "C": C_RBGNL}
+        strides = {
+            f"{name}_s{axis}": 0 if m is None else m.stride(i)
+            for name, m in matrices.items()
+            for i, axis in enumerate("rbgnl")
+        }
+        shares = {f"{name}_share": 1 if m is None else groups // m.shape[2] for name, m in matrices.items()}
         with torch.cuda.device_of(packed):
             pack_kernel[(R * batch * groups * padded(length) // ROWS,)](
-                B_RBGNL, C_RBGNL, packed, *strides, groups, *shares, length, batch, reverse_mask,
-                N=state, BLOCK_N=block_n, ROWS=ROWS, HAS_B=B_RBGNL is not None, HAS_C=C_RBGNL is not None,
-                COLUMNS=columns, num_warps=4,
+                **matrices, packed=packed, **strides, groups=groups, **shares, length=length, batch=batch,
+                reverse_mask=reverse_mask, N=state, BLOCK_N=block_n, ROWS=ROWS, HAS_B=B_RBGNL is not None,
+                HAS_C=C_RBGNL is not None, COLUMNS=columns, num_warps=4,
             )  # fmt: skip
     return packed
 
@@ -114,7 +119,9 @@ def unpack(parts_PRBGSMN: Tensor, out_RBGLMN: Tensor, reverse_mask: int) -> None
     if out_RBGLMN.numel():
         with torch.cuda.device_of(parts_PRBGSMN):
             unpack_kernel[(R * batch * groups * padded(length) // ROWS,)](
-                parts_PRBGSMN, out_RBGLMN, *out_RBGLMN.stride()[:5], groups, parts_PRBGSMN.shape[0],
-                parts_PRBGSMN.stride(0), length, batch, reverse_mask,
-                N=state, BLOCK_N=parts_PRBGSMN.shape[-1], ROWS=ROWS, num_warps=4,
+                parts=parts_PRBGSMN, out=out_RBGLMN,
+                **{f"out_s{axis}": out_RBGLMN.stride(i) for i, axis in enumerate("rbglm")},
+                groups=groups, n_parts=parts_PRBGSMN.shape[0], part_stride=parts_PRBGSMN.stride(0), length=length,
+                batch=batch, reverse_mask=reverse_mask, N=state, BLOCK_N=parts_PRBGSMN.shape[-1], ROWS=ROWS,
+                num_warps=4,
             )  # fmt: skip

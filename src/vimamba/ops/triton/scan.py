@@ -13,13 +13,15 @@ import torch
 import triton
 from torch import Tensor
 
-from vimamba.ops.backends import CHUNK
-from vimamba.ops.triton import pack, plan
+from vimamba.ops import sizes
+from vimamba.ops.triton import pack, tiling
 from vimamba.ops.triton.scan_backward import scan_backward_kernel
 from vimamba.ops.triton.scan_forward import scan_forward_kernel
 from vimamba.ops.triton.scan_segments import carry_kernel, segment_kernel
 
 CARRY_BLOCK = 128
+CONTIGUOUS = 1
+"""A stride that the kernels take at run time all the same: known to be 1, it would change how they are compiled."""
 LANES_FIRST = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 """Whether this Triton's compiler spreads a tile over threads from its first axis; from 3.7 on it is the last."""
 
@@ -58,12 +60,13 @@ def threads_of_warp(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
-def strides(tensor: Tensor | None) -> tuple[int, int, int]:
-    """Strides of directions, batch and length; zeros for an absent tensor."""
-    if tensor is None:
-        return 0, 0, 0
-    R, batch, _, length = tensor.stride()
-    return R, batch, length
+def strides(**tensors: Tensor | None) -> dict[str, int]:
+    """The kernels' x_sr, x_sb and x_sl of each (R, B, D, L) tensor x: of directions, batch and length; 0 if absent."""
+    return {
+        f"{name}_s{axis}": 0 if tensor is None else tensor.stride(i)
+        for name, tensor in tensors.items()
+        for axis, i in (("r", 0), ("b", 1), ("l", 3))
+    }
 
 
 def channels_last(tensor: Tensor | None) -> Tensor | None:
@@ -77,29 +80,38 @@ def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Te
     """Fill `out_RBDL`; the last state (R, batch, dim, state) and the states every `CHUNK` steps, or an empty tensor."""
     R, batch, dim, length, state = scan.sizes
     u = scan.u_RBDL
-    n_states = -(-length // CHUNK) if save_states else 0
+    n_states = sizes.chunks(length) if save_states else 0
     last = u.new_zeros((R, batch, dim, state), dtype=torch.float32)
     states = last.new_empty((R, batch, n_states, dim, state) if save_states else (R, 0))
     if u.numel() == 0:
         return last, states
     group_dim = dim // scan.groups
-    tiling = plan.forward_tiling(R * batch, scan.groups, group_dim, length, state, processors(u.device))
-    channels, unroll = tiling.channels, tiling.unroll
+    tile = tiling.forward_tiling(R * batch, scan.groups, group_dim, length, state, processors(u.device))
+    channels, unroll = tile.channels, tile.unroll
     if save_states and scan.z_RBDL is not None:
         unroll //= 2  # both together would spill registers
-    blocks = -(-group_dim // channels)
+    blocks = triton.cdiv(group_dim, channels)
     bc = pack.pack(scan.B_RBGNL, scan.C_RBGNL, scan.groups, scan.reverse_mask, columns=True)
     with torch.cuda.device_of(u):
         scan_forward_kernel[(R * batch * scan.groups * blocks,)](
-            u, scan.delta_RBDL, scan.z_RBDL, out_RBDL, scan.A_RDN, bc, scan.B_DN, scan.C_DN, scan.D_RD, scan.bias_RD,
-            states, last,
-            *strides(u), *strides(scan.delta_RBDL), *strides(scan.z_RBDL), *strides(out_RBDL),
-            1, batch, scan.groups, group_dim, blocks, length, n_states, scan.reverse_mask, scan.scale,
-            **_constants(scan), BLOCK_N=tiling.block_n, CHANNELS=channels, TIME=tiling.time, UNROLL=unroll, CHUNK=CHUNK,
-            HAS_D=scan.D_RD is not None, CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None,
-            EVEN=group_dim % channels == 0, SAVE_STATES=save_states, num_warps=tiling.warps(threads_of_warp(u.device)),
+            u=u, delta=scan.delta_RBDL, z=scan.z_RBDL, out=out_RBDL, A=scan.A_RDN, bc=bc, B_const=scan.B_DN,
+            C_const=scan.C_DN, D=scan.D_RD, bias=scan.bias_RD, states=states, last=last,
+            **strides(u=u, delta=scan.delta_RBDL, z=scan.z_RBDL, out=out_RBDL),
+            **_work(scan, group_dim, blocks), n_states=n_states, **_constants(scan), BLOCK_N=tile.block_n,
+            CHANNELS=channels, TIME=tile.time, UNROLL=unroll, CHUNK=sizes.CHUNK, HAS_D=scan.D_RD is not None,
+            CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None, EVEN=group_dim % channels == 0,
+            SAVE_STATES=save_states, num_warps=tile.warps(threads_of_warp(u.device)),
         )  # fmt: skip
     return last, states
+
+
+def _work(scan: Scan, group_dim: int, blocks: int) -> dict[str, object]:
+    """What a program finds its share by."""
+    _, batch, _, length, _ = scan.sizes
+    return {
+        "channel_stride": CONTIGUOUS, "batch": batch, "groups": scan.groups, "group_dim": group_dim,
+        "blocks_per_group": blocks, "length": length, "reverse_mask": scan.reverse_mask, "scale": scan.scale,
+    }  # fmt: skip
 
 
 def _constants(scan: Scan) -> dict[str, object]:
@@ -109,34 +121,35 @@ def _constants(scan: Scan) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _tile(tiling: plan.BackwardTiling, group_dim: int) -> dict[str, object]:
+def _tile(tile: tiling.BackwardTiling, group_dim: int) -> dict[str, object]:
     """The constants of the kernels that walk backwards."""
     return {
-        "BLOCK_N": tiling.block_n, "CHANNELS": tiling.channels, "LANES": tiling.lanes, "LANES_FIRST": LANES_FIRST,
-        "UNROLL": tiling.unroll, "EVEN": group_dim % (tiling.channels * tiling.lanes) == 0, "num_warps": 1,
+        "BLOCK_N": tile.block_n, "CHANNELS": tile.channels, "LANES": tile.lanes, "LANES_FIRST": LANES_FIRST,
+        "UNROLL": tile.unroll, "EVEN": group_dim % (tile.channels * tile.lanes) == 0, "num_warps": 1,
     }  # fmt: skip
 
 
 def _carries(
-    scan: Scan, bc_RBGSMN: Tensor | None, tiling: plan.BackwardTiling, dout_RBDL: Tensor, dlast_RBDN: Tensor | None
+    scan: Scan, bc_RBGSMN: Tensor | None, tile: tiling.BackwardTiling, dout_RBDL: Tensor, dlast_RBDN: Tensor | None
 ) -> Tensor:
     """The gradient of the state that enters every segment at its end."""
     R, batch, dim, length, state = scan.sizes
-    segments = tiling.segments(length)
+    segments = tile.segments(length)
     group_dim = dim // scan.groups
-    blocks = -(-group_dim // (tiling.channels * tiling.lanes))
+    blocks = triton.cdiv(group_dim, tile.channels * tile.lanes)
     summary = dout_RBDL.new_empty((R, batch, segments, dim, state), dtype=torch.float32)
     decay = summary.new_empty((R, batch, segments, dim))
     segment_kernel[(R * batch * (segments - 1) * scan.groups * blocks,)](
-        dout_RBDL, scan.delta_RBDL, scan.z_RBDL, scan.A_RDN, bc_RBGSMN, scan.C_DN, scan.bias_RD, summary, decay,
-        *strides(dout_RBDL), *strides(scan.delta_RBDL), *strides(scan.z_RBDL),
-        1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, scan.reverse_mask, scan.scale,
-        **_constants(scan), **_tile(tiling, group_dim), CONST_C=scan.C_DN is not None,
+        dout=dout_RBDL, delta=scan.delta_RBDL, z=scan.z_RBDL, A=scan.A_RDN, bc=bc_RBGSMN, C_const=scan.C_DN,
+        bias=scan.bias_RD, summary=summary, decay=decay,
+        **strides(dout=dout_RBDL, delta=scan.delta_RBDL, z=scan.z_RBDL),
+        **_work(scan, group_dim, blocks), state_stride=CONTIGUOUS, n_segments=segments, segment_length=tile.segment,
+        **_constants(scan), **_tile(tile, group_dim), CONST_C=scan.C_DN is not None,
     )  # fmt: skip
     total = R * batch * dim * state
     carry_kernel[(triton.cdiv(total, CARRY_BLOCK),)](
-        summary, decay, scan.A_RDN, dlast_RBDN, total, dim * state, segments, batch,
-        N=state, BLOCK=CARRY_BLOCK, HAS_INITIAL=dlast_RBDN is not None, num_warps=4,
+        summary=summary, decay=decay, A=scan.A_RDN, initial=dlast_RBDN, total=total, state_size=dim * state,
+        n_segments=segments, batch=batch, N=state, BLOCK=CARRY_BLOCK, HAS_INITIAL=dlast_RBDN is not None, num_warps=4,
     )  # fmt: skip
     return summary
 
@@ -166,9 +179,9 @@ def backward(
     R, batch, dim, length, state = scan.sizes
     u = scan.u_RBDL
     group_dim = dim // scan.groups
-    tiling = plan.backward_tiling(R * batch, scan.groups, group_dim, length, state, processors(u.device))
-    segments = tiling.segments(length)
-    blocks = -(-group_dim // (tiling.channels * tiling.lanes))
+    tile = tiling.backward_tiling(R * batch, scan.groups, group_dim, length, state, processors(u.device))
+    segments = tile.segments(length)
+    blocks = triton.cdiv(group_dim, tile.channels * tile.lanes)
     programs = R * batch * segments * scan.groups * blocks
     make = torch.empty if u.numel() else torch.zeros
 
@@ -185,20 +198,21 @@ def backward(
         dbc = bc.new_zeros(1, *bc.shape) if atomic else bc.new_empty(blocks, *bc.shape)
     if u.numel():
         scratch = u.new_empty(
-            programs * (CHUNK // tiling.unroll) * tiling.channels * tiling.lanes * tiling.block_n, dtype=torch.float32
+            programs * (sizes.CHUNK // tile.unroll) * tile.channels * tile.lanes * tile.block_n, dtype=torch.float32
         )
         with torch.cuda.device_of(u):
-            carry = dlast_RBDN if segments == 1 else _carries(scan, bc, tiling, dout_RBDL, dlast_RBDN)
+            carry = dlast_RBDN if segments == 1 else _carries(scan, bc, tile, dout_RBDL, dlast_RBDN)
             scan_backward_kernel[(programs,)](
-                u, scan.delta_RBDL, scan.z_RBDL, dout_RBDL, scan.A_RDN, bc, scan.B_DN, scan.C_DN, scan.D_RD,
-                scan.bias_RD, states_RBKDN, carry, scratch,
-                du_RBDL, ddelta_RBDL, dz_RBDL, dA, dbc, dB, dC, dD, dbias,
-                *strides(u), *strides(scan.delta_RBDL), *strides(scan.z_RBDL), *strides(dout_RBDL),
-                *strides(du_RBDL), *strides(ddelta_RBDL), *strides(dz_RBDL),
-                1, 1, batch, scan.groups, group_dim, blocks, length, segments, tiling.segment, states_RBKDN.shape[2],
-                scan.reverse_mask, scan.scale,
-                0 if dbc is None else dbc.stride(0),
-                **_constants(scan), **_tile(tiling, group_dim), CHUNK=CHUNK, HAS_D=dD is not None,
+                u=u, delta=scan.delta_RBDL, z=scan.z_RBDL, dout=dout_RBDL, A=scan.A_RDN, bc=bc, B_const=scan.B_DN,
+                C_const=scan.C_DN, D=scan.D_RD, bias=scan.bias_RD, states=states_RBKDN, carry=carry, scratch=scratch,
+                du=du_RBDL, ddelta=ddelta_RBDL, dz=dz_RBDL, dA=dA, dbc=dbc, dB_const=dB, dC_const=dC, dD=dD,
+                dbias=dbias,
+                **strides(u=u, delta=scan.delta_RBDL, z=scan.z_RBDL, dout=dout_RBDL),
+                **strides(du=du_RBDL, ddelta=ddelta_RBDL, dz=dz_RBDL),
+                **_work(scan, group_dim, blocks), state_stride=CONTIGUOUS, n_segments=segments,
+                segment_length=tile.segment, n_states=states_RBKDN.shape[2],
+                dbc_part=0 if dbc is None else dbc.stride(0),
+                **_constants(scan), **_tile(tile, group_dim), CHUNK=sizes.CHUNK, HAS_D=dD is not None,
                 CONST_B=dB is not None, CONST_C=dC is not None, HAS_CARRY=carry is not None, ATOMIC=atomic,
             )  # fmt: skip
 

@@ -71,7 +71,7 @@ def scan_backward_kernel(
 ):  # fmt: skip
     TILE: tl.constexpr = CHANNELS * BLOCK_N * LANES
     dim = groups * group_dim
-    channel, exists, group, segment, begin, end, sequence, b, r, backwards = share_of_work(
+    channel, exists, group, segment, begin, end, sequence, b, r, reverse = share_of_work(
         groups, group_dim, blocks_per_group, batch, n_segments, 0, segment_length, length, reverse_mask,
         CHANNELS, LANES, LANES_FIRST, EVEN,
     )  # fmt: skip
@@ -87,14 +87,14 @@ def scan_backward_kernel(
         g = tl.zeros(A2.shape, tl.float32)
 
     offsets = channel * channel_stride
-    u_row, u_step = walk(u + r * u_sr + b * u_sb, u_sl, length, backwards)
-    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, backwards)
-    dout_row, dout_step = walk(dout + r * dout_sr + b * dout_sb, dout_sl, length, backwards)
-    du_row, du_step = walk(du + r * du_sr + b * du_sb, du_sl, length, backwards)
-    ddelta_row, ddelta_step = walk(ddelta + r * ddelta_sr + b * ddelta_sb, ddelta_sl, length, backwards)
+    u_row, u_step = walk(u + r * u_sr + b * u_sb, u_sl, length, reverse)
+    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, reverse)
+    dout_row, dout_step = walk(dout + r * dout_sr + b * dout_sb, dout_sl, length, reverse)
+    du_row, du_step = walk(du + r * du_sr + b * du_sb, du_sl, length, reverse)
+    ddelta_row, ddelta_step = walk(ddelta + r * ddelta_sr + b * ddelta_sb, ddelta_sl, length, reverse)
     if HAS_Z:
-        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, backwards)
-        dz_row, dz_step = walk(dz + r * dz_sr + b * dz_sb, dz_sl, length, backwards)
+        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, reverse)
+        dz_row, dz_step = walk(dz + r * dz_sr + b * dz_sb, dz_sl, length, reverse)
     if not (CONST_B and CONST_C):
         bc_rows = packed_matrices(bc, sequence, groups, group, length, BLOCK_N)
         dbc_rows = packed_matrices(dbc, sequence, groups, group, length, BLOCK_N)

@@ -68,19 +68,19 @@ def scan_forward_kernel(
     channel = group * group_dim + local
     sequence = (pid // n_blocks).to(tl.int64)
     b, r = sequence % batch, sequence // batch
-    backwards = (reverse_mask >> r.to(tl.int32)) & 1
+    reverse = (reverse_mask >> r.to(tl.int32)) & 1
 
     shift = tl.load(bias + r * dim + channel, mask=exists, other=0.0) if HAS_BIAS else 0.0
     skip = tl.load(D + r * dim + channel, mask=exists, other=0.0) if HAS_D else 0.0
-    own = channel * N
+    state_offset = channel * N
     A_rows, last_rows = A + r * dim * N, last + sequence * dim * N
     states_rows = states + sequence * n_states * dim * N
     offsets = channel * channel_stride
-    u_row, u_step = walk(u + r * u_sr + b * u_sb, u_sl, length, backwards)
-    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, backwards)
-    out_row, out_step = walk(out + r * out_sr + b * out_sb, out_sl, length, backwards)
+    u_row, u_step = walk(u + r * u_sr + b * u_sb, u_sl, length, reverse)
+    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, reverse)
+    out_row, out_step = walk(out + r * out_sr + b * out_sb, out_sl, length, reverse)
     if HAS_Z:
-        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, backwards)
+        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, reverse)
     steps = tl.cdiv(length, PADDING) * PADDING
     bc_columns = bc if CONST_B and CONST_C else packed_matrices(bc, sequence, groups, group, length, BLOCK_N)
 
@@ -98,14 +98,14 @@ def scan_forward_kernel(
             dts, inputs, ys = dts + (dt,), inputs + (dt * x,), ys + (skip * x,)
             elapsed += dt
         for n in range(0, N):
-            A2 = tl.load(A_rows + (own + n), mask=exists, other=0.0) * LOG2E
-            entering = tl.load(last_rows + (own + n), mask=exists & is_first, other=0.0)
+            A2 = tl.load(A_rows + (state_offset + n), mask=exists, other=0.0) * LOG2E
+            entering = tl.load(last_rows + (state_offset + n), mask=exists & is_first, other=0.0)
             if CONST_B:
-                B_n = tl.load(B_const + (own + n), mask=exists, other=0.0)
+                B_n = tl.load(B_const + (state_offset + n), mask=exists, other=0.0)
             else:
                 Bs = load_steps(bc_columns + n * steps + i, UNROLL)
             if CONST_C:
-                C_n = tl.load(C_const + (own + n), mask=exists, other=0.0)
+                C_n = tl.load(C_const + (state_offset + n), mask=exists, other=0.0)
             else:
                 Cs = load_steps(bc_columns + (BLOCK_N + n) * steps + i, UNROLL)
             if TIME == 1:
@@ -125,10 +125,10 @@ def scan_forward_kernel(
                 # Each thread gets the state after its predecessor's steps, the first one that after the last's: the
                 # state of the next turn.
                 after = tl.reshape(tl.gather(after, previous, 1), [LANES])
-                tl.store(last_rows + (own + n), after, mask=exists & is_first)
+                tl.store(last_rows + (state_offset + n), after, mask=exists & is_first)
                 h = tl.where(is_first, entering, after)
             if SAVE_STATES:
-                here = states_rows + ((i // CHUNK).to(tl.int64) * (dim * N) + (own + n))
+                here = states_rows + ((i // CHUNK).to(tl.int64) * (dim * N) + (state_offset + n))
                 tl.store(here, h, mask=(i % CHUNK == 0) & (left > 0))
             new_ys = ()
             for j in tl.static_range(UNROLL):
@@ -139,7 +139,7 @@ def scan_forward_kernel(
                 new_ys = new_ys + (ys[j] + h * (C_n if CONST_C else Cs[j]),)
             ys = new_ys
             if TIME == 1:
-                tl.store(last_rows + (own + n), h, mask=exists)
+                tl.store(last_rows + (state_offset + n), h, mask=exists)
         outs = row_of(out_row, i, out_step) + offsets
         if HAS_Z:
             zs = row_of(z_row, i, z_step) + offsets

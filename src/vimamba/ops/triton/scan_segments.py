@@ -44,7 +44,7 @@ def segment_kernel(
 ):  # fmt: skip
     """Summaries of all segments but the first, which nothing needs."""
     dim = groups * group_dim
-    channel, exists, group, segment, begin, end, sequence, b, r, backwards = share_of_work(
+    channel, exists, group, segment, begin, end, sequence, b, r, reverse = share_of_work(
         groups, group_dim, blocks_per_group, batch, n_segments - 1, 1, segment_length, length, reverse_mask,
         CHANNELS, LANES, LANES_FIRST, EVEN,
     )  # fmt: skip
@@ -52,10 +52,10 @@ def segment_kernel(
     C_tile = tl.load(C_const + state_offsets, mask=state_mask, other=0.0) if CONST_C else 0.0
     shift = tl.load(bias + r * dim + channel * state_stride, mask=exists, other=0.0) if HAS_BIAS else 0.0
     offsets = channel * channel_stride
-    dout_row, dout_step = walk(dout + r * dout_sr + b * dout_sb, dout_sl, length, backwards)
-    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, backwards)
+    dout_row, dout_step = walk(dout + r * dout_sr + b * dout_sb, dout_sl, length, reverse)
+    delta_row, delta_step = walk(delta + r * delta_sr + b * delta_sb, delta_sl, length, reverse)
     if HAS_Z:
-        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, backwards)
+        z_row, z_step = walk(z + r * z_sr + b * z_sb, z_sl, length, reverse)
     bc_rows = bc if CONST_C else packed_matrices(bc, sequence, groups, group, length, BLOCK_N) + BLOCK_N
 
     g = tl.zeros(A2.shape, tl.float32)

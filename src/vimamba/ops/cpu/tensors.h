@@ -1,7 +1,8 @@
-// The sizes and types of the tensors that reach the operators. What Python has checked is checked again
-// wherever a wrong size would be read or written beyond its memory.
+// From tensors to plain pointers. Sizes and types of the tensors that reach the operators: what Python has
+// checked is checked again wherever a wrong size would be read or written beyond its memory.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -10,12 +11,40 @@
 #include <initializer_list>
 #include <optional>
 
+#include "kernels.h"
+
 namespace vimamba {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 using Sizes = std::initializer_list<int64_t>;
+
+template <class T = float>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+float* data(const Maybe& tensor) { return tensor ? data(*tensor) : nullptr; }
+
+bool is_bf16(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Maybe as_contiguous(const Maybe& tensor) { return tensor ? Maybe(as_contiguous(*tensor)) : tensor; }
+
+Tensor new_floats(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+// (B, D, L).
+Rows rows(const Maybe& tensor_BDL) {
+  if (!tensor_BDL) return {nullptr, 0, 0};
+  const int64_t channel_stride = tensor_BDL->size(1) == 1 ? 1 : tensor_BDL->stride(1);
+  return {tensor_BDL->data_ptr(), tensor_BDL->stride(0), tensor_BDL->stride(2), channel_stride};
+}
 
 bool has_sizes(const Tensor& tensor, Sizes sizes) {
   if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vimamba.ops.backends import CHUNK
+from vimamba.ops import sizes
 
 SUB_CORES = 4
 """Schedulers of a multiprocessor: each issues one warp instruction a cycle."""
@@ -96,14 +96,14 @@ def backward_tiling(
     """
     block_n = power_of_two(state)
     lanes = 8 if block_n <= 64 else max(1, 512 // block_n)
-    tiling = BackwardTiling(max(1, min(4, 512 // (block_n * lanes))), lanes, 2, block_n, max(CHUNK, length))
+    tiling = BackwardTiling(max(1, min(4, 512 // (block_n * lanes))), lanes, 2, block_n, max(sizes.CHUNK, length))
     programs = max(1, sequences) * groups * -(-group_dim // (tiling.channels * tiling.lanes))
     step, summary = (c[0] * tiling.updates + c[1] for c in (BACKWARD_CYCLES, SEGMENT_CYCLES))
     best_cost = step * length * _busiest(programs, 1, processors)
-    chunks = max(1, -(-length // CHUNK))
+    chunks = max(1, sizes.chunks(length))
     count = 2
     while count <= chunks:
-        segment = -(-chunks // count) * CHUNK
+        segment = -(-chunks // count) * sizes.CHUNK
         segments = -(-length // segment)
         cost = step * segment * _busiest(programs * segments, 1, processors)
         cost += summary * segment * _busiest(programs * (segments - 1), 1, processors) + 2 * LAUNCH_CYCLES

@@ -1,11 +1,11 @@
-"""The ops in vectorised PyTorch, for where nothing compiled runs: any device, any floating type.
+"""The selective scan in vectorised PyTorch.
 
-The scan goes through time in chunks. Within a chunk the decays exp(delta A) and the inputs delta B u of all its steps
+It goes through time in chunks. Within a chunk the decays exp(delta A) and the inputs delta B u of all its steps
 are computed at once, time-major so that each step is one contiguous block of (batch, dim, state); the recurrence is
 then one fused multiply-add on such a block for each step. No product of decays is ever formed, so nothing can
 overflow that does not in the plain loop. Batches are taken in slices that keep a chunk within the cache.
 
-Layout: T time within a chunk, G groups, P channels in a group (D = G P); the rest as in `reference.py`.
+Layout: T time within a chunk, G groups, P channels in a group (D = G P); the rest as in `backends.py`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimamba.ops.arguments import widen
-from vimamba.ops.backends import CHUNK
+from vimamba.ops.sizes import CHUNK
 
 _CACHED_ELEMENTS = {"cpu": 2**20}
 _DEVICE_ELEMENTS = 2**26
-
-
-def unavailable(device: torch.device | None = None) -> str | None:
-    """This backend always runs."""
-    return None
-
-
-def supports(dtype: torch.dtype) -> bool:
-    """Any floating type."""
-    return dtype.is_floating_point
 
 
 class _Inputs(NamedTuple):
@@ -89,9 +79,9 @@ def _at(matrix: Tensor, chunk: slice) -> Tensor:
 def _states(x: _Inputs, chunk: slice, h_BGPN: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The decays and states of every step of a chunk that starts from `h_BGPN`, and the state after it."""
     delta = x.delta_LBD[chunk].unflatten(2, x.A_GPN.shape[:2])
-    drive = (x.delta_LBD[chunk] * x.u_LBD[chunk]).unflatten(2, x.A_GPN.shape[:2])
+    delta_u = (x.delta_LBD[chunk] * x.u_LBD[chunk]).unflatten(2, x.A_GPN.shape[:2])
     decay_TBGPN = (delta[..., None] * x.A_GPN).exp_()
-    h_TBGPN = drive[..., None] * _at(x.B, chunk)
+    h_TBGPN = delta_u[..., None] * _at(x.B, chunk)
     steps = list(zip(decay_TBGPN.unbind(0), h_TBGPN.unbind(0), strict=True))
     for decay, h in reversed(steps) if reverse else steps:
         h_BGPN = torch.addcmul(h, decay, h_BGPN, out=h)
@@ -202,53 +192,3 @@ def _add_matrix_grad(grad: Tensor, left_TBGPN: Tensor, right_TBGP: Tensor, rows:
     per_group = torch.matmul(right_TBGP[..., None, :], left_TBGPN).squeeze(-2)
     per_group = per_group.unflatten(2, (grad.shape[1], -1)).sum(3)
     grad[rows, :, :, chunk] = per_group.permute(1, 2, 3, 0)
-
-
-def _shift(x_BDL: Tensor, steps: int) -> Tensor:
-    """Move along time by `steps` (negative: towards the start), filling with zeros."""
-    return F.pad(x_BDL, (steps, -steps)) if abs(steps) < x_BDL.shape[-1] else torch.zeros_like(x_BDL)
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    sense, width = -1 if reverse else 1, weight.shape[1]
-    y = x * weight[:, -1:]
-    for back in range(1, width):
-        y = y.addcmul_(_shift(x, sense * back), weight[:, width - 1 - back, None])
-    return y if bias is None else y.add_(bias[:, None])
-
-
-def conv_forward(x, weight, bias, silu, reverse):
-    """See `vimamba.ops.causal_conv1d`."""
-    y = _convolve(widen(x), weight, bias, reverse)
-    return (F.silu(y) if silu else y).to(x.dtype)
-
-
-def conv_backward(dy, x, weight, bias, silu, reverse):
-    """See `vimamba.ops.causal_conv1d`."""
-    wide, grad = widen(x), widen(dy)
-    if silu:
-        raw = _convolve(wide, weight, bias, reverse)
-        gate = torch.sigmoid(raw)
-        grad = grad * gate * (1 + raw * (1 - gate))
-    sense, width = -1 if reverse else 1, weight.shape[1]
-    shifted = [_shift(grad, -sense * back) for back in reversed(range(width))]
-    dx = sum(weight[:, k, None] * g for k, g in enumerate(shifted))
-    dweight = torch.stack([(g * wide).sum((0, 2)) for g in shifted], dim=1)
-    return dx.to(x.dtype), dweight, None if bias is None else grad.sum((0, 2))
-
-
-def norm_forward(x, residual, weight, eps, out_dtype):
-    """See `vimamba.ops.rms_norm`."""
-    total = widen(x) + residual if residual is not None else widen(x).clone()
-    rstd = torch.rsqrt(total.square().mean(-1) + eps)
-    return (total * rstd.unsqueeze(-1) * weight).to(out_dtype), total, rstd
-
-
-def norm_backward(dnormed, dtotal, total, weight, rstd):
-    """See `vimamba.ops.rms_norm`."""
-    rstd = rstd.unsqueeze(-1)
-    unit = total * rstd
-    grad = widen(dnormed)
-    dunit = grad * weight
-    dsum = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * rstd
-    return dsum if dtotal is None else dsum.add_(dtotal), (grad * unit).reshape(-1, grad.shape[-1]).sum(0)
