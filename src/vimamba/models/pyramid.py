@@ -32,7 +32,7 @@ class HalvingConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, inside, rows, columns) to (batch, outside, rows / 2, columns / 2), rounded up."""
-        if self.training and x.shape[-1] == 1:
+        if self.training and isinstance(x, Tensor) and x.shape[-1] == 1:  # a symbolic trace has no sizes to ask for
             # In bfloat16 on a CPU, PyTorch 2.15 leaves the outer columns of the gradient unwritten: memory as it was.
             x = nn.functional.pad(x, (0, 1))  # with the zeros that the padding would be
         return super().forward(x)
