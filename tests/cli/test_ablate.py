@@ -12,12 +12,12 @@ pytest.importorskip("lightning")
 
 from vimamba.cli import ablate, main
 from vimamba.cli.ablate_page import render, skipping_lines
-from vimamba.tasks.ablation import DESIGNS, Run
+from vimamba.tasks.ablation import DESIGNS, Trial
 from vimamba.tasks.study import Findings, Row, Study, append_run, difference, read_runs, summarise
 
 DOCS = Path(__file__).parents[2] / "docs"
 
-RUN = Run("ssm_conv", 0, 0.003, 10, 0.5, 1000, 0.01, 1.0, 2.0, 3.0)
+RUN = Trial("ssm_conv", 0, 0.003, 10, 0.5, 1000, 0.01, 1.0, 2.0, 3.0)
 
 
 def test_finished_runs_are_read_back_and_a_cut_row_is_not(tmp_path):

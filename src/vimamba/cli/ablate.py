@@ -16,7 +16,7 @@ from vimamba.cli.parsing import add_options, take
 from vimamba.errors import UserError, nearest, require
 from vimamba.files import write_text
 from vimamba.models import list_models
-from vimamba.tasks.ablation import DESIGNS, Budget, Run, design_costs, open_study_data, run_design
+from vimamba.tasks.ablation import DESIGNS, Budget, Trial, design_costs, open_study_data, run_design
 from vimamba.tasks.optim import OptimOptions
 from vimamba.tasks.study import Findings, Study, append_run, best_lr, read_runs, summarise
 
@@ -95,7 +95,7 @@ def run(parser: ArgumentParser, parsed: Namespace) -> int:
     return 0
 
 
-def train_designs(options: AblateOptions, folder: Path, console: Console) -> dict[tuple[str, int, float], Run]:
+def train_designs(options: AblateOptions, folder: Path, console: Console) -> dict[tuple[str, int, float], Trial]:
     """The runs of a study; those that the folder holds already are not trained again."""
     optim = OptimOptions(epochs=options.epochs, batch_size=options.batch_size)
     budget = Budget(open_study_data(options.data), options.model, options.model_args, optim, options.equal)

@@ -47,7 +47,7 @@ SKIPPING = "gate, a third skipped"
 
 
 @dataclasses.dataclass
-class Run:
+class Trial:
     """One trained model, as a row of the study.
 
     Times are the quickest seen, milliseconds: of a forward pass over a batch in evaluation, and of a training step.
@@ -132,7 +132,7 @@ class AblationTask(ClassificationTask):
         self.step_times.append(time.perf_counter() - self.started)
 
 
-def run_design(design: str, seed: int, lr: float, budget: Budget) -> Run:
+def run_design(design: str, seed: int, lr: float, budget: Budget) -> Trial:
     """Train one design from one seed with one learning rate and measure it."""
     torch.manual_seed(seed)
     model = budget.build(design)
@@ -152,14 +152,14 @@ def run_design(design: str, seed: int, lr: float, budget: Budget) -> Run:
     seconds = time.perf_counter() - began
     batches = [(b.images, b.targets) for b in module.eval_loader(budget.data.val)]
     model = task.model.eval().cpu()
-    run = Run(
+    run = Trial(
         design, seed, lr, steps, accuracy(model, batches), count_parameters(model), flops / 1e9,
         forward_ms(model, batches[0][0]), 1e3 * min(task.step_times), seconds,
     )  # fmt: skip
     return measure_skipping(run, model, batches) if DESIGNS[design].get("merge") == "gate" else run
 
 
-def measure_skipping(run: Run, model: Any, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Run:
+def measure_skipping(run: Trial, model: Any, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Trial:
     """Skip the third of all directions of all layers and images whose gates are smallest."""
     with collect_gates() as collected:
         accuracy(model, batches)

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from vimamba import files
 from vimamba.errors import UserError, one_line
-from vimamba.tasks.ablation import DESIGNS, Run
+from vimamba.tasks.ablation import DESIGNS, Trial
 
 
 @dataclasses.dataclass
@@ -89,13 +89,13 @@ def difference(row: Row, other: Row) -> tuple[float, bool]:
     return points, min(row.runs, other.runs) > 1 and abs(points) > 100 * (row.spread + other.spread)
 
 
-def append_run(folder: Path, finished: Run) -> None:
+def append_run(folder: Path, finished: Trial) -> None:
     """Add a row to runs.csv."""
     path = folder / "runs.csv"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Run)])
+            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Trial)])
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(dataclasses.asdict(finished))
@@ -103,12 +103,12 @@ def append_run(folder: Path, finished: Run) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def read_runs(folder: Path) -> dict[tuple[str, int, float], Run]:
+def read_runs(folder: Path) -> dict[tuple[str, int, float], Trial]:
     """The finished runs of a folder; a row that was cut off is run again."""
     path = folder / "runs.csv"
     if not path.is_file():
         return {}
-    kinds = get_type_hints(Run)
+    kinds = get_type_hints(Trial)
     runs = {}
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -120,22 +120,22 @@ def read_runs(folder: Path) -> dict[tuple[str, int, float], Run]:
             values: dict[str, Any] = {
                 k: (float(v) if v else None) if k.startswith("skip_") else kinds[k](v) for k, v in row.items()
             }
-            runs[values["design"], values["seed"], values["lr"]] = Run(**values)
+            runs[values["design"], values["seed"], values["lr"]] = Trial(**values)
     return runs
 
 
-def best_lr(runs: Iterable[Run], design: str) -> float:
+def best_lr(runs: Iterable[Trial], design: str) -> float:
     """The learning rate with which the first seed of a design did best."""
     return max((run for run in runs if run.design == design and run.seed == 0), key=lambda run: run.top1).lr
 
 
-def summarise(runs: Sequence[Run]) -> list[Row]:
+def summarise(runs: Sequence[Trial]) -> list[Row]:
     """One row for each design that has a run of the first seed."""
     tried = {run.design for run in runs if run.seed == 0}
     return [_row([run for run in runs if run.design == design], design) for design in DESIGNS if design in tried]
 
 
-def _row(runs: list[Run], design: str) -> Row:
+def _row(runs: list[Trial], design: str) -> Row:
     lr = best_lr(runs, design)
     best = [run for run in runs if run.lr == lr]
     first, top1 = best[0], [run.top1 for run in best]

@@ -15,23 +15,20 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from vimamba.data.loaders import ImageDataModule
 from vimamba.data.sources import open_data
 from vimamba.data.split import HELD_OUT, how_drawn
-from vimamba.errors import UserError, naming, nearest, one_line, require
+from vimamba.errors import UserError, naming, one_line
 from vimamba.models.description import BUILDING, check_arguments, check_plain
-from vimamba.processes import cores
 from vimamba.tasks.checkpoint_every import CheckpointEvery
 from vimamba.tasks.config import GROUPS, TrainConfig, default_output
 from vimamba.tasks.defaults import choose_augmentation, choose_lr, choose_preprocessing, choose_schedule, steps_an_epoch
 from vimamba.tasks.loggers import build_loggers
-from vimamba.tasks.options import MachineOptions, RunOptions
+from vimamba.tasks.options import RunOptions
 from vimamba.tasks.record import Record
 from vimamba.tasks.resume import check_same, config_before, find_checkpoint
 from vimamba.tasks.run_folder import CONFIG, RunFolder
@@ -39,6 +36,7 @@ from vimamba.tasks.run_keeper import RunKeeper
 from vimamba.tasks.signals import StoppedBySignal, StopSignals
 from vimamba.tasks.skipped import SkippedFiles
 from vimamba.tasks.task import find_task
+from vimamba.tasks.trainer import build_trainer
 from vimamba.tasks.weights import Architecture, ModelCard, architecture, build_model, check_model_name, load_start
 
 if TYPE_CHECKING:
@@ -284,67 +282,6 @@ def set_grad_checkpointing(model: Any, name: str) -> None:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:  # timm's models assert that they can
         raise UserError(f"`grad_checkpointing`: {name} cannot do that; leave it out") from error
-
-
-class Patience(EarlyStopping):
-    """Ends a run that gets no better; a resumed one has the patience asked for now."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict({**state_dict, "patience": self.patience})
-
-
-def build_trainer(
-    config: TrainConfig, folder: Path, callbacks: list[pl.Callback], loggers: list[Logger], progress: bool,
-    monitor: str, mode: str,
-) -> pl.Trainer:  # fmt: skip
-    """Lightning's trainer, without the files and lines of its own."""
-    optim, machine = config.optim, config.machine
-    known = ["auto", *StrategyRegistry.available_strategies()]
-    hint = nearest(machine.strategy, known) or "; give auto, ddp or fsdp"
-    require(machine.strategy in known, f"`strategy` {machine.strategy}: there is no such strategy{hint}")
-    of_trainer = {name: value for name, value in vars(machine).items() if name not in ("compile", "grad_checkpointing")}
-    if optim.patience is not None:
-        callbacks = [*callbacks, Patience(monitor, patience=optim.patience, mode=mode)]
-    try:
-        trainer = pl.Trainer(
-            **of_trainer,
-            max_epochs=optim.epochs,
-            gradient_clip_val=optim.clip_grad,
-            accumulate_grad_batches=optim.accumulate,
-            callbacks=callbacks,
-            default_root_dir=folder,
-            logger=loggers,
-            enable_checkpointing=False,
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
-    except Exception as error:  # Lightning's own errors, one kind for each option
-        plain = MachineOptions()
-        given = {key: value for key, value in of_trainer.items() if value != getattr(plain, key)} or of_trainer
-        options = " ".join(f"`{key}` {value}" for key, value in given.items())
-        raise UserError(f"{options}: not possible here: {one_line(error)}") from error
-    check_processes(trainer, machine)
-    if trainer.precision != machine.precision:  # Lightning takes another without asking
-        raise UserError(f"`precision` {machine.precision}: needs a GPU; on the CPU give bf16-mixed or 32-true")
-    return trainer
-
-
-def check_processes(trainer: pl.Trainer, machine: MachineOptions) -> None:
-    """Refuse more processes than there are cores for, and machines that would wait for each other for ever."""
-    few = trainer.strategy.root_device.type != "cpu" or trainer.num_devices <= cores()
-    require(
-        few,
-        f"`devices` {machine.devices}: starts as many processes on the CPU, which has {cores()} cores; give no more",
-    )
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    launched = "MASTER_ADDR" in os.environ or (environment is not None and environment.creates_processes_externally)
-    require(
-        trainer.num_nodes == 1 or launched,
-        f"`num_nodes` {machine.num_nodes}: would wait for the other machines for ever; start it on each of them with "
-        "torchrun or srun, or with MASTER_ADDR, MASTER_PORT and NODE_RANK set",
-    )
 
 
 def _document() -> None:
