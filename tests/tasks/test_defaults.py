@@ -91,7 +91,7 @@ def images_of(*sides):
         ("vim_tiny_patch16_224", [32], 112),
         ("vim_tiny_patch16_224", [113], 224),
         ("vim_tiny_patch16_224", [3000], 224),
-        ("resnet18", [100], 112),
+        ("resnet18", [100], 224),
         ("vit_base_patch14_dinov2", [100], 518),
     ],
 )

@@ -4,10 +4,11 @@ import csv
 import inspect
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torchmetrics import MeanAbsoluteError
@@ -17,6 +18,8 @@ from tests.cli.runs import train_arguments, write_photos
 from vimamba.cli import main
 from vimamba.errors import UserError
 from vimamba.tasks.config import argument_kinds
+from vimamba.tasks.run_folder import LAST
+from vimamba.tasks.run_keeper import RunKeeper
 from vimamba.tasks.signals import StoppedBySignal
 from vimamba.tasks.task import Task
 
@@ -186,7 +189,7 @@ def test_a_task_from_outside_is_trained_evaluated_and_used(tmp_path, capsys):
 def test_a_signal_ends_a_run_with_a_word(photos, tmp_path):
     class Ask(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            trainer.callbacks[0].signals.asked = 2
+            next(c for c in trainer.callbacks if isinstance(c, RunKeeper)).signals.asked = 2
 
     with pytest.raises(
         StoppedBySignal, match=r"stopped at epoch 1, batch 1; everything is saved: continue with `resume` .*run"
@@ -203,3 +206,56 @@ def test_a_stranger_s_run_fetches_and_imports_nothing(photos, tmp_path, name, va
     (run / "config.yaml").write_text(yaml.safe_dump({**config, name: value}))
     with pytest.raises(UserError, match=f"names a {name} to be .*; give `{name}` {value} if you mean it"):
         vimamba.train(resume=run, epochs=3)
+
+
+def test_a_run_is_resumed_where_it_was_moved_to_and_with_what_it_had(photos, tmp_path, monkeypatch):
+    paths = ("row", "column")
+    arguments = TINY | {"model_args": TINY["model_args"] | {"paths": paths}}
+    vimamba.train(data=photos, output=tmp_path / "run", **arguments)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    again = {"img_size": 16, "model_args": arguments["model_args"], "epochs": np.int64(3)}
+    assert len(vimamba.train(resume="moved", progress=False, **again).history) == 3
+
+
+def test_a_run_of_version_0_1_keeps_the_rate_that_it_chose(photos, tmp_path):
+    wide = TINY | {"model_args": TINY["model_args"] | {"embed_dim": 128}, "schedule": "constant", "warmup_epochs": 0}
+    run = vimamba.train(data=photos, output=tmp_path / "run", **wide)
+    assert {row["lr"] for row in run.history} == {1e-3}
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["lr"] == 1e-3
+    old = vimamba.train(data=photos, output=tmp_path / "old", lr=2e-3, **wide)
+    config = yaml.safe_load((old.folder / "config.yaml").read_text())
+    (old.folder / "config.yaml").write_text(yaml.safe_dump({**config, "lr": None}))
+    checkpoint = torch.load(old.folder / LAST, weights_only=True)
+    del checkpoint["vimamba"]["version"]
+    torch.save(checkpoint, old.folder / LAST)
+    assert vimamba.train(resume=old.folder, epochs=3, progress=False).history[-1]["lr"] == 2e-3
+
+
+def test_a_run_that_got_no_better_is_at_its_end(photos, tmp_path):
+    run = vimamba.train(data=photos, output=tmp_path / "run", patience=2, lr=1e-9, **TINY | {"epochs": 9})
+    state = torch.load(run.folder / LAST, weights_only=True)["callbacks"]
+    (patience,) = (value for name, value in state.items() if "Patience" in name)
+    assert (patience["wait_count"], patience["stopped_epoch"]) == (2, 2)
+
+
+def test_logs_of_others_stay(photos, tmp_path):
+    mine = tmp_path / "run/logs/tensorboard/mine"
+    mine.mkdir(parents=True)
+    with pytest.raises(UserError, match="exists and is not empty"):
+        vimamba.train(data=photos, output=tmp_path / "run", **TINY)
+    vimamba.train(data=photos, output=tmp_path / "run", overwrite=True, **TINY)
+    assert mine.is_dir()
+
+
+def test_a_number_logged_late_and_single_callbacks(photos, tmp_path):
+    class Late(pl.Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch:
+                pl_module.log("val_extra", 1.0)
+
+    run = vimamba.train(data=photos, output=tmp_path / "run", callbacks=Late(), **TINY)
+    assert "val_extra" in (run.folder / "metrics.csv").read_text()
+    saver = ModelCheckpoint(tmp_path / "mine", monitor="val_loss")
+    vimamba.train(data=photos, output=tmp_path / "other", callbacks=saver, **TINY)
+    assert list((tmp_path / "mine").glob("*.ckpt"))

@@ -116,8 +116,8 @@ class Predictor:
             yield from (item if isinstance(item, UserError) else next(results) for item in items)
 
     def evaluate(
-        self, data: str | None = None, split: Literal["auto", "val", "all"] = "auto", batch_size: int = 64,
-        num_workers: int | None = None,
+        self, data: str | os.PathLike[str] | None = None, split: Literal["auto", "val", "all"] = "auto",
+        batch_size: int = 64, num_workers: int | None = None,
     ) -> Results:  # fmt: skip
         """Measure on images whose classes are known; by default those that the run held out.
 
@@ -130,7 +130,7 @@ class Predictor:
         Raises:
             UserError: there are no such data, or their classes are not the model's.
         """
-        found, _ = open_for_eval(self.run or Path(), data, split)
+        found, _ = open_for_eval(self.run or Path(), None if data is None else os.fspath(data), split)
         return evaluate(self.runner, self.card, found, batch_size, num_workers)[0]
 
 
@@ -147,7 +147,8 @@ class Pictures:
         given = self.images[index]
         if isinstance(given, str | os.PathLike):
             return decode_image(given)
-        return flatten(given if isinstance(given, Image.Image) else self._of_array(given, index))
+        image = given if isinstance(given, Image.Image) else self._of_array(given, index)
+        return flatten(image, self.name(index))
 
     def target(self, index: int) -> int:
         return 0

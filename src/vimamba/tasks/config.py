@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from vimamba.data.transforms import AugmentOptions
@@ -40,6 +41,7 @@ class TrainConfig:
             UserError: one is unknown, missing, of another kind or out of range.
         """
         kinds = argument_kinds()
+        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
         for name, value in values.items():
             hint = nearest(name, kinds)
             require(name in kinds, f"`{name}`: there is no such argument{hint}")

@@ -14,9 +14,10 @@ from vimamba.data.decode import DecodeError
 from vimamba.data.sources import ImageData
 from vimamba.data.transforms import AugmentOptions, Preprocessing
 from vimamba.errors import require
+from vimamba.models import list_models
 from vimamba.tasks.optim import OptimOptions
 from vimamba.tasks.options import RunOptions
-from vimamba.tasks.weights import Architecture
+from vimamba.tasks.weights import Architecture, ModelCard
 
 EPOCHS = 30
 BATCHES = (32, 16)  # images in a step, the larger where an epoch then has enough steps
@@ -62,11 +63,12 @@ def steps_an_epoch(images: int, batch: int, accumulate: int = 1) -> int:
     return max(1, math.ceil(max(1, images // batch) / accumulate))
 
 
-def choose_lr(optim: OptimOptions, model: nn.Module, trained: bool) -> OptimOptions:
+def choose_lr(optim: OptimOptions, model: nn.Module, trained: bool, of_run: ModelCard | None = None) -> OptimOptions:
     """With a learning rate: that of new weights falls with the width, as Adam's steps ask for (arXiv 2203.03466)."""
     if optim.lr is not None:
         return optim
-    width = getattr(model, "num_features", WIDTH)
+    # Version 0.1 kept no rate that it chose, and gave every model the same.
+    width = WIDTH if of_run and of_run.version == "0.1.0" else getattr(model, "num_features", WIDTH)
     return dataclasses.replace(optim, lr=LR_OF_TRAINED if trained else float(f"{LR * min(1.0, WIDTH / width):.2g}"))
 
 
@@ -76,7 +78,8 @@ def choose_preprocessing(options: RunOptions, data: ImageData, behind: Architect
     in_chans = options.in_chans or data.in_chans
     trained = options.pretrained or options.checkpoint is not None
     made_for = tuple(resolved["input_size"][-2:])
-    size = options.img_size or data.img_size or (made_for if trained else _size_for(data, made_for))
+    follows = not trained and behind.name.split(".")[0] in list_models()  # others of timm's may take one size only
+    size = options.img_size or data.img_size or (_size_for(data, made_for) if follows else made_for)
     size = (size, size) if isinstance(size, int) else size
     if data.mean and data.std:
         mean, std = data.mean[:1] * in_chans, data.std[:1] * in_chans
@@ -90,7 +93,7 @@ def choose_preprocessing(options: RunOptions, data: ImageData, behind: Architect
 
 
 def _size_for(data: ImageData, made_for: tuple[int, ...]) -> tuple[int, int]:
-    """The size that the model was made for, doubled or halved towards that of the images.
+    """The size that a model of ours was made for, doubled or halved towards that of the images.
 
     Doubling keeps the number of patches whole. A model for small images would see photographs as thumbnails
     otherwise, one for photographs would see small images enlarged, which costs time and shows nothing more.

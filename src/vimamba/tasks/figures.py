@@ -16,6 +16,7 @@ from matplotlib import font_manager
 from matplotlib.font_manager import get_font
 from PIL import Image
 
+from vimamba.data.decode import flatten
 from vimamba.tasks.record import Record
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
@@ -62,6 +63,7 @@ def save_curves(path: Path, record: Record, title: str, heading: str) -> None:
 
 def with_caption(image: Image.Image, lines: list[str]) -> Image.Image:
     """A copy of an image with lines of text below it, in letters of about a fifteenth of its width."""
+    image = flatten(image)
     width, height = image.size
     lines, families = _drawable(lines)
     inches, row = max(width, 160) / DOTS, 0.24 + max(width, 160) / DOTS / 15

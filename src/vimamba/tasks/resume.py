@@ -68,7 +68,7 @@ def find_checkpoint(folder: Path, config: TrainConfig, warn: Callable[[str], Non
     """
     now = config.to_dict()
     before = config_before(folder, now).to_dict()
-    if Path(now["output"] or folder).absolute() != folder.absolute():
+    if Path(now["output"] or folder).resolve() != folder.resolve():
         raise UserError(f"`output` {now['output']}: a run that is resumed stays in {folder}; leave `output` out")
     changed = {
         name: f"{name} {_text(before[name])} -> {_text(now[name])}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +35,8 @@ LAST, PREVIOUS, BEST = (f"checkpoints/{name}.ckpt" for name in ("last", "previou
 OWN_FILES = (CONFIG, HELD_OUT, METRICS, WEIGHTS, CURVES, PER_CLASS, "confusion.png", LAST, PREVIOUS, BEST)
 LOCK = ".lock"
 LOGS = "logs"
-LOGGED = ("tensorboard", "csv", "wandb")  # below it
+LOGGED = ("tensorboard", "csv")  # below it
+BEGAN = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?"  # below those, by when a run began: what is ours to remove
 
 
 class RunFolder:
@@ -114,7 +116,7 @@ class RunFolder:
     def _check_empty(self, overwrite: bool) -> None:
         inside = {entry.name for entry in self.path.iterdir()} - {LOCK, *(p.name for p in self.path.glob(PARTIAL))}
         if not any((self.path / LAST).parent.glob("[!.]*")):  # of a run that was killed before it had saved anything
-            inside -= {"checkpoints", *([LOGS] if self._logs() else [])}
+            inside -= {"checkpoints", *([LOGS] if self._only_our_logs() else [])}
         if not inside or overwrite:
             return
         resume = f", continue that run with `resume` {self.path}" if self.resumable else ""
@@ -125,7 +127,11 @@ class RunFolder:
 
     def _logs(self) -> set[Path]:
         """A folder for each logger and each beginning of a run."""
-        return {folder for name in LOGGED for folder in (self.path / LOGS / name).glob("*")}
+        found = (folder for name in LOGGED for folder in (self.path / LOGS / name).glob("*"))
+        return {folder for folder in found if re.fullmatch(BEGAN, folder.name)}
+
+    def _only_our_logs(self) -> bool:
+        return {path for path in (self.path / LOGS).glob("*/*")} <= self._logs()
 
     def _remove_logs(self, folders: set[Path]) -> None:
         for folder in folders:

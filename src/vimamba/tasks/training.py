@@ -86,10 +86,13 @@ def train(
     progress: bool = True,
     **options: Any,
 ) -> Run:
+    callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else callbacks
+    loggers = [loggers] if isinstance(loggers, Logger) else loggers
     given = {"data": data, "model": model, **options}
     values = {name: value for name, value in given.items() if value is not None or name not in ("data", "model")}
     values = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
     before = config_before(Path(resume), values).to_dict() if resume is not None else {}
+    before.pop("output", None)  # the folder may have been moved
     training = Training(
         TrainConfig.of(before | values), Path(resume) if resume is not None else None, overwrite,
         lambda line: warnings.warn(line, stacklevel=3), callbacks, loggers, progress,
@@ -139,16 +142,17 @@ class Training:
         self.keeper = RunKeeper(self.folder, every, StopSignals(), self.data.name)
         self.skipped = SkippedFiles(warn, options.max_undecodable)
         self.trainer = build_trainer(
-            config, path, [self.keeper, self.skipped, *callbacks], [*build_loggers(options.logger, path), *loggers],
+            config, path, self.keeper, [self.skipped, *callbacks], [*build_loggers(options.logger, path), *loggers],
             progress, f"val_{task.monitor}", task.mode,
         )  # fmt: skip
         images = len(self.data.train) // self.trainer.world_size
         self.optim = choose_schedule(config.optim, images)
         self.trainer.fit_loop.max_epochs = self.optim.epochs
         self.trainer.log_every_n_steps = min(10, max(1, images // self.optim.batch))  # type: ignore[attr-defined]
-        self.folder.texts = self._texts()
         model, self.note = self._build()
-        self.optim = choose_lr(self.optim, model, options.pretrained or options.checkpoint is not None)
+        trained = options.pretrained or options.checkpoint is not None
+        self.optim = choose_lr(self.optim, model, trained, self.card if self.resumed else None)
+        self.folder.texts = self._texts()
         self.task = task(model, self.card, self.optim, augment, options.seed)
         if config.machine.compile:  # now that the moving average has its copy
             model.compile()
@@ -192,7 +196,8 @@ class Training:
         optim, images = self.optim, len(self.data.train) // self.trainer.world_size
         each = steps_an_epoch(images, optim.batch, optim.accumulate)
         size = optim.batch * optim.accumulate * self.trainer.world_size
-        return f"{optim.epochs} epochs of {each} steps of {size} images: {optim.passes * each} steps"
+        steps = f"{optim.epochs} epochs of {each} steps of {size} images: {optim.passes * each} steps"
+        return f"{steps}, learning rate {optim.highest_lr:g}"
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
