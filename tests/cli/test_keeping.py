@@ -372,7 +372,7 @@ def test_a_state_that_is_not_finite_is_never_saved(vimamba, photos, tmp_path, mo
     assert all(value.isfinite().all() for value in last_state(run).values())
     status, out, err = vimamba("train", "--resume", run, "--lr", 1e-4)  # the advice
     assert (status, err) == (0, "")
-    assert "lr null -> 0.0001" in out
+    assert "lr 0.002 -> 0.0001" in out
     assert len(metrics(run)) == 2
 
 

@@ -57,10 +57,10 @@ class RunOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.img_size, int):
-            self.img_size = (self.img_size, self.img_size)
+        size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+        require(size is None or min(size) >= 1, f"`img_size` is {self.img_size}; it must be at least 1")
+        self.img_size = size
         self.model_args = {name: _listed(value) for name, value in self.model_args.items()}
-        require(min(self.img_size or (1,)) >= 1, f"`img_size` is {self.img_size}; it must be at least 1")
         require(
             self.in_chans in (None, 1, 3),
             f"`in_chans` is {self.in_chans}; images have 1 (grey) or 3 (colour)",
