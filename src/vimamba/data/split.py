@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,20 +90,6 @@ class HeldOut:
     def text(self) -> str:
         """What its file holds."""
         return json.dumps(dataclasses.asdict(self), indent=0) + "\n"
-
-    def write(self, run: Path) -> None:
-        """Keep it in a run's folder.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        path = run / HELD_OUT
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            partial.write_text(self.text(), encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def fingerprint(*parts: LastingSamples) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from timm.data.mixup import Mixup
@@ -60,13 +61,15 @@ class ClassificationTask(Task):
         return f"{share} of the held-out images named right"
 
     def mix(self, images_BCHW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        augment = self.augment
-        if not (augment.mixup or augment.cutmix) or len(images_BCHW) < 2:
+        if not (self.augment.mixup or self.augment.cutmix) or len(images_BCHW) < 2:
             return images_BCHW, targets
         even = len(images_BCHW) // 2 * 2  # Mixup pairs each image with another
-        classes = len(self.card.class_names)
-        mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing, num_classes=classes)
-        return mixup(images_BCHW[:even], targets[:even])
+        return self._mixup(images_BCHW[:even], targets[:even])
+
+    @functools.cached_property
+    def _mixup(self) -> Mixup:
+        augment, classes = self.augment, len(self.card.class_names)
+        return Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing, num_classes=classes)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         smoothing = 0.0 if targets.is_floating_point() else self.augment.label_smoothing  # mixed targets have theirs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -45,9 +44,7 @@ class Task(pl.LightningModule):
     name: ClassVar[str]
     monitor: ClassVar[str]  # of an evaluation's numbers, the one that decides
     mode: ClassVar[Literal["max", "min"]] = "max"
-    columns: ClassVar[
-        dict[str, str]
-    ] = {}  # an epoch's numbers to show, with their headings; "%" makes a share a percentage
+    columns: ClassVar[dict[str, str]] = {}  # an epoch's numbers to show with their headings; "%" is for shares
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -231,10 +228,6 @@ def find_task(name: str) -> type[Task]:
     """
     from vimamba.tasks import classification  # noqa: F401 - registers it
 
-    hint = nearest(name, TASKS) or f"; there are {_listed(TASKS)}"
+    hint = nearest(name, TASKS) or f"; there are {', '.join(sorted(TASKS))}"
     require(name in TASKS, f"`task` {name}: there is no such task{hint}")
     return TASKS[name]
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
