@@ -25,7 +25,6 @@ const Kernels& VIMAMBA_TABLE() {
   static const Kernels table = {
       .name = VIMAMBA_NAME,
       .lanes = W,
-      .inner_loop = inner_loop,
       .scan_scratch = scan_scratch,
       .scan_forward = scan_forward,
       .scan_backward_scratch = scan_backward_scratch,

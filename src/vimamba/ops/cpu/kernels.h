@@ -105,7 +105,6 @@ static inline int64_t blocks_of(int64_t dim, int64_t groups, int lanes) {
 struct Kernels {
   const char* name;
   int lanes;
-  int64_t (*inner_loop)(int64_t tiles);
 
   // Channel blocks [begin, end) of one batch element over all time.
   int64_t (*scan_scratch)(const Scan&, int64_t blocks);

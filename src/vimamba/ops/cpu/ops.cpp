@@ -22,17 +22,6 @@ using namespace vimamba;
 int64_t chunk() { return kChunk; }
 int64_t max_width() { return kMaxWidth; }
 
-// For benchmarks/: every thread runs the innermost loop `tiles` times; returns the state updates done by all.
-int64_t inner_loop(int64_t tiles) {
-  const int64_t parts = threads();
-  int64_t updates = 0;
-  for_each_task(parts, [&](int64_t part) {
-    const int64_t done = kernels().inner_loop(tiles);
-    if (part == 0) updates = parts * done;
-  });
-  return updates;
-}
-
 // Whether these kernels are what an operator of an exported program wants.
 void check_without_python(const Tensor& x, const std::string& backend) {
   STD_TORCH_CHECK(x.is_cpu() && (backend.empty() || backend == "cpu"),
@@ -78,7 +67,6 @@ STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
   m.def("instruction_set(int wanted) -> int");
   m.def("chunk() -> int");
   m.def("max_width() -> int");
-  m.def("inner_loop(int tiles) -> int");
   m.def("scan_backward_parts(Tensor u, Tensor B, Tensor C) -> int");
   m.def("scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
         " bool delta_softplus, bool reverse, bool save_states) -> (Tensor, Tensor, Tensor)");
@@ -113,7 +101,6 @@ STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
   m.impl("chunk", TORCH_BOX(&chunk));
   m.impl("max_width", TORCH_BOX(&max_width));
-  m.impl("inner_loop", TORCH_BOX(&inner_loop));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CPU, m) {

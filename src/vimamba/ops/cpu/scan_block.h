@@ -125,20 +125,4 @@ inline void advance_all(const TileInputs& in, int64_t N, const float* decay, Coe
   for (; n < N; ++n) advance<1>(in, n, N, decay, B, C, state, y);
 }
 
-// The innermost loop alone, `tiles` times over one tile in the first-level cache: the floor that benchmarks/
-// compares with. Returns the state updates done.
-int64_t inner_loop(int64_t tiles) {
-  alignas(64) float inputs[2][kTile * W], coefficients[kTile * kStates], decay[kStates * W], y[kTile * W];
-  alignas(64) float state[kStates * W] = {};
-  for (int i = 0; i < kTile * W; ++i) inputs[0][i] = 0.01f * (float)(i % 7), inputs[1][i] = 0.1f;
-  for (int i = 0; i < kTile * kStates; ++i) coefficients[i] = 0.3f;
-  for (int i = 0; i < kStates * W; ++i) decay[i] = -1.0f - (float)(i / W);
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const Coefficients<false> same{coefficients, kStates};
-    advance<kStates>({kTile, inputs[0], inputs[1]}, 0, kStates, decay, same, same, state, y);
-    __asm__ volatile("" : : "r"(y), "r"(state) : "memory");
-  }
-  return tiles * kTile * kStates * W;
-}
-
 }  // namespace
