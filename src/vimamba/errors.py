@@ -65,3 +65,9 @@ def naming(source: Any) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that something does not fit into the memory, of the machine or of a device."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or of_torch

@@ -15,8 +15,9 @@ from vimamba.errors import require
 from vimamba.inference.evaluation import OWN, Split, evaluate, folder_of, open_for_eval
 from vimamba.inference.runner import DeviceOptions, Runner
 from vimamba.tasks.figures import save_confusion
+from vimamba.tasks.find import find_task
+from vimamba.tasks.options import InferenceOptions
 from vimamba.tasks.results import Results
-from vimamba.tasks.task import find_task
 from vimamba.tasks.weights import ModelCard, load_model
 
 
@@ -27,7 +28,8 @@ class EvalOptions:
     Args:
         data: mnist, a folder, hfds/NAME or wds/FOLDER; what the run was trained on if not given
         split: val (held-out images) or all; auto takes the held-out ones where a folder or the run tells them apart
-        class_names: file with one class name a line, for hub data and shards whose labels have none
+        class_names: file with one class name a line, for hub data, shards and masks whose labels have none
+        ignore_index: value of the pixels of a mask that do not count; the run's, or 255, if not given
         max_undecodable: share of files that may be undecodable before it stops
         output: folder for confusion.png; the run's own if not given, where the picture is named after other data
     """
@@ -35,6 +37,7 @@ class EvalOptions:
     data: str | None = None
     split: Split = "auto"
     class_names: str | None = None
+    ignore_index: int | None = None
     max_undecodable: float = 0.01
     output: str | None = None
 
@@ -49,22 +52,25 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="a run's folder, its model.safetensors or one of its checkpoints")
     parser.add_argument("--config", action="config")
     add_options(parser, EvalOptions)
+    add_options(parser, InferenceOptions)
     add_options(parser, DeviceOptions)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
-    what, device = take(EvalOptions, options), take(DeviceOptions, options)
+    what, device, how = (take(kind, options) for kind in (EvalOptions, DeviceOptions, InferenceOptions))
     terminal.quiet_libraries()
     model, card = load_model(options.run)
-    data, which = open_for_eval(Path(options.run), what.data, what.split, what.class_names)
+    task = find_task(card.task)
+    task.check_inference(how)
+    data, which = open_for_eval(Path(options.run), task, what.data, what.split, what.class_names, what.ignore_index)
     for line in data.notes:
         terminal.warn(line)
-    runner = Runner(model, device.device, device.precision)
+    runner = Runner(model, card, device.device, device.precision, how)
     with terminal.progress_bar(terminal.console(stderr=True)) as bar:
         bar_line = bar.add_task("evaluating", total=len(data.val))
         results, skipped = evaluate(
-            runner, card, data, device.batch_size, device.num_workers, what.max_undecodable, terminal.warn,
+            runner, data, device.batch_size, device.num_workers, what.max_undecodable, terminal.warn,
             lambda done, of: bar.update(bar_line, completed=done),
         )  # fmt: skip
     picture = write_confusion(what, Path(options.run), card, data, which, results)
@@ -79,17 +85,15 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
         print(json.dumps(shown | {"confusion": str(picture) if picture else None}))
         return 0
     console = terminal.console()
-    terminal.print_classes(console, [row for row in results.per_class if row["images"]])
-    if absent := [row["name"] for row in results.per_class if not row["images"]]:
-        console.print(f"no images of: {', '.join(absent[:20])}{' ...' if len(absent) > 20 else ''}", markup=False)
+    terminal.print_classes(console, [row for row in results.per_class if row[task.counted]])
+    if absent := [row["name"] for row in results.per_class if not row[task.counted]]:
+        console.print(f"no {task.counted} of: {', '.join(absent[:20])}{' ...' if len(absent) > 20 else ''}", markup=False)
     if skipped:
         terminal.warn(f"{skipped} image{'s' * (skipped > 1)} could not be decoded and were left out")
-    task = find_task(card.task)
-    first, *others = [terminal.said(heading, results.numbers[name]) for name, heading in task.columns.items()]
-    console.print(
-        f"\n[bold green]{first}[/], {''.join(f'{other}, ' for other in others)}"
-        f"loss {results.numbers['loss']:.4f}, on {results.images} {which} of {data.name}"
-    )
+    columns = {**task.columns, "loss": "loss"}
+    said = [terminal.said(columns[name], results.numbers[name]) for name in columns if name in results.numbers]
+    rest = "".join(f", {number}" for number in said[1:])
+    console.print(f"\n[bold green]{said[0]}[/]{rest}, on {results.images} {which} of {data.name}")
     if picture:
         console.print(f"confusion matrix: {picture}", markup=False)
     return 0

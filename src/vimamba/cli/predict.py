@@ -1,11 +1,14 @@
-"""vimamba predict: name what is in images."""
+"""vimamba predict: say what is in images, in words and pictures."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
 import glob
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +18,98 @@ from rich.markup import escape
 
 from vimamba.cli import terminal
 from vimamba.cli.parsing import add_options, take
+from vimamba.data.coco import write_coco
+from vimamba.data.decode import decode_image
 from vimamba.data.walk import LeftOut, find_images
 from vimamba.errors import UserError, escaped, require
-from vimamba.inference.predictor import load_run
+from vimamba.files import whole
+from vimamba.inference.predictor import Predictor, load_run
 from vimamba.inference.runner import DeviceOptions
+from vimamba.inference.tiles import TileOptions
 from vimamba.processes import default_workers
+from vimamba.tasks.detection import DetectionTask
+from vimamba.tasks.options import InferenceOptions
+from vimamba.tasks.results import Detections, Segmentation
 
 FEW = 256  # images that are decoded sooner than worker processes start
+LISTED = 8  # classes or objects in a line for people
+
+
+@dataclasses.dataclass
+class PredictOptions:
+    """What is to be said, and where.
+
+    Args:
+        output: folder for pictures: each image with what was found in it, to segment also the masks, and to detect all
+            objects in predictions.json, as COCO has them
+        top: classes, or objects, shown for each image; 5, or 100 objects, if not given
+        min_score: objects of which a detector is less sure are left out
+        json: print one JSON object a line, one line an image
+        csv: print a table with a header
+    """
+
+    output: str | None = None
+    top: int | None = None
+    min_score: float = 0.5
+    json: bool = False
+    csv: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.top is None or self.top >= 1, f"--top is {self.top}; it must be at least 1")
+        require(0.0 <= self.min_score <= 1.0, f"--min_score is {self.min_score}; give a share from 0 to 1")
+        require(not (self.json and self.csv), "--json and --csv: choose one to print")
+        require(
+            self.output is None or not Path(self.output).exists() or Path(self.output).is_dir(),
+            f"--output {self.output}: is a file; give a folder",
+        )
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="a run's folder, its model.safetensors or one of its checkpoints")
     parser.add_argument("images", nargs="+", help="image files, folders, or patterns such as 'photos/**/*.jpg'")
     parser.add_argument("--config", action="config")
-    add_options(parser, DeviceOptions)
-    parser.add_argument("--top", type=int, default=5, help="classes shown for each image")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line, one line an image")
-    parser.add_argument("--csv", action="store_true", help="print a table with a header, one row an image")
+    for group in (PredictOptions, TileOptions, InferenceOptions, DeviceOptions):
+        add_options(parser, group)
 
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
-    device = take(DeviceOptions, options)
-    if options.top < 1:
-        raise UserError(f"--top is {options.top}; it must be at least 1")
-    require(not (options.json and options.csv), "--json and --csv: choose one to print")
+    what, tiles, how, device = (
+        take(kind, options) for kind in (PredictOptions, TileOptions, InferenceOptions, DeviceOptions)
+    )
     terminal.quiet_libraries()
-    predictor = load_run(options.run, device.device, device.precision)
+    predictor = load_run(options.run, device.device, device.precision, how.window, how.flip)
+    predictor.task.check_inference(how)
+    detects = issubclass(predictor.task, DetectionTask)
+    require(detects or what.min_score == PredictOptions().min_score, "--min_score: is for runs that detect objects")
     paths = list_images(options.images)
+    if tiles.tile is not None:
+        return run_tiled(predictor, paths, what, tiles)
     workers = device.num_workers
     if workers is None:
         workers = 0 if len(paths) <= FEW else default_workers()
-    top = min(options.top, len(predictor.class_names))
+    top = what.top or (100 if detects else min(5, len(predictor.class_names)))
+    top = top if detects else min(top, len(predictor.class_names))
     out = terminal.console()
     # One console for lines and bar where both go to the terminal: the lines then appear above the bar.
     shown_on = out if out.is_terminal else terminal.console(stderr=True)
+    pictures = Pictures(Path(what.output), predictor) if what.output else None
     failed = 0
-    if options.csv:
-        numbered = [f"{column}_{place}" for place in range(1, top + 1) for column in ("class", "probability")]
-        print_row(out, ["image", *numbered, "error"])
+    if what.csv:
+        print_row(out, ["image", *predictor.task.result.columns(top), "error"])
     with terminal.progress_bar(shown_on) as bar:
         task = bar.add_task("predicting", total=len(paths))
         for path, answer in zip(paths, predictor.stream(paths, device.batch_size, workers), strict=True):
             failed += isinstance(answer, UserError)
-            if options.csv:
-                print_row(out, row_of(path, answer, top))
+            answer = answer.above(what.min_score) if isinstance(answer, Detections) else answer
+            files = pictures.add(path, answer) if pictures else {}
+            if what.csv:
+                for row in rows_of(path, answer, top, predictor.task.result):
+                    print_row(out, row)
             else:
-                print_answer(out, path, answer, top, options.json)
+                print_answer(out, path, answer, top, what.json, files)
             bar.advance(task)
+    if pictures:
+        pictures.close()
     if failed:
         terminal.warn(f"{failed} of {len(paths)} images could not be read")
     return 1 if failed else 0
@@ -88,24 +136,25 @@ def list_images(given: list[str]) -> list[str]:
     return list(found)
 
 
-def print_answer(out: Console, path: str, answer: Any, top: int, as_json: bool) -> None:
+def print_answer(out: Console, path: str, answer: Any, top: int, as_json: bool, files: dict[str, str]) -> None:
     """One line: on stdout what the image shows, on stderr what is wrong with it."""
     if as_json:
-        body = {"error": str(answer)} if isinstance(answer, UserError) else answer.to_dict(top)
+        body = {"error": str(answer)} if isinstance(answer, UserError) else {**answer.to_dict(top), **files}
         out.out(json.dumps({"image": path, **body}))
     elif isinstance(answer, UserError):
         terminal.warn(str(answer))
     else:
-        first, *others = [(escape(name), f"{100 * p:.1f}%") for name, p in answer.top(top)]
+        found = [(escape(name), f"{100 * p:.1f}%") for name, p in answer.top(min(top, LISTED))]
+        first, *others = found or [("nothing", "")]
         rest = "  ".join(f"{name} {share}" for name, share in others)
         out.print(f"{escape(escaped(path))}  [bold green]{first[0]}[/] {first[1]}  [dim]{rest}[/]")
 
 
-def row_of(path: str, answer: Any, top: int) -> list[str]:
-    """An image's row of the table: its classes with their probabilities, or why it could not be read."""
+def rows_of(path: str, answer: Any, top: int, kind: Any) -> list[list[str]]:
+    """An image's rows of the table, or why it could not be read."""
     if isinstance(answer, UserError):
-        return [escaped(path), *[""] * (2 * top), str(answer)]
-    return [escaped(path), *(cell for name, p in answer.top(top) for cell in (name, f"{p:.6f}")), ""]
+        return [[escaped(path), *[""] * len(kind.columns(top)), str(answer)]]
+    return [[escaped(path), *row, ""] for row in answer.rows(top)]
 
 
 def print_row(out: Console, cells: list[str]) -> None:
@@ -113,3 +162,59 @@ def print_row(out: Console, cells: list[str]) -> None:
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(cells)
     out.out(line.getvalue())
+
+
+class Pictures:
+    """A folder of what was found: a picture an image, masks, and COCO's JSON of all objects.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, predictor: Predictor):
+        self.folder, self.predictor = folder, predictor
+        self.used: set[str] = set()
+        self.objects: list[tuple[str, Detections]] = []
+        with written(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, path: str, answer: Any) -> dict[str, str]:
+        """Write the pictures of an image; their paths by what they show."""
+        if isinstance(answer, UserError):
+            return {}
+        name = self._name(Path(path).stem)
+        pictures = {"overlay": answer.draw(decode_image(path))}
+        if isinstance(answer, Segmentation):
+            pictures["mask"] = answer.mask_image()
+        if isinstance(answer, Detections):
+            self.objects.append((path, answer))
+        files = {what: self.folder / f"{name}-{what}.png" for what in pictures}
+        for what, file in files.items():
+            with written(file), whole(file) as partial:
+                pictures[what].save(partial, "png")
+        return {what: str(file) for what, file in files.items()}
+
+    def _name(self, stem: str) -> str:
+        """A name that no other image has: those of different folders may be called the same."""
+        name, count = stem, 1
+        while name in self.used:
+            count += 1
+            name = f"{stem}-{count}"
+        self.used.add(name)
+        return name
+
+    def close(self) -> None:
+        """Write what is of all images."""
+        if issubclass(self.predictor.task, DetectionTask):
+            file = self.folder / "predictions.json"
+            with written(file):
+                write_coco(file, self.objects, self.predictor.class_names)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """What keeps a file from being written, as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from error

@@ -85,9 +85,9 @@ def print_heading(console: Console, training: Training) -> None:
     trainer, card, data = training.trainer, training.card, training.data
     if not trainer.is_global_zero:
         return
-    prep, machine = card.preprocessing, training.config.machine
+    machine = training.config.machine
     parameters = sum(p.numel() for p in training.task.model.parameters())
-    size = " x ".join(map(str, prep.img_size)) + (" grey" if prep.in_chans == 1 else "")
+    size = training.size + (" grey" if card.preprocessing.in_chans == 1 else "")
     devices = f"{trainer.num_devices} " if trainer.num_devices > 1 else ""
     where = f"{devices}{trainer.strategy.root_device.type}, {machine.precision}"
     console.print(f"[bold]{card.model}[/]  {terminal.count(parameters)} parameters, {size}, {where}", markup=True)

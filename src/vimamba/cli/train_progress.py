@@ -13,7 +13,7 @@ from rich.progress import TextColumn
 from vimamba.cli.terminal import cell, duration, progress_bar
 from vimamba.tasks.run_keeper import RunKeeper
 
-HEADER = f"{'epoch':>7}  {'rate':>8}  {'loss':>7}  {'held-out loss':>13}"
+HEADER = f"{'epoch':>7}  {'rate':>8}  {'loss':>7}"
 
 
 class TrainProgress(pl.Callback):
@@ -32,7 +32,8 @@ class TrainProgress(pl.Callback):
         if not trainer.is_global_zero:
             return
         self.pick = max if pl_module.mode == "max" else min
-        self.columns = {f"val_{name}": heading for name, heading in pl_module.columns.items()}
+        loss = {"val_loss": "held-out loss"} if pl_module.scored else {}
+        self.columns = loss | {f"val_{name}": heading for name, heading in pl_module.columns.items()}
         self.console.print(f"[bold]{HEADER}{''.join(f'  {h:>7}' for h in self.columns.values())}  {'time':>7}[/]")
         for row in self.keeper.record.rows:
             self._print_row(row, trainer)
@@ -94,6 +95,6 @@ class TrainProgress(pl.Callback):
         if best and monitor in cells:
             cells[monitor] = f"[bold green]{cells[monitor]}[/]"
         self.console.print(
-            f"{epoch:>7}  {row['lr']:>8.2g}  {row['train_loss']:>7.4f}  {row['val_loss']:>13.4f}  "
-            f"{'  '.join(cells.values())}  {duration(seconds):>7}"
+            f"{epoch:>7}  {row['lr']:>8.2g}  {row['train_loss']:>7.4f}  {'  '.join(cells.values())}  "
+            f"{duration(seconds):>7}"
         )

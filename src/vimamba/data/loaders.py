@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -14,22 +15,27 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from vimamba.data.decode import DecodeError
 from vimamba.data.samples import Samples
 from vimamba.data.sources import ImageData
-from vimamba.data.transforms import (
-    AugmentOptions,
-    Preprocessing,
-    Transform,
-    eval_transform,
-    mix_seed,
-    seeded,
-    train_transform,
-)
+from vimamba.data.transforms import Transform, mix_seed, seeded
+
+
+class Item(NamedTuple):
+    """A transformed image (channels, height, width), what is to be said of it, and the size (height, width) it had."""
+
+    image: torch.Tensor
+    target: Any
+    size: tuple[int, int]
 
 
 class Batch(NamedTuple):
-    """images_BCHW, targets_B, and a line on each file that could not be decoded (it is not among the images)."""
+    """Items side by side, and a line on each file that could not be decoded (it is not among the images).
 
-    images: torch.Tensor
-    targets: torch.Tensor
+    Images of one size are a tensor (batch, channels, height, width), others a list; so are the targets, and whole
+    numbers are a tensor (batch,).
+    """
+
+    images: Any
+    targets: Any
+    sizes: list[tuple[int, int]]
     skipped: list[str]
 
 
@@ -41,7 +47,7 @@ class Draw(NamedTuple):
 
 
 class ImageDataset(Dataset):
-    """Decoded, transformed images. A file that cannot be decoded gives its line."""
+    """Decoded images with their targets, transformed together. A file that cannot be decoded gives its line."""
 
     def __init__(self, samples: Samples, transform: Transform):
         self.samples, self.transform = samples, transform
@@ -49,16 +55,14 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, draw: Draw | int) -> tuple[torch.Tensor, int, str] | str:
+    def __getitem__(self, draw: Draw | int) -> Item | str:
         index, seed = draw if isinstance(draw, tuple) else (draw, None)
         try:
-            image = self.samples.image(index)
+            image, target = self.samples.image(index), self.samples.target(index)
         except DecodeError as error:
             return str(error)
-        if seed is None:
-            return self.transform(image), self.samples.target(index), ""
-        with seeded(seed):
-            return self.transform(image), self.samples.target(index), ""
+        with seeded(seed) if seed is not None else contextlib.nullcontext():
+            return Item(*self.transform(image, target), size=(image.height, image.width))
 
 
 class RepeatedOrder(RepeatAugSampler):
@@ -98,9 +102,33 @@ class DrawSampler(Sampler):
 def collate(items: list[Any]) -> Batch:
     """A batch of what could be decoded."""
     good = [item for item in items if not isinstance(item, str)]
-    images = torch.stack([item[0] for item in good]) if good else torch.empty(0)
-    targets = torch.tensor([item[1] for item in good], dtype=torch.int64)
-    return Batch(images, targets, [item for item in items if isinstance(item, str)])
+    images, targets = _gathered([item.image for item in good]), _gathered([item.target for item in good])
+    return Batch(images, targets, [item.size for item in good], [item for item in items if isinstance(item, str)])
+
+
+def _gathered(values: list[Any]) -> Any:
+    """One tensor where there can be one."""
+    if all(isinstance(value, int) for value in values):
+        return torch.tensor(values, dtype=torch.int64)
+    same = all(isinstance(value, torch.Tensor) and value.shape == values[0].shape for value in values)
+    return torch.stack(values) if same else values
+
+
+class ImageAlone:
+    """A transform of the image, beside a target that stays as it is."""
+
+    def __init__(self, transform: Callable[[Any], torch.Tensor]):
+        self.transform = transform
+
+    def __call__(self, image: Any, target: Any) -> tuple[torch.Tensor, Any]:
+        return self.transform(image), target
+
+
+class Transforms(NamedTuple):
+    """What images and targets go through, in training and in evaluation."""
+
+    train: Transform
+    eval: Transform
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -110,11 +138,11 @@ class ImageDataModule(pl.LightningDataModule):
     """
 
     def __init__(
-        self, data: ImageData, prep: Preprocessing, augment: AugmentOptions,
-        batch_size: int, num_workers: int, seed: int,
+        self, data: ImageData, transforms: Transforms, batch_size: int, num_workers: int, seed: int = 0,
+        repeats: int = 1,
     ):  # fmt: skip
         super().__init__()
-        self.data, self.prep, self.augment = data, prep, augment
+        self.data, self.transforms, self.repeats = data, transforms, repeats
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.epoch, self.batches_done = 0, 0
 
@@ -129,11 +157,10 @@ class ImageDataModule(pl.LightningDataModule):
         self.epoch, self.batches_done = state_dict["epoch"], state_dict["batches_done"]
 
     def train_dataloader(self) -> DataLoader:
-        transform = train_transform(self.prep, self.augment)
-        dataset = ImageDataset(self.data.train, transform)
+        dataset = ImageDataset(self.data.train, self.transforms.train)
         ranks, rank = self._place()
-        if self.augment.repeated_augmentation > 1:
-            order: Any = RepeatedOrder(dataset, ranks, rank, self.augment.repeated_augmentation, self.seed)
+        if self.repeats > 1:
+            order: Any = RepeatedOrder(dataset, ranks, rank, self.repeats, self.seed)
         else:
             order = DistributedSampler(dataset, ranks, rank, shuffle=True, seed=self.seed)
         sampler = DrawSampler(order, self.seed, self.epoch, self.batches_done * self.batch_size)
@@ -145,10 +172,9 @@ class ImageDataModule(pl.LightningDataModule):
 
     def eval_loader(self, samples: Any) -> DataLoader:
         """Every image once, in order."""
-        transform = eval_transform(self.prep)
         ranks, rank = self._place()
         shard = Strided(len(samples), ranks, rank)
-        return self._loader(ImageDataset(samples, transform), shard)
+        return self._loader(ImageDataset(samples, self.transforms.eval), shard)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ from vimamba.errors import UserError, escaped, naming, nearest, one_line, requir
 from vimamba.hub import from_cache_if_out_of_reach
 from vimamba.processes import default_workers
 
-BUILT_IN = {"mnist": "5000 handwritten digits, 28 x 28, carried in the package"}
+BUILT_IN = {
+    "mnist": "5000 handwritten digits, 28 x 28, carried in the package",
+    "scenes-seg": "digits on pictures, 256 x 256, drawn anew each time: a class for each pixel",
+    "scenes-det": "the same with a box and a mask for each digit",
+}
 HUB_PREFIXES = ("hfds/", "hfids/", "wds/")
 
 
@@ -69,6 +74,8 @@ class Opening:
     strict: bool
     draw: Draw
     kept: HeldOut | None
+    class_names: str | None = None  # a file of them
+    ignore_index: int | None = None  # of a mask's pixels
 
     def halve(self, name: str, samples: Any, class_names: list[str]) -> tuple[Any, Any]:
         if self.val_fraction == 1.0:
@@ -76,6 +83,9 @@ class Opening:
             return samples.select([]), samples
         with naming(f"`data` {escaped(name)}"):
             return halve(samples, class_names, self.val_fraction, self.seed, self.draw, self.kept)
+
+
+Source = Callable[[str, Opening], ImageData]
 
 
 def open_data(
@@ -86,34 +96,22 @@ def open_data(
     strict: bool = True,
     draw: Draw = hold_out,
     kept: HeldOut | None = None,
+    source: Source | None = None,
+    ignore_index: int | None = None,
 ) -> ImageData:
     """Find the images that `data` names.
 
     strict asks for what training needs: two classes or more, each of them in both halves. Without it only the
     held-out half matters: data without one are held out whole if val_fraction is 1. Where there is no half to hold
-    out, `draw` takes it, unless a run `kept` what it held out: `how_drawn` tells them.
+    out, `draw` takes it, unless a run `kept` what it held out: `how_drawn` tells them. `source` opens data of other
+    kinds than a class an image.
     """
     require(
         0.0 < val_fraction <= 1.0,
         f"`val_fraction` is {val_fraction}; give a share between 0 and 1, such as 0.2",
     )
-    opening = Opening(val_fraction, seed, strict, draw, kept)
-    named = f"`class_names` {class_names}: is for hub data and shards; the classes of {name} have names"
-    require(class_names is None or name.startswith(HUB_PREFIXES), named)
-    if name in BUILT_IN:
-        return _built_in(name)
-    if name.startswith(HUB_PREFIXES):
-        data = _hub(name, class_names, opening)
-    elif os.path.isdir(name):
-        data = _folder(Path(name), opening)
-    else:
-        raise UserError(_unknown(name))
-    if strict:
-        count = len(data.class_names)
-        require(
-            count > 1,
-            f"`data` {name}: found one class only ('{data.class_names[0]}'); training needs two or more",
-        )
+    opening = Opening(val_fraction, seed, strict, draw, kept, class_names, ignore_index)
+    data = (source or open_classes)(name, opening)
     if kept is not None:
         data.notes += [f"{escaped(name)}: {line}" for line in changes(kept, data.train, data.val)]
     elif data.drawn and draw is hold_out_as_0_1:
@@ -124,10 +122,33 @@ def open_data(
     return data
 
 
-def _unknown(name: str) -> str:
+def open_classes(name: str, opening: Opening) -> ImageData:
+    """Images with a class each."""
+    named = f"`class_names` {opening.class_names}: is for hub data and shards; the classes of {name} have names"
+    require(opening.class_names is None or name.startswith(HUB_PREFIXES), named)
+    if name == "mnist":
+        return _built_in(name)
+    require(name not in BUILT_IN, f"`data` {name}: is not for classification; give `task` segment or detect")
+    if name.startswith(HUB_PREFIXES):
+        data = _hub(name, opening.class_names, opening)
+    elif os.path.isdir(name):
+        data = _folder(Path(name), opening)
+    else:
+        raise UserError(unknown(name, "give the folder that holds one sub-folder of images for each class"))
+    if opening.strict:
+        count = len(data.class_names)
+        require(
+            count > 1,
+            f"`data` {name}: found one class only ('{data.class_names[0]}'); training needs two or more",
+        )
+    return data
+
+
+def unknown(name: str, instead: str) -> str:
+    """Why there are no such data, and what to give `instead` of a file."""
     path = Path(name)
     if path.is_file():
-        return f"`data` {name}: is a file; give the folder that holds one sub-folder of images for each class"
+        return f"`data` {name}: is a file; {instead}"
     beside = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     hint = nearest(name, [*BUILT_IN, *beside])
     kinds = f"; give {', '.join(BUILT_IN)} (built in), a folder, hfds/NAME or wds/FOLDER"

@@ -19,8 +19,7 @@ from vimamba.kinds import describe, fits
 from vimamba.tasks.config import fetches, read_config
 from vimamba.tasks.results import Results
 from vimamba.tasks.run_folder import CONFIG
-from vimamba.tasks.task import evaluation_of, find_task, results_of
-from vimamba.tasks.weights import ModelCard
+from vimamba.tasks.task import Task, evaluation_of, results_of
 
 Split = Literal["auto", "val", "all"]
 OWN = "held-out images"  # of the run, by the name that its results are shown under
@@ -40,6 +39,7 @@ class TrainedOn:
     class_names: str | None = None
     val_fraction: float = 0.2
     seed: int = 0
+    ignore_index: int | None = None
 
     @classmethod
     def of(cls, run: Path) -> TrainedOn:
@@ -59,8 +59,9 @@ class TrainedOn:
 
 
 def open_for_eval(
-    run: Path, data: str | None = None, split: Split = "auto", class_names: str | None = None
-) -> tuple[ImageData, str]:
+    run: Path, task: type[Task], data: str | None = None, split: Split = "auto", class_names: str | None = None,
+    ignore_index: int | None = None,
+) -> tuple[ImageData, str]:  # fmt: skip
     """The images to measure a run on, and what to call them.
 
     Of data that the run was trained on, wherever they lie now, it is the images that it held out; others are taken
@@ -73,18 +74,20 @@ def open_for_eval(
     if data is None and fetches("data", name):
         raise UserError(f"the run's {CONFIG} names data to be fetched: give `data` {name} if you mean to")
     same = data is None or same_place(name, str(config.data))
+    how: dict[str, Any] = {"source": task.source(), "strict": False}
+    how["ignore_index"] = ignore_index if ignore_index is not None or not same else config.ignore_index
     if same and split != "all":
-        return open_own(name, config, class_names, run), OWN
-    found = open_data(name, 0.2 if split == "val" else 1.0, 0, class_names, strict=False)
+        return open_own(name, config, class_names, run, how), OWN
+    found = open_data(name, 0.2 if split == "val" else 1.0, 0, class_names, **how)
     if split != "all" and found.moved_from(HeldOut.read(folder_of(run))):
-        return open_own(name, config, class_names, run), OWN
+        return open_own(name, config, class_names, run, how), OWN
     return found, "images"
 
 
-def open_own(name: str, config: TrainedOn, class_names: str | None, run: Path) -> ImageData:
+def open_own(name: str, config: TrainedOn, class_names: str | None, run: Path, how: dict[str, Any]) -> ImageData:
     """The data of a run, with the images that it held out."""
     names, drawn = class_names or config.class_names, how_drawn(folder_of(run))
-    return open_data(name, config.val_fraction, config.seed, names, strict=False, **drawn)
+    return open_data(name, config.val_fraction, config.seed, names, **how, **drawn)
 
 
 def same_place(name: str, other: str) -> bool:
@@ -92,7 +95,7 @@ def same_place(name: str, other: str) -> bool:
 
 
 def evaluate(
-    runner: Runner, card: ModelCard, data: ImageData, batch_size: int, num_workers: int | None = None,
+    runner: Runner, data: ImageData, batch_size: int | None = None, num_workers: int | None = None,
     most_skipped: float = 0.01, warn: Callable[[str], None] = warnings.warn,
     advance: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[Results, int]:  # fmt: skip
@@ -100,9 +103,8 @@ def evaluate(
 
     Args:
         runner: with the model.
-        card: the model's description.
         data: whose classes the model knows, in any order.
-        batch_size: images at once.
+        batch_size: images at once; chosen by the task if None.
         num_workers: processes that decode; chosen by the data and the machine if None.
         most_skipped: share of files that may be undecodable.
         warn: is told of each of them.
@@ -111,15 +113,18 @@ def evaluate(
     Raises:
         UserError: the model does not know a class, or too many files cannot be decoded.
     """
-    samples = RenamedClasses(data.val, data.class_names, card.class_names)
+    task, card = runner.task, runner.card
+    samples = RenamedClasses(data.val, task, data.class_names, card.class_names)
     workers = data.workers if num_workers is None else num_workers
-    module = ImageDataModule(data, card.preprocessing, AugmentOptions(), batch_size, workers, seed=0)
-    task = find_task(card.task)
+    transforms = task.transforms(card.preprocessing, AugmentOptions(augment="none"))
+    module = ImageDataModule(data, transforms, batch_size or task.eval_batch, workers)
     evaluation = evaluation_of(task, card.class_names, detailed=True).to(runner.device)
     skipped = done = 0
     for batch in module.eval_loader(samples):
         if len(batch.images):
-            evaluation.update(runner(batch.images), batch.targets.to(runner.device))
+            targets = runner.to_device(batch.targets)
+            for outputs, rows in runner(batch.images, batch.sizes):
+                task.update(evaluation, outputs, targets[rows])
         for line in batch.skipped:
             warn(f"{line}; skipped")
         skipped += len(batch.skipped)
@@ -128,7 +133,7 @@ def evaluate(
             f"stopped: {skipped} of the {len(samples)} images cannot be decoded, more than {most_skipped:.0%}; "
             "the warnings name them: repair or remove them",
         )
-        done += len(batch.targets) + len(batch.skipped)
+        done += len(batch.images) + len(batch.skipped)
         advance(done, len(samples))
     require(skipped < len(samples), f"none of the {len(samples)} images can be decoded; there is nothing to measure")
     return results_of(task, evaluation, card.class_names), skipped
@@ -137,7 +142,7 @@ def evaluate(
 class RenamedClasses:
     """Samples whose classes are counted in a model's order rather than the data's."""
 
-    def __init__(self, samples: Samples, data_names: list[str], model_names: list[str]):
+    def __init__(self, samples: Samples, task: type[Task], data_names: list[str], model_names: list[str]):
         index = {name: i for i, name in enumerate(model_names)}
         unknown = [name for name in data_names if name not in index]
         if unknown:
@@ -147,7 +152,7 @@ class RenamedClasses:
                 f"`data`: has {len(data_names)} classes, of which '{unknown[0]}' is not among the "
                 f"{len(model_names)} that the model knows{hint}"
             )
-        self.samples, self.order = samples, [index[name] for name in data_names]
+        self.samples, self.task, self.order = samples, task, [index[name] for name in data_names]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -155,8 +160,8 @@ class RenamedClasses:
     def image(self, index: int) -> Any:
         return self.samples.image(index)
 
-    def target(self, index: int) -> int:
-        return self.order[self.samples.target(index)]
+    def target(self, index: int) -> Any:
+        return self.task.renumbered(self.samples.target(index), self.order)
 
     def name(self, index: int) -> str:
         return self.samples.name(index)

@@ -14,23 +14,24 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vimamba.data.decode import DecodeError, decode_image, flatten
-from vimamba.data.loaders import ImageDataset
-from vimamba.data.transforms import Preprocessing, eval_transform
+from vimamba.data.loaders import Batch, ImageDataset, collate
+from vimamba.data.transforms import AugmentOptions
 from vimamba.errors import UserError, escaped, require, shown
 from vimamba.inference.evaluation import evaluate, open_for_eval
 from vimamba.inference.runner import Runner
 from vimamba.processes import check_workers
-from vimamba.tasks.options import Precision
+from vimamba.tasks.options import InferenceOptions, Precision
 from vimamba.tasks.results import Results
-from vimamba.tasks.task import find_task
+from vimamba.tasks.task import Task
 from vimamba.tasks.weights import ModelCard, load_model
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
 def load_run(
-    run: str | os.PathLike[str], device: str | torch.device | None = None, precision: Precision = "32-true"
-) -> Predictor:
+    run: str | os.PathLike[str], device: str | torch.device | None = None, precision: Precision = "32-true",
+    window: Literal["auto", "whole", "slide"] = "auto", flip: bool = False,
+) -> Predictor:  # fmt: skip
     """The trained model of a run.
 
     Args:
@@ -38,12 +39,15 @@ def load_run(
             nothing in it is executed.
         device: "cpu", "cuda", "cuda:1" ...; the fastest if not given.
         precision: "32-true", "bf16-mixed" or "16-mixed".
+        window: to segment, look at "whole" images, or "slide" a window of the training size over them; "auto" slides over
+            images that are larger than it.
+        flip: look at the mirrored image too, to segment.
 
     Raises:
         UserError: there is no run, it is damaged or of a newer version, or there is no such device.
     """
     model, card = load_model(os.fspath(run))
-    return Predictor(model, card, device, precision, Path(run))
+    return Predictor(model, card, device, precision, Path(run), InferenceOptions(window, flip))
 
 
 class Predictor:
@@ -54,15 +58,20 @@ class Predictor:
         card: its description.
         device, precision: as of `load_run`.
         run: the folder or file that they are from, for `evaluate`.
+        how: how a dense task looks at an image.
     """
 
     def __init__(
         self, model: nn.Module, card: ModelCard, device: str | torch.device | None = None,
-        precision: Precision = "32-true", run: Path | None = None,
+        precision: Precision = "32-true", run: Path | None = None, how: InferenceOptions | None = None,
     ):  # fmt: skip
         self.card, self.run = card, run
-        self.task = find_task(card.task)
-        self.runner = Runner(model, "auto" if device is None else str(device), precision)
+        self.runner = Runner(model, card, "auto" if device is None else str(device), precision, how)
+
+    @property
+    def task(self) -> type[Task]:
+        """What it was trained for."""
+        return self.runner.task
 
     @property
     def model(self) -> nn.Module:
@@ -79,18 +88,18 @@ class Predictor:
         """The classes that it knows."""
         return self.card.class_names
 
-    def predict(self, images: Picture | Sequence[Picture], batch_size: int = 32, num_workers: int = 0) -> Any:
+    def predict(self, images: Picture | Sequence[Picture], batch_size: int | None = None, num_workers: int = 0) -> Any:
         """What images show.
 
         Args:
             images: a path, a PIL image, a uint8 array (height, width, channels) of 1, 3 or 4 channels, of any size; or
                 a list of them.
-            batch_size: images at once.
+            batch_size: images at once; chosen by the task if not given.
             num_workers: processes that decode files.
 
         Returns:
-            A result for one image, a list of results for a list. Of a classification it has `.label`, `.score`,
-            `.top(k)`, `.scores`, `.to_dict()` and `.draw(image)`.
+            A result for one image, a list of results for a list: `Classification`, `Segmentation` or `Detections` of
+            `vimamba.tasks.results`. Each has `.to_dict()` and `.draw(image)`.
 
         Raises:
             UserError: one of them is no image; the sentence names it.
@@ -105,33 +114,41 @@ class Predictor:
             found.append(result)
         return found if several else found[0]
 
-    def stream(self, images: Sequence[Picture], batch_size: int = 32, num_workers: int = 0) -> Iterator[Any]:
+    def stream(
+        self, images: Sequence[Picture], batch_size: int | None = None, num_workers: int = 0
+    ) -> Iterator[Any]:
         """The same, one by one as batches are done; for an image that cannot be read, the UserError that says why."""
+        batch_size = self.task.eval_batch if batch_size is None else batch_size
         require(batch_size >= 1, f"`batch_size` is {batch_size}; it must be at least 1")
         check_workers(num_workers)
-        dataset = PictureDataset(Pictures(images), self.card.preprocessing)
+        transform = self.task.transforms(self.card.preprocessing, AugmentOptions(augment="none")).eval
+        dataset = PictureDataset(Pictures(images), transform)
         for items in DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list):
             good = [item for item in items if not isinstance(item, UserError)]
-            results = iter(self.task.predictions(self.runner(torch.stack(good)), self.class_names) if good else [])
+            results = self._results(collate(good)) if good else iter(())
             yield from (item if isinstance(item, UserError) else next(results) for item in items)
+
+    def _results(self, batch: Batch) -> Iterator[Any]:
+        for outputs, _ in self.runner(batch.images, batch.sizes):
+            yield from self.task.predictions(outputs, self.class_names)
 
     def evaluate(
         self, data: str | os.PathLike[str] | None = None, split: Literal["auto", "val", "all"] = "auto",
-        batch_size: int = 64, num_workers: int | None = None,
+        batch_size: int | None = None, num_workers: int | None = None,
     ) -> Results:  # fmt: skip
         """Measure on images whose classes are known; by default those that the run held out.
 
         Args:
             data: as of `vimamba.train`; what the run was trained on if not given.
             split: "val", "all", or "auto": the held-out images where the data or the run tell them apart.
-            batch_size: images at once.
+            batch_size: images at once; chosen by the task if not given.
             num_workers: processes that decode; chosen by the machine if not given.
 
         Raises:
             UserError: there are no such data, or their classes are not the model's.
         """
-        found, _ = open_for_eval(self.run or Path(), None if data is None else os.fspath(data), split)
-        return evaluate(self.runner, self.card, found, batch_size, num_workers)[0]
+        found, _ = open_for_eval(self.run or Path(), self.task, None if data is None else os.fspath(data), split)
+        return evaluate(self.runner, found, batch_size, num_workers)[0]
 
 
 class Pictures:
@@ -173,9 +190,6 @@ class Pictures:
 class PictureDataset(ImageDataset):
     """Preprocessed images, or why one cannot be read."""
 
-    def __init__(self, pictures: Pictures, prep: Preprocessing):
-        super().__init__(pictures, eval_transform(prep))
-
     def __getitem__(self, index: Any) -> Any:
         item = super().__getitem__(index)
-        return UserError(escaped(item)) if isinstance(item, str) else item[0]
+        return UserError(escaped(item)) if isinstance(item, str) else item

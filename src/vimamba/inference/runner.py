@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 
-from vimamba.errors import UserError, require
+from vimamba.errors import UserError, out_of_memory, require
 from vimamba.processes import check_workers
-from vimamba.tasks.options import Precision
+from vimamba.tasks.find import find_task
+from vimamba.tasks.options import InferenceOptions, Precision
+from vimamba.tasks.weights import ModelCard
 
 
 @dataclasses.dataclass
@@ -21,24 +25,38 @@ class DeviceOptions:
     Args:
         device: cpu, cuda, cuda:1, mps ...; auto takes the fastest
         precision: 32-true, bf16-mixed or 16-mixed
-        batch_size: images at once
+        batch_size: images at once; 64 if not given, and 8 of a dense task
         num_workers: processes that decode images; chosen by the machine if not given
     """
 
     device: str = "auto"
     precision: Precision = "32-true"
-    batch_size: int = 64
+    batch_size: int | None = None
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"`batch_size` is {self.batch_size}; it must be at least 1")
+        require(
+            self.batch_size is None or self.batch_size >= 1,
+            f"`batch_size` is {self.batch_size}; it must be at least 1",
+        )
         check_workers(self.num_workers)
 
 
 class Runner:
-    """A model on its device, run without gradients at the precision asked for."""
+    """A model on its device, run without gradients at the precision asked for.
 
-    def __init__(self, model: nn.Module, device: str = "auto", precision: Precision = "32-true"):
+    Args:
+        model: what the card describes.
+        card: of the model.
+        device, precision: as of `DeviceOptions`.
+        how: how a dense task looks at an image.
+    """
+
+    def __init__(
+        self, model: nn.Module, card: ModelCard, device: str = "auto", precision: Precision = "32-true",
+        how: InferenceOptions | None = None,
+    ):  # fmt: skip
+        self.card, self.task, self.how = card, find_task(card.task), how or InferenceOptions()
         self.device = pick_device(device)
         types = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         require(precision in types, f"`precision` {precision}: give {', '.join(types)}")
@@ -48,14 +66,38 @@ class Runner:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"`device` {device}: {str(error).splitlines()[0]}") from error
 
-    @torch.inference_mode()
-    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """The model's outputs, in float32 and on its device."""
-        lower: Any = contextlib.nullcontext()
-        if self.dtype is not None:
-            lower = torch.autocast(self.device.type, self.dtype)
-        with lower:
-            return self.model(images_BCHW.to(self.device, non_blocking=True)).float()
+    def __call__(self, images: Any, sizes: list[tuple[int, int]]) -> Iterator[tuple[Any, slice]]:
+        """What the model gives for preprocessed images that had these sizes, part by part, on its device.
+
+        Raises:
+            UserError: it does not fit into the memory.
+        """
+        parts = self.task.infer(self.model, self.to_device(images), sizes, self.card.preprocessing, self.how)
+        while True:  # the modes hold while the task computes, and not while the caller does
+            lower = contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+            with torch.inference_mode(), lower, fitting(len(images)):
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
+
+    def to_device(self, values: Any) -> Any:
+        """Tensors, in any structure, where the model is."""
+        return move_data_to_device(values, self.device)
+
+
+@contextlib.contextmanager
+def fitting(batch_size: int) -> Iterator[None]:
+    """Errors for want of memory as a sentence."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"`batch_size` {batch_size}: does not fit into the memory; give less, and for large images `tile` or `window` "
+            "slide"
+        ) from error
 
 
 def pick_device(name: str) -> torch.device:

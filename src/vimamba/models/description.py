@@ -13,7 +13,7 @@ import math
 import re
 import threading
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import timm
@@ -52,19 +52,27 @@ def described_model(described: Any, tensors: dict[str, Tensor]) -> nn.Module:
     """
     try:
         prep = described["preprocessing"]
-        values = (described["model"], described["model_args"], len(described["class_names"]))
+        name, model_args, classes = described["model"], described["model_args"], len(described["class_names"])
         channels, size = prep["in_chans"], prep["img_size"]
     except (TypeError, KeyError) as error:
         raise UserError(f"the description of the model lacks a part ({one_line(error)})") from None
     if not fits(int, channels) or not fits(tuple[int, int], size) or min(size) < 1:
         raise UserError(f"the description asks for images of {shown(size)} pixels and {shown(channels)} channels")
-    return skeleton(*values, channels, tuple(size), tensors)
+    given = {"num_classes": classes, "in_chans": channels}
+    return skeleton(name, model_args, {}, lambda: create(name, tuple(size), **{**given, **model_args}), tensors)
 
 
 def skeleton(
-    name: Any, model_args: Any, num_classes: int, in_chans: int, img_size: tuple[int, int], tensors: dict[str, Tensor]
+    name: Any, model_args: Any, head: Any, build: Callable[[], nn.Module], tensors: dict[str, Tensor]
 ) -> nn.Module:
     """A described model on the meta device: whatever its sizes, it takes no memory and at most about a second.
+
+    Args:
+        name: of the model, or of the trunk of a larger one.
+        model_args: its arguments.
+        head: those of what stands on the trunk.
+        build: makes it.
+        tensors: the state dict beside the description.
 
     Raises:
         UserError: the description says something that it may not, or that the tensors belie.
@@ -72,12 +80,12 @@ def skeleton(
     check_registered(name)
     sizes = [len(tensors), *(size for tensor in tensors.values() if tensor.numel() for size in tensor.shape)]
     check_plain(model_args, largest=32 * max(sizes), most=64 + len(tensors))
-    given = {"num_classes": num_classes, "in_chans": in_chans}
+    check_plain(head)
     try:
         with _weightless(1000 + 20 * len(tensors)):
             if model_args:
                 check_arguments(name, model_args)
-            model = create(name, img_size, **{**given, **model_args})
+            model = build()
         check_fit(model.state_dict(), tensors)
     except UserError:
         raise
@@ -85,9 +93,7 @@ def skeleton(
         raise UserError(f"{name} cannot be built from {shown(model_args)}: {one_line(error)}") from None
     computed = sum(buffer.numel() for buffer in model.buffers()) - sum(tensor.numel() for tensor in tensors.values())
     if computed > MAX_BUFFERS:
-        raise UserError(f"{name} with {shown(model_args)} at {img_size} needs tables of {computed} numbers")
-    if getattr(model, "num_classes", num_classes) != num_classes:
-        raise UserError(f"the model has {shown(model.num_classes)} outputs, and its file names {num_classes} classes")
+        raise UserError(f"{name} with {shown(model_args)} needs tables of {computed} numbers")
     return model
 
 

@@ -71,8 +71,12 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def convert_checkpoint(contents: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def convert_checkpoint(
+    contents: dict[str, Any], model: nn.Module, grid: tuple[int, ...] | None = None
+) -> dict[str, Tensor]:
     """An official or our own checkpoint as a state dict for `model`, its position embedding resized to the model's.
+
+    `grid` is the rows and columns that the embedding covers, for a file that is described as something larger.
 
     Raises:
         UserError: the position embedding is of another size, and nothing tells which rows and columns it covers.
@@ -83,7 +87,7 @@ def convert_checkpoint(contents: dict[str, Any], model: nn.Module) -> dict[str, 
         return tensors
     if pos_embed.ndim != 3 or pos_embed.shape[2] != model.embed_dim:
         return tensors  # of another model, which loading says best
-    grid = _trained_grid(contents, pos_embed.shape[1] - CLASS_TOKENS[model.class_token], tensors)
+    grid = grid or _trained_grid(contents, pos_embed.shape[1] - CLASS_TOKENS[model.class_token], tensors)
     if grid is None and pos_embed.shape != model.pos_embed.shape:
         raise UserError(
             f"pos_embed is for {pos_embed.shape[1]} tokens and the model has {model.pos_embed.shape[1]}, and a bare "

@@ -21,7 +21,7 @@ from vimamba.layers.mixers.gate import collect_gates
 from vimamba.models.registry import count_flops, count_parameters, create_model
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.optim import OptimOptions
-from vimamba.tasks.weights import ModelCard, build_model
+from vimamba.tasks.weights import ModelCard
 
 BASE = "ssm_conv"
 DESIGNS: dict[str, dict[str, Any]] = {
@@ -87,9 +87,7 @@ class Budget:
         return ModelCard(self.model, {**self.model_args, **DESIGNS[design]}, data.class_names, prep)
 
     def build(self, design: str) -> nn.Module:
-        card = self.card(design)
-        prep = card.preprocessing
-        return build_model(card.model, len(card.class_names), prep.in_chans, prep.img_size, card.model_args)
+        return self.card(design).build()
 
     def flops(self, model: nn.Module) -> int:
         prep = self.card(BASE).preprocessing
@@ -140,7 +138,8 @@ def run_design(design: str, seed: int, lr: float, budget: Budget) -> Trial:
     augment = AugmentOptions(augment="affine")
     optim = dataclasses.replace(budget.optim, lr=lr)
     task = AblationTask(model.train(), budget.card(design), optim, augment, seed)
-    module = ImageDataModule(budget.data, task.card.preprocessing, augment, budget.optim.batch, 0, seed)
+    transforms = task.transforms(task.card.preprocessing, augment)
+    module = ImageDataModule(budget.data, transforms, budget.optim.batch, 0, seed)
     steps = budget.steps(flops)
     trainer = pl.Trainer(
         max_steps=steps, max_epochs=-1, gradient_clip_val=budget.optim.clip_grad, logger=False, deterministic=False,

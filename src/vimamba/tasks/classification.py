@@ -21,6 +21,7 @@ class ClassificationTask(Task):
     """One class an image: cross-entropy, with mixup and label smoothing if asked for; the best epoch by top-1."""
 
     name = "classification"
+    result = Classification
     monitor = "top1"
     columns = {"top1": "top-1 %", "top5": "top-5 %"}  # noqa: RUF012 - declared in the base
 

@@ -17,9 +17,9 @@ from vimamba.kinds import convert, describe, fits
 from vimamba.models.description import BUILDING
 from vimamba.tasks.loggers import OWN_LOGGERS
 from vimamba.tasks.optim import OptimOptions
-from vimamba.tasks.options import MachineOptions, RunOptions
+from vimamba.tasks.options import DenseOptions, MachineOptions, RunOptions
 
-GROUPS = (RunOptions, OptimOptions, AugmentOptions, MachineOptions)
+GROUPS = (RunOptions, DenseOptions, OptimOptions, AugmentOptions, MachineOptions)
 MAX_CONFIG = 2**20  # bytes
 MAX_NESTING = 20
 
@@ -29,6 +29,7 @@ class TrainConfig:
     """What a run is asked for."""
 
     run: RunOptions
+    dense: DenseOptions
     optim: OptimOptions
     augment: AugmentOptions
     machine: MachineOptions
@@ -56,7 +57,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every argument by name."""
-        parts = (self.run, self.optim, self.augment, self.machine)
+        parts = (self.run, self.dense, self.optim, self.augment, self.machine)
         return {name: value for part in parts for name, value in vars(part).items()}
 
     def to_text(self) -> str:

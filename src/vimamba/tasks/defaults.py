@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from timm.data import resolve_data_config
@@ -20,7 +21,6 @@ from vimamba.tasks.options import RunOptions
 from vimamba.tasks.weights import Architecture, ModelCard
 
 EPOCHS = 30
-BATCHES = (32, 16)  # images in a step, the larger where an epoch then has enough steps
 STEPS_AN_EPOCH = 16
 STEPS = 600  # least, of a run: fewer leave a model of a few hundred images half taught
 MOST_EPOCHS = 300
@@ -47,11 +47,27 @@ def choose_augmentation(augment: AugmentOptions, data: ImageData) -> AugmentOpti
     return dataclasses.replace(augment, augment=kind)
 
 
-def choose_schedule(optim: OptimOptions, images: int) -> OptimOptions:
-    """With a batch size and a number of epochs, for as many images to learn from on a device."""
+def check_unused(task: str, options: Any, names: Iterable[str] | None = None) -> None:
+    """Refuse options that a task has no use for, where they are not as by default.
+
+    Args:
+        task: its name.
+        options: one of the groups of arguments.
+        names: those of it that the task does not know; all of them if None.
+
+    Raises:
+        UserError: one was given.
+    """
+    for name in [field.name for field in dataclasses.fields(options)] if names is None else names:
+        given = getattr(options, name)
+        require(given == getattr(type(options)(), name), f"`{name}` {given}: is of no use to `task` {task}; leave it out")
+
+
+def choose_schedule(optim: OptimOptions, images: int, batches: Sequence[int]) -> OptimOptions:
+    """With a batch size, one of `batches`, and a number of epochs, for as many images to learn from on a device."""
     batch = optim.batch_size
     if batch is None:
-        batch = next((size for size in BATCHES if images >= size * STEPS_AN_EPOCH), BATCHES[-1])
+        batch = next((size for size in batches if images >= size * STEPS_AN_EPOCH), batches[-1])
     epochs = optim.epochs
     if epochs is None:
         epochs = min(MOST_EPOCHS, max(EPOCHS, math.ceil(STEPS / steps_an_epoch(images, batch, optim.accumulate))))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.font_manager import get_font
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from vimamba.data.decode import flatten
 from vimamba.tasks.record import Record
+from vimamba.tasks.results import is_background
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
 NAMED = 60
@@ -39,7 +42,8 @@ def save_curves(path: Path, record: Record, title: str, heading: str) -> None:
     epochs = [row["epoch"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), dpi=150, layout="constrained")
     left.plot(epochs, [row["train_loss"] for row in rows], color=GREY, marker=".", label="training (augmented)")
-    left.plot(epochs, [row["val_loss"] for row in rows], color=BLUE, marker=".", label="held out")
+    if "val_loss" in rows[-1]:
+        left.plot(epochs, [row["val_loss"] for row in rows], color=BLUE, marker=".", label="held out")
     left.set(xlabel="epoch", ylabel="loss")
     left.legend(frameon=False)
     share = heading.endswith("%")
@@ -61,22 +65,88 @@ def save_curves(path: Path, record: Record, title: str, heading: str) -> None:
     plt.close(figure)
 
 
-def with_caption(image: Image.Image, lines: list[str]) -> Image.Image:
-    """A copy of an image with lines of text below it, in letters of about a fifteenth of its width."""
+def colours(names: Sequence[str]) -> np.ndarray:
+    """A colour for each class, (classes, 3) uint8; neighbours differ, and what lies behind the others is black."""
+    # Turns of the colour circle by the golden ratio, so that any number of them lie apart; lightness in three steps.
+    hues = (0.61803398875 * np.arange(len(names)) + 0.58) % 1.0
+    shades = np.stack([hues, np.full(len(names), 0.78), np.array([0.95, 0.75, 0.6])[np.arange(len(names)) % 3]], -1)
+    rgb = np.round(255 * matplotlib.colors.hsv_to_rgb(shades)).astype(np.uint8).reshape(-1, 3)
+    rgb[[is_background(name) for name in names]] = 0
+    return rgb
+
+
+def tinted(image: Image.Image, colours_HW3: np.ndarray, where_HW: np.ndarray, strength: float = 0.55) -> Image.Image:
+    """A copy of an image with colours laid over a part of it."""
+    pixels = np.array(flatten(image).convert("RGB"))
+    pixels[where_HW] = np.round(pixels[where_HW] * (1 - strength) + colours_HW3[where_HW] * strength)
+    return Image.fromarray(pixels)
+
+
+def with_boxes(
+    image: Image.Image, boxes_N4: np.ndarray, names: list[str], colours_N3: np.ndarray, masks_NHW: np.ndarray | None
+) -> Image.Image:
+    """A copy of an image with named boxes, the first uppermost, and masks in the same colours."""
+    picture = flatten(image).convert("RGB")
+    size = max(11, round(min(picture.size) / 28))
+    for i in reversed(range(len(names)) if masks_NHW is not None else ()):
+        mask_HW = masks_NHW[i]  # type: ignore[index]
+        picture = tinted(picture, np.broadcast_to(colours_N3[i], (*mask_HW.shape, 3)), mask_HW, 0.45)
+    pen = ImageDraw.Draw(picture)
+    for i in reversed(range(len(names))):
+        colour = tuple(int(part) for part in colours_N3[i])
+        left, top, right, bottom = (float(side) for side in boxes_N4[i])
+        pen.rectangle([left, top, max(left, right - 1), max(top, bottom - 1)], outline=colour, width=max(1, size // 7))
+        label = _label(_shortened(names[i]), size, colour)
+        x = int(min(left, max(0, picture.width - label.width)))
+        picture.paste(label, (x, int(top - label.height if top >= label.height else top)))
+    return picture
+
+
+@cache
+def _label(text: str, size: int, colour: tuple[int, ...]) -> Image.Image:
+    """A line of text, so many pixels high, on a colour."""
+    (text,), families = _drawable([text])
+    light = sum(part * weight for part, weight in zip(colour, (0.299, 0.587, 0.114), strict=True)) > 140
+    figure = plt.figure(figsize=(0.1, 0.1), dpi=DOTS, facecolor=[part / 255 for part in colour])
+    figure.text(0, 0, text, fontsize=72 * size / DOTS, fontfamily=families, color="black" if light else "white")
+    return _rendered(figure, pad=0.02)
+
+
+def _rendered(figure: Any, pad: float) -> Image.Image:
+    """What a figure shows, as a picture as large as that."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", bbox_inches="tight", pad_inches=pad)
+    plt.close(figure)
+    return Image.open(drawn).convert("RGB")
+
+
+def with_caption(image: Image.Image, lines: list[str], keys: Sequence[Any] | None = None) -> Image.Image:
+    """A copy of an image with lines of text below it, in letters of about a fifteenth of its width.
+
+    `keys` are colours (3,) uint8 that are shown before the lines, as a legend.
+    """
     image = flatten(image)
     width, height = image.size
+    if not lines:
+        return image.convert("RGB")
     lines, families = _drawable(lines)
-    inches, row = max(width, 160) / DOTS, 0.24 + max(width, 160) / DOTS / 15
+    inches = max(width, 160) / DOTS
+    row = 0.24 + inches / 15 if keys is None else min(0.24 + inches / 30, 0.5)
     figure = plt.figure(figsize=(inches, row * len(lines)), dpi=DOTS)
+    start = 0.02 if keys is None else 0.02 + row / inches
     for number, line in enumerate(lines):
+        middle = 1 - (number + 0.5) / len(lines)
         figure.text(
-            0.02, 1 - (number + 0.5) / len(lines), _shortened(line), va="center",
-            fontsize=72 * row / 2.2, fontfamily=families,
+            start, middle, _shortened(line), va="center", fontsize=72 * row / 2.2, fontfamily=families,
         )  # fmt: skip
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", bbox_inches="tight", pad_inches=0.05)  # as wide as the longest line
-    plt.close(figure)
-    caption = Image.open(drawn).convert("RGB")
+        if keys is not None:
+            figure.patches.append(
+                matplotlib.patches.Rectangle(
+                    (0.02, middle - 0.3 / len(lines)), 0.6 * row / inches, 0.6 / len(lines),
+                    transform=figure.transFigure, facecolor=np.asarray(keys[number]) / 255, edgecolor=GREY,
+                )
+            )  # fmt: skip
+    caption = _rendered(figure, pad=0.05)  # as wide as the longest line
     whole = Image.new("RGB", (max(width, caption.width), height + caption.height), "white")
     whole.paste(image.convert("RGB"), ((whole.width - width) // 2, 0))
     whole.paste(caption, (0, height))

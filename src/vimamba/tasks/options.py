@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
+from vimamba.data.transforms import MAX_SIDE
 from vimamba.errors import require
 from vimamba.processes import check_workers
 from vimamba.tasks.checkpoint_every import CheckpointEvery
@@ -19,9 +21,10 @@ class RunOptions:
 
     Args:
         data: mnist (built in), a folder with train/ and val/ or with one sub-folder for each class, hfds/NAME of
-            the hub, or wds/FOLDER of shards
+            the hub, or wds/FOLDER of shards; to segment: scenes-seg (built in), or a folder with images/ and masks/ or
+            as ADE20K; to detect: scenes-det (built in), or a folder with COCO's JSON files
         model: a model of `vimamba models` or any of timm's
-        task: what is learned; classification, unless others are imported
+        task: what is learned: classification, segment (a class for each pixel) or detect (boxes and masks)
         output: folder for what the run leaves; runs/DATA-MODEL if not given
         model_args: keyword arguments of the model, such as {depth: 8}
         pretrained: start from the model's published weights
@@ -29,7 +32,7 @@ class RunOptions:
         img_size: height and width the model sees, or one number; chosen from the images and the model if not given
         in_chans: 1 (grey) or 3 (colour); the data's own if not given
         val_fraction: share held out of a folder that has no val/
-        class_names: file with one class name a line, for hub data and shards whose labels have none
+        class_names: file with one class name a line, for hub data, shards and masks whose labels have none
         num_workers: processes that decode images; chosen by the machine if not given
         max_undecodable: share of files that may be undecodable before the run stops
         checkpoint_every: minutes or steps, such as 10min or 500steps, between the checkpoints within an epoch, which
@@ -78,6 +81,58 @@ class RunOptions:
             not (self.pretrained and self.checkpoint),
             "`pretrained` and `checkpoint`: choose one to start from",
         )
+
+
+@dataclasses.dataclass
+class DenseOptions:
+    """What the tasks segment and detect take besides.
+
+    Args:
+        head: upernet, fpn, dpt or linear to segment; faster_rcnn, mask_rcnn or cascade_mask_rcnn to detect; if not given,
+            upernet, and mask_rcnn or, where the data have no masks, faster_rcnn
+        head_args: keyword arguments of the head and of its features, such as {width: 128, pyramid: simple}
+        short_side: pixels to which the short side of each image is brought first; images keep their size if not given
+        long_side: pixels that the long side has at most then
+        ignore_index: value of the pixels of a mask that do not count; 255 if not given
+        dice: weight of the Dice loss beside the cross-entropy
+        aux_weight: weight of the auxiliary head's loss
+    """
+
+    head: str | None = None
+    head_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    short_side: int | None = None
+    long_side: int | None = None
+    ignore_index: int | None = None
+    dice: float = 1.0
+    aux_weight: float = 0.4
+
+    def __post_init__(self) -> None:
+        self.head_args = {name: _listed(value) for name, value in self.head_args.items()}
+        require("head" not in self.head_args, "`head_args.head`: give `head`")
+        for name in ("short_side", "long_side"):
+            value = getattr(self, name)
+            require(value is None or 1 <= value <= MAX_SIDE, f"`{name}` is {value}; give 1 to {MAX_SIDE} pixels")
+        require(
+            self.ignore_index is None or 0 <= self.ignore_index < 2**16,
+            f"`ignore_index` is {self.ignore_index}; a mask's pixels are 0 to {2**16 - 1}",
+        )
+        for name in ("dice", "aux_weight"):
+            value = getattr(self, name)
+            require(0.0 <= value < math.inf, f"`{name}` is {value}; it cannot be negative")
+
+
+@dataclasses.dataclass
+class InferenceOptions:
+    """How a dense task looks at an image.
+
+    Args:
+        window: whole images at once, or to segment a window of the training size that slides over them; auto slides over
+            images that are larger than it
+        flip: look at the mirrored image too and take the mean, to segment
+    """
+
+    window: Literal["auto", "whole", "slide"] = "auto"
+    flip: bool = False
 
 
 def _listed(value: Any) -> Any:

@@ -69,6 +69,15 @@ class Classification:
         order = np.argsort(-self.scores, kind="stable")[:k]
         return [(self.class_names[i], float(self.scores[i])) for i in order]
 
+    @staticmethod
+    def columns(k: int = 5) -> list[str]:
+        """The columns of `rows`."""
+        return [f"{column}_{place}" for place in range(1, k + 1) for column in ("class", "probability")]
+
+    def rows(self, k: int = 5) -> list[list[str]]:
+        """For a table: one row, the `k` likeliest classes side by side."""
+        return [[cell for name, p in self.top(k) for cell in (name, f"{p:.6f}")]]
+
     def to_dict(self, k: int = 5) -> dict[str, Any]:
         """For JSON."""
         return {"predictions": [{"class": name, "probability": round(p, 6)} for name, p in self.top(k)]}
@@ -78,3 +87,135 @@ class Classification:
         from vimamba.tasks.figures import with_caption
 
         return with_caption(image, [f"{100 * p:.1f}% {name}" for name, p in self.top(k)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """What each pixel of an image shows.
+
+    Args:
+        mask: the number of each pixel's class, (height, width) of the original.
+        class_names: the classes, in that order.
+    """
+
+    mask: np.ndarray
+    class_names: list[str]
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """The `k` classes that take up most of the image, of those that are there, with their shares of it."""
+        counts = np.bincount(self.mask.ravel(), minlength=len(self.class_names))
+        order = [i for i in np.argsort(-counts, kind="stable")[:k] if counts[i]]
+        return [(self.class_names[i], float(counts[i] / self.mask.size)) for i in order]
+
+    @staticmethod
+    def columns(k: int = 5) -> list[str]:
+        """The columns of `rows`."""
+        return ["class", "share"]
+
+    def rows(self, k: int = 5) -> list[list[str]]:
+        """For a table: a row for each of the `k` largest classes."""
+        return [[name, f"{share:.6f}"] for name, share in self.top(k)]
+
+    def to_dict(self, k: int = 5) -> dict[str, Any]:
+        """For JSON, without the mask."""
+        classes = [{"class": name, "share": round(share, 6)} for name, share in self.top(k)]
+        return {"height": self.mask.shape[0], "width": self.mask.shape[1], "classes": classes}
+
+    def mask_image(self) -> Image.Image:
+        """The mask as a picture: class numbers with a palette, or 16-bit numbers of more than 256 classes."""
+        from vimamba.tasks.figures import colours
+
+        if len(self.class_names) > 256:
+            return Image.fromarray(self.mask.astype(np.uint16))
+        picture = Image.fromarray(self.mask.astype(np.uint8)).convert("P")
+        picture.putpalette(colours(self.class_names).ravel().tolist())
+        return picture
+
+    def draw(self, image: Image.Image, k: int = 12) -> Image.Image:
+        """A copy of the image in the colours of its classes, with the `k` largest of them named below it."""
+        from vimamba.tasks.figures import colours, tinted, with_caption
+
+        palette = colours(self.class_names)
+        number = {name: i for i, name in enumerate(self.class_names)}
+        lines = [(f"{name}  {100 * share:.1f}%", palette[number[name]]) for name, share in self.top(k)]
+        hidden = np.array([is_background(name) for name in self.class_names])
+        picture = tinted(image, palette[self.mask], ~hidden[self.mask])
+        return with_caption(picture, [line for line, _ in lines], [colour for _, colour in lines])
+
+
+def is_background(name: str) -> bool:
+    """Whether a class is what lies behind the others, by its name."""
+    return name.strip().lower() in ("background", "bg", "_background_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """The objects in an image, the surest first.
+
+    Args:
+        boxes: (n, 4) float32: left, top, right, bottom in pixels of the original.
+        label_ids: the number of each one's class, (n,) int64.
+        scores: how sure it is of each, (n,) float32, 0 to 1.
+        masks: (n, height, width) of the original, bool; None of a model that gives boxes alone.
+        class_names: the classes, in order of their numbers.
+        size: height and width of the original.
+    """
+
+    boxes: np.ndarray
+    label_ids: np.ndarray
+    scores: np.ndarray
+    masks: np.ndarray | None
+    class_names: list[str]
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, found: dict[str, torch.Tensor], class_names: list[str], size: tuple[int, int]) -> Detections:
+        """From the tensors that the task gives for an image."""
+        masks = found["masks"].bool().cpu().numpy() if "masks" in found else None
+        boxes, labels, scores = (found[name].float().cpu().numpy() for name in ("boxes", "labels", "scores"))
+        return cls(boxes, labels.astype(np.int64), scores, masks, class_names, size)
+
+    @property
+    def labels(self) -> list[str]:
+        """The class of each object."""
+        return [self.class_names[i] for i in self.label_ids]
+
+    def above(self, score: float) -> Detections:
+        """Those that it is so sure of."""
+        keep = self.scores >= score
+        masks = None if self.masks is None else self.masks[keep]
+        return dataclasses.replace(
+            self, boxes=self.boxes[keep], label_ids=self.label_ids[keep], scores=self.scores[keep], masks=masks
+        )
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """The `k` surest objects' classes, with how sure it is of them."""
+        return list(zip(self.labels, self.scores.tolist(), strict=True))[:k]
+
+    @staticmethod
+    def columns(k: int = 5) -> list[str]:
+        """The columns of `rows`."""
+        return ["class", "score", "left", "top", "right", "bottom"]
+
+    def rows(self, k: int = 5) -> list[list[str]]:
+        """For a table: a row for each of the `k` surest objects."""
+        found = zip(self.top(k), self.boxes.tolist(), strict=False)
+        return [[name, f"{score:.6f}", *(f"{side:.2f}" for side in box)] for (name, score), box in found]
+
+    def to_dict(self, k: int = 100) -> dict[str, Any]:
+        """For JSON, without the masks."""
+        found = zip(self.top(k), self.boxes.tolist(), strict=False)
+        objects = [
+            {"class": name, "score": round(score, 6), "box": [round(side, 2) for side in box]}
+            for (name, score), box in found
+        ]
+        return {"height": self.size[0], "width": self.size[1], "objects": objects}
+
+    def draw(self, image: Image.Image, k: int = 100, score: float = 0.5) -> Image.Image:
+        """A copy of the image with the boxes and masks of the `k` surest objects, of those that are sure enough."""
+        from vimamba.tasks.figures import colours, with_boxes
+
+        shown = self.above(score)
+        names = [f"{name} {100 * sure:.0f}%" for name, sure in zip(shown.labels, shown.scores, strict=True)][:k]
+        palette = colours(self.class_names)[shown.label_ids[:k]]
+        return with_boxes(image, shown.boxes[:k], names, palette, None if shown.masks is None else shown.masks[:k])

@@ -94,7 +94,7 @@ class RunKeeper(pl.Callback):
             "seconds": round(self.record.seconds, 2),
         }
         where = _place(row["epoch"])
-        for name, loss in {"loss": row["train_loss"], "held-out loss": row["val_loss"]}.items():
+        for name, loss in {"loss": row["train_loss"], "held-out loss": row.get("val_loss", 0.0)}.items():
             if not math.isfinite(loss):
                 raise self._diverged(task, f"the {name} is {loss} after {where}")
         better = self.record.add(row, results.per_class, f"val_{task.monitor}", task.mode)

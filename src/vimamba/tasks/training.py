@@ -22,11 +22,11 @@ from torch import nn
 from vimamba.data.loaders import ImageDataModule
 from vimamba.data.sources import open_data
 from vimamba.data.split import HELD_OUT, how_drawn
-from vimamba.errors import UserError, naming, one_line
+from vimamba.errors import UserError, naming, one_line, out_of_memory
 from vimamba.models.description import BUILDING, check_arguments, check_plain
 from vimamba.tasks.checkpoint_every import CheckpointEvery
 from vimamba.tasks.config import GROUPS, TrainConfig, default_output
-from vimamba.tasks.defaults import choose_augmentation, choose_lr, choose_preprocessing, choose_schedule, steps_an_epoch
+from vimamba.tasks.defaults import choose_lr, choose_schedule, steps_an_epoch
 from vimamba.tasks.loggers import build_loggers
 from vimamba.tasks.options import RunOptions
 from vimamba.tasks.record import Record
@@ -35,9 +35,9 @@ from vimamba.tasks.run_folder import CONFIG, RunFolder
 from vimamba.tasks.run_keeper import RunKeeper
 from vimamba.tasks.signals import StoppedBySignal, StopSignals
 from vimamba.tasks.skipped import SkippedFiles
-from vimamba.tasks.task import find_task
+from vimamba.tasks.task import Choice
 from vimamba.tasks.trainer import build_trainer
-from vimamba.tasks.weights import Architecture, ModelCard, architecture, build_model, check_model_name, load_start
+from vimamba.tasks.weights import Architecture, ModelCard, architecture, check_model_name, load_start
 
 if TYPE_CHECKING:
     from vimamba.inference.predictor import Predictor
@@ -131,11 +131,13 @@ class Training:
         task = find_task(options.task)
         check_model_name(options.model)
         self.data = open_data(
-            options.data, options.val_fraction, options.seed, options.class_names,
-            **(how_drawn(resumed_from) if resumed_from else {}),
+            options.data, options.val_fraction, options.seed, options.class_names, source=task.source(),
+            ignore_index=config.dense.ignore_index, **(how_drawn(resumed_from) if resumed_from else {}),
         )  # fmt: skip
-        augment = choose_augmentation(config.augment, self.data)
-        self.card = self._describe()
+        behind = architecture(self.resumed.card.model if self.resumed else options.model)
+        choice = task.choose(config, self.data, behind)
+        augment = choice.augment
+        self.card = self._describe(choice, behind)
         path = resumed_from or Path(options.output or default_output(options))
         self.folder = RunFolder(path, self.resumed.checkpoint if self.resumed else None)
         every = CheckpointEvery.parse(options.checkpoint_every)
@@ -146,29 +148,29 @@ class Training:
             progress, f"val_{task.monitor}", task.mode,
         )  # fmt: skip
         images = len(self.data.train) // self.trainer.world_size
-        self.optim = choose_schedule(config.optim, images)
+        self.optim = choose_schedule(config.optim, images, task.batches)
         self.trainer.fit_loop.max_epochs = self.optim.epochs
         self.trainer.log_every_n_steps = min(10, max(1, images // self.optim.batch))  # type: ignore[attr-defined]
         model, self.note = self._build()
         trained = options.pretrained or options.checkpoint is not None
         self.optim = choose_lr(self.optim, model, trained, self.card if self.resumed else None)
         self.folder.texts = self._texts()
-        self.task = task(model, self.card, self.optim, augment, options.seed)
+        self.task = task(model, self.card, self.optim, augment, options.seed, config.dense)
         if config.machine.compile:  # now that the moving average has its copy
             model.compile()
         workers = self.data.workers if options.num_workers is None else options.num_workers
         self.module = ImageDataModule(
-            self.data, self.card.preprocessing, augment, self.optim.batch, workers, options.seed
-        )
+            self.data, task.transforms(self.card.preprocessing, augment), self.optim.batch, workers, options.seed,
+            augment.repeated_augmentation,
+        )  # fmt: skip
 
-    def _describe(self) -> ModelCard:
+    def _describe(self, choice: Choice, behind: Architecture) -> ModelCard:
         """What the run's files say of its model; of a resumed one what its checkpoint says, which must be the same."""
         options, names = self.config.run, self.data.class_names
         if self.resumed:
             check_same(self.resumed.folder, self.resumed.card, options.model, options.model_args, names)
             return self.resumed.card
-        behind = architecture(options.model)
-        return describe_model(options, names, choose_preprocessing(options, self.data, behind), behind)
+        return describe_model(options, names, choice, behind)
 
     def _texts(self) -> dict[str, str]:
         """The files that the run begins with: its arguments with what was chosen, and what it holds out."""
@@ -189,6 +191,11 @@ class Training:
         if self.config.machine.grad_checkpointing:
             set_grad_checkpointing(model, self.config.run.model)
         return model, note
+
+    @property
+    def size(self) -> str:
+        """Of what the model sees: 224 x 224."""
+        return " x ".join(map(str, self.card.preprocessing.img_size))
 
     @property
     def schedule(self) -> str:
@@ -247,13 +254,14 @@ class Training:
             return UserError(f"`resume` {folder}: {wrong} ({type(error).__name__}: {one_line(error)})")
         if isinstance(error, MisconfigurationException):  # what a strategy cannot do shows when it begins
             return UserError(f"the trainer refuses: {one_line(error)}")
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if out_of_memory(error):
             smaller = f"`batch_size` {self.optim.batch_size}: does not fit into the memory; give less, and `accumulate`"
-            return UserError(f"{smaller} for as many images a step; {self.keeper.kept()}")
+            more = f"for as many images a step, `grad_checkpointing`, or a smaller `img_size` than {self.size}"
+            return UserError(f"{smaller} {more}; {self.keeper.kept()}")
         return None
 
 
-def describe_model(options: RunOptions, class_names: list[str], prep: Any, behind: Architecture) -> ModelCard:
+def describe_model(options: RunOptions, class_names: list[str], choice: Choice, behind: Architecture) -> ModelCard:
     """What the run's files will say of its model; refused now where they could not be opened again."""
     model_args = {**behind.model_args, **options.model_args}
     model_args = {key: value for key, value in model_args.items() if key not in BUILDING}
@@ -261,19 +269,19 @@ def describe_model(options: RunOptions, class_names: list[str], prep: Any, behin
         with naming("`model_args`"):
             check_plain(model_args)
             check_arguments(behind.name, model_args)
-    return ModelCard(behind.name, model_args, class_names, prep, task=options.task)
+    return ModelCard(
+        behind.name, model_args, class_names, choice.preprocessing, task=options.task, head=choice.head
+    )
 
 
 def build_start(options: RunOptions, card: ModelCard) -> tuple[nn.Module, str]:
     """The model with its first weights, and a note on where they are from."""
     torch.manual_seed(options.seed)
-    prep = card.preprocessing
-    model = build_model(
-        options.model, card.outputs, prep.in_chans, prep.img_size, options.model_args, options.pretrained
-    )
+    # By the name that was given, which may be a page of the hub's with weights and arguments of its own.
+    model = dataclasses.replace(card, model=options.model, model_args=options.model_args).build(options.pretrained)
     note = "published weights" if options.pretrained else ""
     if options.checkpoint:
-        note = load_start(model, Path(options.checkpoint))
+        note = load_start(model, card, Path(options.checkpoint))
     return model, note
 
 

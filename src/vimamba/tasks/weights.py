@@ -23,9 +23,9 @@ from vimamba.errors import UserError, naming, nearest, one_line, require, showab
 from vimamba.files import whole
 from vimamba.hub import from_cache_if_out_of_reach
 from vimamba.models.checkpoints import load_weights, read_checkpoint, state_dict_of
-from vimamba.models.description import MAX_TEXT, create, skeleton
+from vimamba.models.description import MAX_TEXT, skeleton
 from vimamba.models.registry import convert_checkpoint
-from vimamba.tasks.task import find_task
+from vimamba.tasks.find import find_task
 from vimamba_command import package_version
 
 
@@ -44,6 +44,7 @@ class ModelCard:
     trained: dict[str, Any] = dataclasses.field(default_factory=dict)  # data, epoch, top1: for people to read
     task: str = "classification"
     version: str = dataclasses.field(default_factory=package_version)  # of vimamba that wrote it
+    head: dict[str, Any] = dataclasses.field(default_factory=dict)  # of a dense task: its kind and its arguments
 
     def __post_init__(self) -> None:
         find_task(self.task)
@@ -73,7 +74,7 @@ class ModelCard:
             keys <= {*fields} or not _is_newer(version),
             f"it is of vimamba {shown(version)}, and this is {package_version()}; upgrade",
         )
-        needed = [name for name in fields if name not in ("trained", "task", "version")]
+        needed = [name for name in fields if name not in ("trained", "task", "version", "head")]
         require(
             {*needed} <= keys <= {*fields},
             f"its description of the model is damaged: it must have {', '.join(needed)}",
@@ -82,20 +83,44 @@ class ModelCard:
             value = values.get(name, "")
             require(isinstance(value, str) and len(value) <= MAX_TEXT, f"{name} is {shown(value)}; it must be a text")
         card = cls(**{"version": "0.1.0", **values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])})
-        skeleton(
-            card.model, card.model_args, card.outputs, card.preprocessing.in_chans, card.preprocessing.img_size,
-            tensors,
-        )  # fmt: skip
+        card.skeleton(tensors)
         return card
 
-    @property
-    def outputs(self) -> int:
-        """How many numbers the model gives an image."""
-        return find_task(self.task).outputs(self.class_names)
+    def skeleton(self, tensors: dict[str, torch.Tensor]) -> nn.Module:
+        """The model without memory, held against a file's tensors.
 
-    def build(self) -> nn.Module:
-        prep = self.preprocessing
-        return build_model(self.model, self.outputs, prep.in_chans, prep.img_size, self.model_args)
+        Raises:
+            UserError: the card says what it may not, or is not of these tensors.
+        """
+        task = find_task(self.task)
+        model = skeleton(self.model, self.model_args, self.head, lambda: task.build(self), tensors)
+        found, outputs = getattr(model, "num_classes", None), task.outputs(self.class_names)
+        require(found in (None, outputs), f"the model has {shown(found)} outputs, and its file's classes need {outputs}")
+        return model
+
+    def build(self, pretrained: bool = False) -> nn.Module:
+        """The model with new weights, or with what its publisher trained.
+
+        Raises:
+            UserError: there is no such model, or it does not take these arguments.
+        """
+        check_model_name(self.model)
+        fetched = pretrained or ":" in self.model
+        try:
+            with from_cache_if_out_of_reach() if fetched else contextlib.nullcontext():
+                return find_task(self.task).build(self, pretrained)
+        except UserError as error:
+            raise UserError(f"`model` {self.model}: {error}") from error
+        except TypeError as error:
+            raise UserError(
+                f"`model` {self.model} with `model_args` {self.model_args}: {one_line(error)}"
+            ) from error
+        except Exception as error:  # each architecture checks its arguments, and the hub its network, in its own way
+            what = f"{self.model} with `model_args` {self.model_args}" if self.model_args else self.model
+            way_out = "; weights fetched elsewhere are given with `checkpoint`, without `pretrained`"
+            raise UserError(
+                f"`model` {what}: cannot be built: {one_line(error)}{way_out if pretrained else ''}"
+            ) from error
 
 
 def _is_newer(version: Any) -> bool:
@@ -121,30 +146,6 @@ def check_model_name(name: str) -> None:
         return
     hint = nearest(name, timm.list_models()) or "; `vimamba models` lists them"
     raise UserError(f"`model` {name}: there is no such model{hint}")
-
-
-def build_model(
-    name: str,
-    outputs: int,
-    in_chans: int,
-    img_size: tuple[int, int] | None,
-    model_args: dict[str, Any] | None = None,
-    pretrained: bool = False,
-) -> nn.Module:
-    """A vimamba or timm model of so many outputs; img_size goes to the models that take one."""
-    check_model_name(name)
-    given = {"num_classes": outputs, "in_chans": in_chans, "pretrained": pretrained, **(model_args or {})}
-    try:
-        with from_cache_if_out_of_reach() if pretrained or ":" in name else contextlib.nullcontext():
-            return create(name, img_size, **given)
-    except UserError as error:
-        raise UserError(f"`model` {name}: {error}") from error
-    except TypeError as error:
-        raise UserError(f"`model` {name} with `model_args` {model_args or {}}: {one_line(error)}") from error
-    except Exception as error:  # each architecture checks its arguments, and the hub its network, in its own way
-        what = f"{name} with `model_args` {model_args}" if model_args else name
-        fetched = "; weights fetched elsewhere are given with `checkpoint`, without `pretrained`" if pretrained else ""
-        raise UserError(f"`model` {what}: cannot be built: {one_line(error)}{fetched}") from error
 
 
 class Architecture(NamedTuple):
@@ -253,28 +254,58 @@ def _evaluated(contents: dict[str, Any]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_start(model: nn.Module, path: Path) -> str:
-    """Start a training from the weights in a file; a head for other classes is left as it was.
+def load_start(model: nn.Module, card: ModelCard, path: Path) -> str:
+    """Start a training from the weights in a file; a head for other classes, or of another task, is left as it was.
 
     Returns a note on what was done.
     """
     with naming("`checkpoint`"):
         contents = read_checkpoint(path)
     with naming(f"`checkpoint` {path}"):
-        tensors = convert_checkpoint({**contents, "model": _evaluated(contents)}, model)
+        tensors, described = described_weights(contents)
+        trunk, place = find_task(card.task).trunk(model)
+        taken, kept, grid = _trunk_of(tensors, described)
+        taken = convert_checkpoint({**contents, "model": taken}, trunk, grid)
     # timm's convention: a model's module adapts the names and sizes of its published checkpoints.
-    if adapt := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
+    if adapt := getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None):
         try:
-            tensors = adapt(tensors, model)
+            taken = adapt(taken, trunk)
         except Exception as error:  # it trips over checkpoints of other models in many ways
             raise UserError(f"`checkpoint` {path}: is not of this model ({one_line(error)})") from error
-    fresh, note = model.state_dict(), f"weights from {path}"
-    head = [name for name in fresh if name.rsplit(".", 1)[0] in _classifiers(model)]
-    if any(name in tensors and tensors[name].shape != fresh[name].shape for name in head):
-        tensors = {**tensors, **{name: fresh[name] for name in head}}
+    fresh, note = trunk.state_dict(), f"weights from {path}"
+    if place:  # whose features need neither a classifier nor the last layers
+        taken = {name: tensor for name, tensor in taken.items() if name in fresh}
+    head = [name for name in fresh if name.rsplit(".", 1)[0] in _classifiers(trunk)]
+    if any(name in taken and taken[name].shape != fresh[name].shape for name in head):
+        taken = {**taken, **{name: fresh[name] for name in head}}
         note += ", with a new head for these classes"
-    load_weights(model, tensors, f"`checkpoint` {path}")
+    load_weights(trunk, taken, f"`checkpoint` {path}")
+    if place:
+        note += _load_head(model, place, kept)
     return note
+
+
+def _trunk_of(tensors: dict[str, torch.Tensor], described: Any) -> tuple[dict, dict, tuple[int, ...] | None]:
+    """Of a file's tensors those of the trunk, the others where they are of a dense task, and the grid it was made for."""
+    if not isinstance(described, dict) or "task" not in described:
+        return tensors, {}, None
+    card = ModelCard.from_dict(described, tensors)
+    trunk, place = find_task(card.task).trunk(card.skeleton(tensors))
+    if not place:
+        return tensors, {}, None
+    inner = {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(place)}
+    return inner, others, getattr(trunk, "grid", None)
+
+
+def _load_head(model: nn.Module, place: str, kept: dict[str, torch.Tensor]) -> str:
+    """Take from a file of the same task what fits beside the trunk; a note on it."""
+    fresh = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(place)}
+    fitting = {name: tensor for name, tensor in kept.items() if name in fresh and tensor.shape == fresh[name].shape}
+    if not fitting:
+        return ", with a new head"
+    model.load_state_dict(fitting, strict=False)
+    return "" if fitting.keys() == fresh.keys() else ", with what of the head has other sizes new"
 
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
