@@ -11,12 +11,14 @@ from torchvision import transforms as v1
 from torchvision import tv_tensors
 
 from vimamba.data.decode import to_channels
-from vimamba.data.steps import CutLongSide
+from vimamba.data.steps import CutLongSide, KeepVisible
 from vimamba.data.transforms import (
     CROP_MODES,
     INTERPOLATIONS,
     AugmentOptions,
     Preprocessing,
+    dense_eval_transform,
+    dense_train_transform,
     eval_transform,
     seeded,
     train_transform,
@@ -183,3 +185,190 @@ def test_masks_are_read_at_the_centres_of_pixels(crop_mode):
     mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
     mask[:, 4::8, 4::8] = 7
     assert (eval_transform(prep)(noise((64, 64)), tv_tensors.Mask(mask))[1] == 7).all()
+
+
+def squares(size):
+    """An image in which every pixel of a square has the square's own grey, with its masks, boxes and map of classes."""
+    width, height = size
+    corners = [(4, 6), (width // 2, 3), (width // 3, height // 2), (width - 21, height - 18)]
+    image = np.zeros((height, width), np.uint8)
+    masks = np.zeros((len(corners), height, width), np.uint8)
+    for number, (left, top) in enumerate(corners):
+        masks[: number + 1, top : top + 17, left : left + 15] = 0  # later ones cover earlier ones
+        masks[number, top : top + 17, left : left + 15] = 1
+        image[top : top + 17, left : left + 15] = number + 1
+    boxes = tv_tensors.BoundingBoxes(
+        np.stack([extent(torch.from_numpy(mask)) for mask in masks]), dtype=torch.float32, format="XYXY",
+        canvas_size=(height, width),
+    )  # fmt: skip
+    objects = dict(boxes=boxes, labels=torch.arange(1, 5), masks=tv_tensors.Mask(masks), area=boxes[:, 2] * 1.0,
+                   crowd=torch.tensor([False, True, False, False]))  # fmt: skip
+    return Image.fromarray(image), objects, tv_tensors.Mask(image.astype(np.int32))
+
+
+PLAIN = dict(in_chans=1, mean=(0.5,), std=(1 / 255,))  # a pixel of value v comes out as v - 127.5
+
+
+@pytest.mark.parametrize("sides", [{}, dict(short_side=50), dict(short_side=80, long_side=90), dict(long_side=60)])
+@pytest.mark.parametrize("size", [(96, 64), (48, 130)])
+@pytest.mark.parametrize("jitter", [(0.2, 0.9), (0.5, 3.0), (1.0, 1.0)])
+def test_windows_move_masks_and_boxes_with_the_image(sides, size, jitter):
+    prep = Preprocessing((56, 72), **PLAIN, interpolation="nearest", **sides)
+    transform = dense_train_transform(prep, AugmentOptions(augment="crop", scale_jitter=jitter, color_jitter=0.0))
+    image, objects, classes = squares(size)
+    kept = 0
+    for seed in range(40):
+        with seeded(seed):
+            one, mask = transform(image, classes)
+        with seeded(seed):
+            other, target = transform(image, objects)
+        assert one.equal(other)
+        assert one.shape == (1, 56, 72)
+        values = (one[0] + 127.5).round()
+        border = values == 128  # of the mean, which the image itself does not have
+        assert (mask == -1).equal(border)
+        assert mask.dtype == torch.int32
+        # Pillow and we take the nearest pixel of a place that may lie on a line between two.
+        assert ((values == mask) | border).float().mean() > 0.97
+        for index, label in enumerate(target["labels"].tolist()):
+            assert target["masks"][index].bool().equal(mask == label)
+            found, box = extent(mask == label), target["boxes"][index]
+            assert (found - box).abs().max() <= 1.5 * max(1.0, jitter[1])
+        inside = {value for value in range(1, 5) if (mask == value).any()}
+        assert inside == {*target["labels"].tolist()}
+        assert {len(value) for value in target.values()} == {len(target["labels"])}
+        assert target["boxes"].canvas_size == (56, 72)
+        assert target["crowd"].equal(target["labels"] == 2)
+        kept += len(target["labels"])
+    assert kept > 20
+
+
+def test_a_window_of_bicubic_pixels_is_that_part_of_the_scaled_image():
+    """Only the part that is seen is scaled: but for its outermost pixels it is what scaling the whole image gives."""
+    prep = Preprocessing((40, 40), **PLAIN, interpolation="bicubic")
+    transform = dense_train_transform(
+        prep, AugmentOptions(augment="crop", scale_jitter=(2.0, 2.0), hflip=0.0, color_jitter=0.0)
+    )
+    image = noise((50, 50), "L")
+    whole = torch.from_numpy(np.asarray(image.resize((100, 100), Image.Resampling.BICUBIC)).astype(np.float32))
+    with seeded(3):
+        part = transform(image, tv_tensors.Mask(torch.zeros(50, 50, dtype=torch.int32)))[0][0] + 127.5
+    inner = part[4:-4, 4:-4]
+    windows = whole.unfold(0, 32, 1).unfold(1, 32, 1)
+    assert (windows - inner).abs().amax((2, 3)).min() < 0.01
+
+
+def test_without_augmentation_a_window_is_a_crop():
+    prep = Preprocessing((32, 200), **PLAIN)
+    transform = dense_train_transform(prep, AugmentOptions(augment="none", scale_jitter=(0.1, 2.0)))
+    image, _, classes = squares((96, 64))
+    tops = set()
+    for seed in range(10):
+        with seeded(seed):
+            values, mask = transform(image, classes)
+        assert (mask[:, 96:] == -1).all()
+        assert (values[0, :, :96] + 127.5).round().equal(mask[:, :96].float())
+        tops |= {top for top in range(33) if classes[top : top + 32].equal(mask[:, :96])}
+    assert len(tops) > 3
+
+
+def test_flips_and_colour_of_dense_samples_are_drawn():
+    prep = Preprocessing((64, 96), **PLAIN, interpolation="nearest")
+    image, objects, classes = squares((96, 64))
+    flip = dense_train_transform(prep, AugmentOptions(augment="crop", hflip=1.0, color_jitter=0.0))
+    values, target = flip(image, objects)
+    assert (values[0] + 127.5).round().equal(classes.flip(1).float())
+    assert target["boxes"][:, 0].equal(96 - objects["boxes"][:, 2])
+    assert target["masks"].equal(objects["masks"].flip(2))
+    colour = dense_train_transform(prep, AugmentOptions(augment="crop", hflip=0.0, color_jitter=0.9))
+    changed, mask = colour(noise((96, 64)), classes)
+    assert mask.equal(classes)
+    assert not changed.equal(colour(noise((96, 64)), classes)[0])
+
+
+def test_an_object_whose_mask_is_cut_away_goes_and_a_cut_box_shrinks_to_its_mask():
+    masks = torch.zeros(2, 40, 40, dtype=torch.uint8)
+    masks[0, 0:40, 0:4] = 1  # a hook: what of it is in the right half of its box is at the top
+    masks[0, 0:6, 0:30] = 1
+    masks[1, 10:20, 2:8] = 1
+    boxes = tv_tensors.BoundingBoxes([[0.0, 0, 30, 40], [2, 10, 9.5, 20]], format="XYXY", canvas_size=(40, 40))
+    target = dict(boxes=boxes, labels=torch.tensor([5, 6]), masks=tv_tensors.Mask(masks))
+    left = boxes - torch.tensor([9.0, 0, 9, 0])
+    moved = {"boxes": tv_tensors.BoundingBoxes(left, format="XYXY", canvas_size=(40, 31)), "labels": target["labels"],
+             "masks": tv_tensors.Mask(masks[:, :, 9:])}  # fmt: skip
+    _, kept = KeepVisible()(None, moved)
+    assert kept["labels"].tolist() == [5]  # half a pixel of the other's box is left, and nothing of its mask
+    assert kept["boxes"].tolist() == [[0, 0, 21, 6]]
+    assert isinstance(kept["boxes"], tv_tensors.BoundingBoxes)
+    assert isinstance(kept["masks"], tv_tensors.Mask)
+    _, kept = KeepVisible()(None, target)
+    assert kept["boxes"].equal(boxes)  # what is not cut keeps the box that it came with
+
+
+def test_without_masks_an_object_goes_with_its_box():
+    boxes = tv_tensors.BoundingBoxes(
+        [[-5.0, -5, 12, 9], [30.2, 2, 50, 20], [29, 39, 31, 41], [40, 0, 50, 9]], format="XYXY", canvas_size=(40, 31)
+    )
+    _, kept = KeepVisible()(None, dict(boxes=boxes, labels=torch.arange(4)))
+    assert kept["labels"].tolist() == [0, 2]  # of the second 0.8 pixels are left
+    assert kept["boxes"].tolist() == [[0, 0, 12, 9], [29, 39, 31, 40]]
+
+
+def test_samples_without_objects_pass_through_dense_training():
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(30, 20))
+    target = dict(boxes=boxes, labels=torch.zeros(0, dtype=torch.int64), masks=tv_tensors.Mask(torch.zeros(0, 30, 20)))
+    prep = Preprocessing((16, 16), **COLOUR)
+    image, kept = dense_train_transform(prep, AugmentOptions(augment="crop", scale_jitter=(0.5, 2.0)))(
+        noise((20, 30)), target
+    )
+    assert image.shape == (3, 16, 16)
+    assert kept["boxes"].shape == (0, 4)
+    assert kept["masks"].shape == (0, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [
+        ({}, (90, 37)),
+        (dict(short_side=20), (49, 20)),
+        (dict(short_side=74, long_side=100), (100, 41)),
+        (dict(long_side=45), (45, 18)),
+        (dict(long_side=400), (90, 37)),
+    ],
+)
+def test_evaluation_of_dense_tasks_scales_the_image_alone(sides, expected):
+    transform = pickle.loads(pickle.dumps(dense_eval_transform(Preprocessing((16, 16), **COLOUR, **sides))))
+    image, target = noise((90, 37)), squares((90, 60))[1]
+    tensor, same = transform(image, target)
+    assert tensor.shape == (3, expected[1], expected[0])
+    assert transform(image).equal(tensor)
+    assert all(same[name] is target[name] for name in target)
+
+
+def test_a_strip_is_not_scaled_beyond_the_largest_side():
+    tensor = dense_eval_transform(Preprocessing((16, 16), **GREY, short_side=800))(noise((4000, 4), "L"))
+    assert tensor.shape == (1, 8, 8192)
+
+
+@pytest.mark.parametrize(
+    "values", [dict(short_side=0), dict(long_side=1.5), dict(short_side=9000), dict(long_side=True)]
+)
+def test_sides_are_checked(values):
+    with pytest.raises(UserError, match=f"preprocessing: {next(iter(values))} is"):
+        Preprocessing((16, 16), **COLOUR, **values)
+
+
+def test_a_long_side_below_the_short_side_is_refused():
+    with pytest.raises(UserError, match="long_side is 100; it must be at least the short_side, 200"):
+        Preprocessing((16, 16), **COLOUR, short_side=200, long_side=100)
+
+
+@pytest.mark.parametrize("jitter", [(0.0, 1.0), (2.0, 1.0), (1.0, 1e9), (float("nan"), 1.0)])
+def test_impossible_scale_jitter_is_refused(jitter):
+    with pytest.raises(UserError, match="`scale_jitter` is"):
+        AugmentOptions(scale_jitter=jitter)
+
+
+def test_affine_is_refused_for_dense_tasks():
+    with pytest.raises(UserError, match="`augment` affine: masks and boxes take crop or none"):
+        dense_train_transform(Preprocessing((16, 16), **COLOUR), AugmentOptions(augment="affine"))

@@ -1,4 +1,13 @@
-"""Lists of images with a class each, from wherever they are kept, under one small interface."""
+"""Lists of images with a target each, from wherever they are kept, under one small interface.
+
+The target of an image is, by task:
+
+- classification: the index of its class;
+- segmentation: `tv_tensors.Mask` int32 (height, width) of classes, IGNORE where none is said;
+- detection: a dict of `boxes` (`tv_tensors.BoundingBoxes` float32 (n, 4), XYXY in pixels), `labels` int64 (n,), `crowd`
+  bool (n,) for a region of many objects, `area` float32 (n,) in pixels of the image as it is kept, and, where the data
+  have them, `masks` (`tv_tensors.Mask` uint8 (n, height, width), 0 or 1).
+"""
 
 from __future__ import annotations
 
@@ -14,13 +23,15 @@ from vimamba.data.decode import decode_image
 
 S = TypeVar("S")
 
+IGNORE = -1  # in a mask: a pixel that is neither learned from nor measured
+
 
 class Samples(Protocol):
-    """A list of images: `image` may raise DecodeError, `target` is the index of the class."""
+    """A list of images: `image` and `target` may raise DecodeError, which leaves a sample out."""
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Image.Image: ...
-    def target(self, index: int) -> int: ...
+    def target(self, index: int) -> Any: ...
     def name(self, index: int) -> str: ...
 
 

@@ -1,7 +1,9 @@
-"""Steps of a transform: timm's crops and resizes for images with masks and boxes, and what images go through alone.
+"""Steps of a transform: timm's crops and resizes for images with masks and boxes, what images go through alone, and the
+windows of dense tasks.
 
-Geometry is drawn once, from the image, and applied to everything: masks by nearest neighbour, boxes clamped. Its
-numbers and its random draws are timm's, so that models trained or published with timm's transforms see the same pixels.
+Geometry is drawn once, from the image, and applied to everything: masks by nearest neighbour, boxes clamped. But for
+the windows, its numbers and its random draws are timm's, so that models trained or published with timm's transforms see
+the same pixels.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.transforms.v2 import InterpolationMode, Transform
 from torchvision.transforms.v2 import functional as F
 
+from vimamba.data.samples import IGNORE
 from vimamba.errors import require
 
 # The eval crop is central: what lies beyond this many times the short side would be cut away after resizing, and
@@ -159,3 +162,117 @@ class RandomResizedCrop(Scaling):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return self.scaled(F.resized_crop, inpt, size=self.size, **params)
+
+
+def fit_sides(size: tuple[int, int], short_side: int | None, long_side: int | None) -> float:
+    """The factor that brings the shorter of two sides to `short_side` unless the longer would be over `long_side`.
+
+    With `long_side` alone, images are made smaller only.
+    """
+    shrunk = long_side / max(size) if long_side else 1.0
+    if short_side is None:
+        return min(1.0, shrunk)
+    return min(short_side / min(size), shrunk) if long_side else short_side / min(size)
+
+
+class RandomWindow(Scaling):
+    """The image times a random factor, and of that a random part of `size` (height, width).
+
+    What is smaller lies at the top left, beside a border: `fill` in the image, 0 in masks of objects, IGNORE in a mask
+    of classes. Boxes are not cut: `KeepVisible` does. Only the part that is seen is scaled.
+
+    Args:
+        fit: the factor for an image of a size (height, width)
+        scale: smallest and largest number by which that is multiplied
+    """
+
+    def __init__(
+        self, size: tuple[int, int], interpolation: str, fit: Callable[[tuple[int, int]], float],
+        scale: tuple[float, float], fill: list[int],
+    ):  # fmt: skip
+        super().__init__(interpolation)
+        self.size, self.fit, self.scale, self.fill = size, fit, scale, fill
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        image = _image(flat_inputs)
+        own = image.height, image.width
+        low, high = self.scale
+        factor = self.fit(own) * (low + (high - low) * float(torch.rand(())) if low < high else low)
+        scaled = [max(1, round(side * factor)) for side in own]
+        seen = [min(sides) for sides in zip(scaled, self.size, strict=True)]
+        start = [int(torch.randint(whole - part + 1, ())) for whole, part in zip(scaled, seen, strict=True)]
+        border = 0 if any(isinstance(value, tv_tensors.BoundingBoxes) for value in flat_inputs) else IGNORE
+        return dict(own=own, scaled=scaled, seen=seen, start=start, border=border)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, PIL.Image.Image):
+            return self._image(inpt, **params)
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.wrap(self._mask(inpt.as_subclass(torch.Tensor), **params), like=inpt)
+        return self._boxes(inpt, **params) if isinstance(inpt, tv_tensors.BoundingBoxes) else inpt
+
+    def _image(self, image: PIL.Image.Image, own: Any, scaled: Any, seen: Any, start: Any, border: int) -> Any:
+        (top, left), (height, width) = start, seen
+        if scaled == [*own]:
+            part = image.crop((left, top, left + width, top + height))
+        else:
+            down, across = (side / whole for side, whole in zip(own, scaled, strict=True))
+            right, bottom = min(own[1], (left + width) * across), min(own[0], (top + height) * down)
+            method = PIL.Image.Resampling[self.interpolation.value.upper()]
+            part = image.resize((width, height), method, (left * across, top * down, right, bottom))
+        if (height, width) == self.size:
+            return part
+        whole = PIL.Image.new(image.mode, (self.size[1], self.size[0]), tuple(self.fill))
+        whole.paste(part)
+        return whole
+
+    def _mask(self, mask: torch.Tensor, own: Any, scaled: Any, seen: Any, start: Any, border: int) -> torch.Tensor:
+        for axis in (0, 1):
+            # Where the centre of each pixel lies in the mask as it was, in whole numbers.
+            centres = 2 * torch.arange(start[axis], start[axis] + seen[axis]) + 1
+            mask = mask.index_select(axis - 2, centres * own[axis] // (2 * scaled[axis]))
+        if tuple(seen) == self.size:
+            return mask
+        bordered = mask.new_full((*mask.shape[:-2], *self.size), border)
+        bordered[..., : seen[0], : seen[1]] = mask
+        return bordered
+
+    def _boxes(self, boxes: Any, own: Any, scaled: Any, seen: Any, start: Any, border: int) -> Any:
+        down, across = (whole / side for side, whole in zip(own, scaled, strict=True))
+        moved = boxes.as_subclass(torch.Tensor) * torch.tensor([across, down] * 2) - torch.tensor(
+            [start[1], start[0]] * 2
+        )
+        return tv_tensors.BoundingBoxes(moved, format="XYXY", canvas_size=self.size)
+
+
+class KeepVisible(Transform):
+    """Of the objects beside an image, those still in it: boxes cut at its border, to what their masks show there.
+
+    An object goes with all that is said of it when nothing of its mask is left or, without masks, less than a pixel of
+    its box.
+    """
+
+    def forward(self, image: Any, target: Any) -> Any:
+        if not isinstance(target, dict):
+            return image, target
+        boxes_N4, masks = target["boxes"].as_subclass(torch.Tensor), target.get("masks")
+        height, width = target["boxes"].canvas_size
+        cut_N4 = boxes_N4.clamp(min=0).minimum(boxes_N4.new_tensor([width, height] * 2))
+        small_N = (cut_N4[:, 2:] - cut_N4[:, :2] < 1).any(1)
+        keep_N = ~small_N if masks is None else masks.as_subclass(torch.Tensor).amax((1, 2)) > 0
+        kept = {name: values.as_subclass(torch.Tensor)[keep_N] for name, values in target.items()}
+        kept["boxes"] = cut_N4[keep_N]
+        if masks is not None:
+            loose_N = ((cut_N4 != boxes_N4).any(1) | small_N)[keep_N]
+            kept["boxes"][loose_N] = extents(kept["masks"][loose_N])
+        return image, {name: tv_tensors.wrap(values, like=target[name]) for name, values in kept.items()}
+
+
+def extents(masks_NHW: torch.Tensor) -> torch.Tensor:
+    """The boxes (n, 4), XYXY in pixels, around what is set in masks, each of which has something set."""
+    sides = []
+    for axis in (1, 2):  # what is set in each column, then in each row
+        line_NL = masks_NHW.amax(axis).bool().to(torch.uint8)
+        sides.append((line_NL.argmax(1), line_NL.shape[1] - line_NL.flip(1).argmax(1)))
+    (left, right), (top, bottom) = sides
+    return torch.stack([left, top, right, bottom], 1).float()

@@ -20,13 +20,16 @@ from torchvision.transforms import v2
 from vimamba.data.decode import to_channels
 from vimamba.data.steps import (
     CutLongSide,
+    KeepVisible,
     OnImage,
     OnImageAlone,
     PadTo,
     RandomResizedCrop,
+    RandomWindow,
     Resize,
     ResizeKeepRatio,
     ToTensor,
+    fit_sides,
 )
 from vimamba.errors import UserError, require, shown
 
@@ -35,6 +38,7 @@ Transform = Callable[..., Any]
 that pytree knows) are moved with the image."""
 
 MAX_SIDE = 8192  # pixels that a model may ask of an image's height or width, and half of those before the crop
+MAX_JITTER = 100  # times that an image may be scaled up or down in augmentation
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 
@@ -42,6 +46,9 @@ CROP_MODES = ("center", "squash", "border")
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
     """What a trained model expects of its input; stored beside its weights.
+
+    Dense tasks take images of any size. With `short_side` and `long_side` they are scaled before: the shorter side to
+    the one, unless the longer would be over the other. `img_size` is the size of the parts that they learn from.
 
     Raises:
         UserError: a value is of another kind or out of range; the message names it.
@@ -54,6 +61,8 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 0.9
     crop_mode: str = "center"
+    short_side: int | None = None
+    long_side: int | None = None
 
     def __post_init__(self) -> None:
         def numbers(values: Any, count: int) -> bool:
@@ -74,6 +83,13 @@ class Preprocessing:
         for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
             value = getattr(self, name)
             require(isinstance(value, str) and value in known, _wrong(name, value, f"one of {', '.join(known)}"))
+        for name in ("short_side", "long_side"):
+            value = getattr(self, name)
+            within = type(value) is int and 1 <= value <= MAX_SIDE
+            require(value is None or within, _wrong(name, value, most))
+        if self.short_side and self.long_side:
+            wanted = f"at least the short_side, {self.short_side}"
+            require(self.long_side >= self.short_side, _wrong("long_side", self.long_side, wanted))
 
     @classmethod
     def from_dict(cls, values: Any) -> Preprocessing:
@@ -113,6 +129,8 @@ class AugmentOptions:
         cutmix: alpha of cutmix; 0 is off
         label_smoothing: share of the target spread over all classes
         repeated_augmentation: copies of each image in one round of batches, each augmented by itself
+        scale_jitter: smallest and largest factor by which the images of a dense task are scaled; (0.5, 2) for segment
+            and (0.1, 2) for detect if not given
     """
 
     augment: Literal["auto", "none", "affine", "crop"] = "auto"
@@ -125,6 +143,7 @@ class AugmentOptions:
     cutmix: float = 0.0
     label_smoothing: float = 0.1
     repeated_augmentation: int = 1
+    scale_jitter: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("hflip", "random_erasing"):
@@ -138,6 +157,11 @@ class AugmentOptions:
         if self.auto_augment is not None:
             _check_policy(self.auto_augment)
         require(self.repeated_augmentation >= 1, "`repeated_augmentation` counts copies; it must be at least 1")
+        low, high = self.scale_jitter or (1.0, 1.0)
+        require(
+            1 / MAX_JITTER <= low <= high <= MAX_JITTER,
+            f"`scale_jitter` is {low}, {high}; give two factors, {1 / MAX_JITTER} <= low <= high <= {MAX_JITTER}",
+        )
 
 
 def _check_policy(policy: str) -> None:
@@ -215,6 +239,47 @@ def _whole(prep: Preprocessing) -> list[v2.Transform]:
     if height == width:
         return [CutLongSide(), Resize(height, prep.interpolation), crop]
     return [CutLongSide(), ResizeKeepRatio((height, width), prep.interpolation), crop]
+
+
+def dense_train_transform(prep: Preprocessing, options: AugmentOptions) -> Transform:
+    """For images with masks or boxes: scale, a random part of `img_size`, flip and colour; `augment` is resolved.
+
+    `augment` "none" leaves the random part, without which the borders of large images would never be seen.
+
+    Raises:
+        UserError: the options ask for what masks and boxes cannot follow.
+    """
+    still = options.augment == "none"
+    require(still or options.augment == "crop", f"`augment` {options.augment}: masks and boxes take crop or none")
+    window = RandomWindow(
+        prep.img_size,
+        prep.interpolation,
+        functools.partial(fit_sides, short_side=prep.short_side, long_side=_long_side(prep)),
+        options.scale_jitter if options.scale_jitter and not still else (1.0, 1.0),
+        fill=[round(255 * mean) for mean in prep.mean],
+    )
+    changes = [v2.RandomHorizontalFlip(options.hflip), v2.ColorJitter(*[options.color_jitter] * 3)]
+    return v2.Compose([
+        _channels(prep.in_chans), window, KeepVisible(), *([] if still else changes), ToTensor(prep.mean, prep.std),
+    ])  # fmt: skip
+
+
+def dense_eval_transform(prep: Preprocessing) -> Transform:
+    """The whole image, as large as `short_side` and `long_side` ask for; masks and boxes beside it stay as they are."""
+    return v2.Compose([
+        _channels(prep.in_chans), OnImage(functools.partial(_fitted, prep=prep)), ToTensor(prep.mean, prep.std),
+    ])  # fmt: skip
+
+
+def _fitted(image: Image.Image, prep: Preprocessing) -> Image.Image:
+    factor = fit_sides(image.size, prep.short_side, _long_side(prep))
+    size = [max(1, round(side * factor)) for side in image.size]
+    return image if size == [*image.size] else image.resize(size, Image.Resampling[prep.interpolation.upper()])
+
+
+def _long_side(prep: Preprocessing) -> int | None:
+    """None where images stay as they are; a strip scaled by its short side could come to any length."""
+    return prep.long_side or (MAX_SIDE if prep.short_side else None)
 
 
 def _channels(in_chans: int) -> OnImage:
