@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vimamba.data import mnist
 from vimamba.data.copies import copies_across
 from vimamba.data.folder import Classes, Reading, read_folder
+from vimamba.data.image_data import ImageData, Opening, Source
 from vimamba.data.samples import FileSamples, HubSamples
 from vimamba.data.shards import open_shards
-from vimamba.data.split import Draw, HeldOut, changes, fingerprint, halve, hold_out, hold_out_as_0_1
-from vimamba.errors import UserError, escaped, naming, nearest, one_line, require
+from vimamba.data.split import Draw, HeldOut, changes, hold_out, hold_out_as_0_1
+from vimamba.errors import UserError, escaped, nearest, one_line, require
 from vimamba.hub import from_cache_if_out_of_reach
-from vimamba.processes import default_workers
 
 BUILT_IN = {
     "mnist": "5000 handwritten digits, 28 x 28, carried in the package",
@@ -25,67 +23,6 @@ BUILT_IN = {
     "scenes-det": "the same with a box and a mask for each digit",
 }
 HUB_PREFIXES = ("hfds/", "hfids/", "wds/")
-
-
-@dataclasses.dataclass
-class ImageData:
-    """Training and held-out images with the names of their classes."""
-
-    name: str
-    class_names: list[str]
-    train: Any  # Samples; LastingSamples but for the built-in ones
-    val: Any
-    description: str = ""
-    img_size: tuple[int, int] | None = None  # native size, where all images share a small one
-    in_chans: int = 3
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    small: bool = False  # in memory and cheap to decode: no worker processes needed
-    drawn: bool = False  # whether the held-out images were drawn, not a half of their own
-    notes: list[str] = dataclasses.field(default_factory=list)  # what was left out or taken for something, a line each
-
-    @property
-    def workers(self) -> int:
-        """Processes that decode, if no number is asked for: none for a sample in memory."""
-        return 0 if self.small else default_workers()
-
-    @property
-    def photographs(self) -> bool:
-        """Whether flips and colour changes keep the meaning, as far as one can tell."""
-        return self.name not in BUILT_IN
-
-    def held_out(self) -> HeldOut | None:
-        """For the run to keep; None where the held-out images are the same for ever."""
-        return None if self.name in BUILT_IN else HeldOut.of(self.drawn, self.train, self.val)
-
-    def moved_from(self, kept: HeldOut | None) -> bool:
-        """Whether these are the images that a run kept a record of, in another place."""
-        if kept is None or self.name in BUILT_IN or len(self.train) + len(self.val) != len(kept.train + kept.held_out):
-            return False
-        return fingerprint(self.train, self.val) == kept.fingerprint
-
-
-@dataclasses.dataclass(frozen=True)
-class Opening:
-    """How the images to hold out are taken from data that have no half of them."""
-
-    val_fraction: float
-    seed: int
-    strict: bool
-    draw: Draw
-    kept: HeldOut | None
-    class_names: str | None = None  # a file of them
-    ignore_index: int | None = None  # of a mask's pixels
-
-    def halve(self, name: str, samples: Any, class_names: list[str]) -> tuple[Any, Any]:
-        if self.val_fraction == 1.0:
-            require(not self.strict, "`val_fraction` 1 leaves nothing to train on")
-            return samples.select([]), samples
-        with naming(f"`data` {escaped(name)}"):
-            return halve(samples, class_names, self.val_fraction, self.seed, self.draw, self.kept)
-
-
-Source = Callable[[str, Opening], ImageData]
 
 
 def open_data(
@@ -159,8 +96,9 @@ def _built_in(name: str) -> ImageData:
     train, val = mnist.load_mnist()
     digits = [str(digit) for digit in range(10)]
     return ImageData(
-        name, digits, train, val, BUILT_IN[name], (28, 28), 1, mnist.MNIST_MEAN, mnist.MNIST_STD, small=True
-    )
+        name, digits, train, val, BUILT_IN[name], (28, 28), 1, mnist.MNIST_MEAN, mnist.MNIST_STD,
+        small=True, built_in=True,
+    )  # fmt: skip
 
 
 def _folder(root: Path, opening: Opening) -> ImageData:
