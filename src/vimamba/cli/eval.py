@@ -87,7 +87,9 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     console = terminal.console()
     terminal.print_classes(console, [row for row in results.per_class if row[task.counted]])
     if absent := [row["name"] for row in results.per_class if not row[task.counted]]:
-        console.print(f"no {task.counted} of: {', '.join(absent[:20])}{' ...' if len(absent) > 20 else ''}", markup=False)
+        console.print(
+            f"no {task.counted} of: {', '.join(absent[:20])}{' ...' if len(absent) > 20 else ''}", markup=False
+        )
     if skipped:
         terminal.warn(f"{skipped} image{'s' * (skipped > 1)} could not be decoded and were left out")
     columns = {**task.columns, "loss": "loss"}

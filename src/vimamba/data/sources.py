@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vimamba.data import mnist
+from vimamba.data import mnist, scenes
 from vimamba.data.copies import copies_across
 from vimamba.data.folder import Classes, Reading, read_folder
 from vimamba.data.image_data import ImageData, Opening, Source
@@ -17,11 +17,7 @@ from vimamba.data.split import Draw, HeldOut, changes, hold_out, hold_out_as_0_1
 from vimamba.errors import UserError, escaped, nearest, one_line, require
 from vimamba.hub import from_cache_if_out_of_reach
 
-BUILT_IN = {
-    "mnist": "5000 handwritten digits, 28 x 28, carried in the package",
-    "scenes-seg": "digits on pictures, 256 x 256, drawn anew each time: a class for each pixel",
-    "scenes-det": "the same with a box and a mask for each digit",
-}
+BUILT_IN = {"mnist": "5000 handwritten digits, 28 x 28, carried in the package", **scenes.BUILT_IN}
 HUB_PREFIXES = ("hfds/", "hfids/", "wds/")
 
 

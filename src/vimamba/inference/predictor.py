@@ -114,9 +114,7 @@ class Predictor:
             found.append(result)
         return found if several else found[0]
 
-    def stream(
-        self, images: Sequence[Picture], batch_size: int | None = None, num_workers: int = 0
-    ) -> Iterator[Any]:
+    def stream(self, images: Sequence[Picture], batch_size: int | None = None, num_workers: int = 0) -> Iterator[Any]:
         """The same, one by one as batches are done; for an image that cannot be read, the UserError that says why."""
         batch_size = self.task.eval_batch if batch_size is None else batch_size
         require(batch_size >= 1, f"`batch_size` is {batch_size}; it must be at least 1")

@@ -60,7 +60,9 @@ def check_unused(task: str, options: Any, names: Iterable[str] | None = None) ->
     """
     for name in [field.name for field in dataclasses.fields(options)] if names is None else names:
         given = getattr(options, name)
-        require(given == getattr(type(options)(), name), f"`{name}` {given}: is of no use to `task` {task}; leave it out")
+        require(
+            given == getattr(type(options)(), name), f"`{name}` {given}: is of no use to `task` {task}; leave it out"
+        )
 
 
 def choose_schedule(optim: OptimOptions, images: int, batches: Sequence[int]) -> OptimOptions:

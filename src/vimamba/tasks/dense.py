@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
-from vimamba.data.image_data import ImageData
+from vimamba.data.image_data import ImageData, Opening, Source
 from vimamba.data.loaders import Transforms
+from vimamba.data.scenes import open_scenes
+from vimamba.data.sources import BUILT_IN
 from vimamba.data.transforms import AugmentOptions, Preprocessing, dense_eval_transform, dense_train_transform
 from vimamba.errors import require
-from vimamba.models.description import create
 from vimamba.tasks.defaults import check_unused, choose_preprocessing, typical_side
 from vimamba.tasks.task import Choice, Task
 
@@ -32,7 +33,7 @@ class DenseTask(Task):
 
     @classmethod
     def builder(cls) -> Callable[..., nn.Module]:
-        """Makes the model: (name, model_args, classes, in_chans, img_size, head_args)."""
+        """Makes the model: (name, model_args, classes, in_chans, img_size, head_args, pretrained)."""
         raise NotImplementedError(f"{cls.__name__} does not say how its model is built")
 
     @classmethod
@@ -71,15 +72,15 @@ class DenseTask(Task):
     @classmethod
     def build(cls, card: Any, pretrained: bool = False) -> nn.Module:
         prep = card.preprocessing
-        model = cls.builder()(
-            card.model, card.model_args, cls.outputs(card.class_names), prep.in_chans, prep.img_size, card.head
+        return cls.builder()(
+            card.model,
+            card.model_args,
+            cls.outputs(card.class_names),
+            prep.in_chans,
+            prep.img_size,
+            card.head,
+            pretrained,
         )
-        if pretrained:
-            plain = {"num_classes": 0, "in_chans": prep.in_chans, "pretrained": True, **card.model_args}
-            weights = create(card.model, prep.img_size, **plain).state_dict()
-            trunk, _ = cls.trunk(model)
-            trunk.load_state_dict({name: weights[name] for name in trunk.state_dict()})
-        return model
 
     @classmethod
     def trunk(cls, model: Any) -> tuple[nn.Module, str]:
@@ -97,6 +98,13 @@ def chosen_head(task: str, given: str | None, heads: tuple[str, ...], default: s
     return given or default
 
 
-def as_list(images: Any) -> list[torch.Tensor]:
-    """Images one by one, (channels, height, width) each."""
-    return list(images)
+def scenes_or(scenes: str, folders: Source) -> Source:
+    """The built-in sample of that name, and everything else by `folders`."""
+    return functools.partial(_open, scenes=scenes, folders=folders)
+
+
+def _open(name: str, opening: Opening, scenes: str, folders: Source) -> ImageData:
+    if name == scenes:
+        return open_scenes(name)
+    require(name not in BUILT_IN, f"`data` {name}: is of another task; give {scenes} or a folder")
+    return folders(name, opening)

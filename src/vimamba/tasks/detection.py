@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.detection import MeanAveragePrecision
 
-from vimamba.data.image_data import ImageData
-from vimamba.data.sources import Source
+from vimamba.data.coco import open_coco
+from vimamba.data.image_data import ImageData, Source
 from vimamba.data.transforms import Preprocessing
 from vimamba.errors import require
-from vimamba.tasks.dense import DenseTask, chosen_head
+from vimamba.tasks.dense import DenseTask, chosen_head, scenes_or
 from vimamba.tasks.options import InferenceOptions
 from vimamba.tasks.results import Detections, Results
 
@@ -39,13 +39,11 @@ class DetectionTask(DenseTask):
 
     @classmethod
     def source(cls) -> Source:
-        from vimamba.data.coco import open_coco
-
-        return open_coco
+        return scenes_or("scenes-det", open_coco)
 
     @classmethod
     def builder(cls) -> Callable[..., nn.Module]:
-        from vimamba.models.heads import build_detector
+        from vimamba.models.heads import build_detector  # type: ignore
 
         return build_detector
 
@@ -141,6 +139,8 @@ class AveragePrecision(MeanAveragePrecision):
                 classes = found["classes"].reshape(-1).tolist()
                 known = zip(classes, of_class, strict=True)
                 of_classes[f"{ours}{name}"] = {label: value for label, value in known if value >= 0}
-        labels = [label[crowd == 0] for label, crowd in zip(self.groundtruth_labels, self.groundtruth_crowds, strict=True)]
+        labels = [
+            label[crowd == 0] for label, crowd in zip(self.groundtruth_labels, self.groundtruth_crowds, strict=True)
+        ]
         counts = torch.cat(labels).bincount().tolist() if labels else []
         return {**numbers, "objects": dict(enumerate(counts)), "of_classes": of_classes}

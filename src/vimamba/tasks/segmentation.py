@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassStatScores
 
-from vimamba.data.image_data import ImageData
+from vimamba.data.image_data import ImageData, Source
+from vimamba.data.masks import open_masks
 from vimamba.data.samples import IGNORE
-from vimamba.data.sources import Source
 from vimamba.data.transforms import Preprocessing
-from vimamba.tasks.dense import DenseTask, chosen_head
+from vimamba.models.heads import build_segmenter, enlarge
+from vimamba.tasks.dense import DenseTask, chosen_head, scenes_or
 from vimamba.tasks.options import InferenceOptions
 from vimamba.tasks.results import Results, Segmentation
 
@@ -36,14 +37,10 @@ class SegmentationTask(DenseTask):
 
     @classmethod
     def source(cls) -> Source:
-        from vimamba.data.masks import open_masks
-
-        return open_masks
+        return scenes_or("scenes-seg", open_masks)
 
     @classmethod
     def builder(cls) -> Callable[..., nn.Module]:
-        from vimamba.models.heads import build_segmenter
-
         return build_segmenter
 
     @classmethod
@@ -64,12 +61,14 @@ class SegmentationTask(DenseTask):
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, None)
-        logits_BCHW = enlarged(logits.float(), targets.shape[-2:])
+        logits_BCHW = enlarge(logits.float(), targets.shape[-2:])
         loss = self.criterion(logits_BCHW, targets)
         if self.dense.dice:
             loss = loss + self.dense.dice * dice_loss(logits_BCHW, targets)
         if auxiliary is not None and self.dense.aux_weight:
-            loss = loss + self.dense.aux_weight * self.criterion(enlarged(auxiliary.float(), targets.shape[-2:]), targets)
+            loss = loss + self.dense.aux_weight * self.criterion(
+                enlarge(auxiliary.float(), targets.shape[-2:]), targets
+            )
         return loss
 
     # -- what it finds
@@ -87,15 +86,13 @@ class SegmentationTask(DenseTask):
         for _, same in groupby(list(images), key=lambda image: image.shape):
             stack_BCHW = torch.stack(list(same))
             for logits_CHW in logits_of(model, stack_BCHW, prep.img_size, how):
-                yield enlarged(logits_CHW[None].float(), sizes[row]), slice(row, row + 1)
+                yield resized(logits_CHW[None], sizes[row]), slice(row, row + 1)
                 row += 1
 
     @classmethod
     def metrics(cls, class_names: list[str], detailed: bool = False) -> dict[str, Metric]:
         return {
-            "per_class": MulticlassStatScores(
-                len(class_names), average=None, ignore_index=IGNORE, validate_args=False
-            )
+            "per_class": MulticlassStatScores(len(class_names), average=None, ignore_index=IGNORE, validate_args=False)
         }
 
     @classmethod
@@ -144,8 +141,8 @@ def dice_loss(logits_BCHW: Tensor, targets_BHW: Tensor) -> Tensor:
     return DiceLoss("multiclass", ignore_index=IGNORE)(logits_BCHW, targets_BHW.long())
 
 
-def enlarged(logits_BCHW: Tensor, size: Any) -> Tensor:
-    """Logits at another resolution."""
+def resized(logits_BCHW: Tensor, size: Any) -> Tensor:
+    """Logits of an image of another size."""
     if tuple(logits_BCHW.shape[-2:]) == tuple(size):
         return logits_BCHW
     return nn.functional.interpolate(logits_BCHW, tuple(size), mode="bilinear", align_corners=False)
@@ -154,13 +151,14 @@ def enlarged(logits_BCHW: Tensor, size: Any) -> Tensor:
 def logits_of(
     model: nn.Module, images_BCHW: Tensor, window: tuple[int, int], how: InferenceOptions
 ) -> Iterator[Tensor]:
-    """Logits (classes, rows, columns) of each image, at whatever resolution they come."""
+    """Logits (classes, height, width) of each image."""
     larger = any(side > most for side, most in zip(images_BCHW.shape[-2:], window, strict=True))
     if how.window == "slide" or (how.window == "auto" and larger):
         for image_CHW in images_BCHW:
             yield slid(model, image_CHW, window, how.flip)
     else:
-        yield from seen(model, images_BCHW, how.flip)
+        for logits_CHW in seen(model, images_BCHW, how.flip):
+            yield enlarge(logits_CHW[None].float(), images_BCHW.shape[-2:])[0]
 
 
 def seen(model: nn.Module, images_BCHW: Tensor, flip: bool) -> Tensor:
@@ -179,7 +177,7 @@ def slid(model: nn.Module, image_CHW: Tensor, window: tuple[int, int], flip: boo
     for top in starts(size[0], high):
         for left in starts(size[1], wide):
             place = (..., slice(top, top + high), slice(left, left + wide))
-            logits_CHW = enlarged(seen(model, image_CHW[place][None], flip).float(), (high, wide))[0]
+            logits_CHW = enlarge(seen(model, image_CHW[place][None], flip).float(), (high, wide))[0]
             if total is None:
                 total = logits_CHW.new_zeros((len(logits_CHW), *size))
                 times = logits_CHW.new_zeros(size)

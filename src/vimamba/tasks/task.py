@@ -14,8 +14,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
+from vimamba.data.image_data import ImageData, Source
 from vimamba.data.loaders import Batch, ImageAlone, Transforms
-from vimamba.data.sources import ImageData, Source, open_classes
+from vimamba.data.sources import open_classes
 from vimamba.data.transforms import AugmentOptions, Preprocessing, eval_transform, mix_seed, train_transform
 from vimamba.errors import UserError
 from vimamba.layers.mixers.gate import collect_gates

@@ -27,6 +27,7 @@ from vimamba.models.description import BUILDING, check_arguments, check_plain
 from vimamba.tasks.checkpoint_every import CheckpointEvery
 from vimamba.tasks.config import GROUPS, TrainConfig, default_output
 from vimamba.tasks.defaults import choose_lr, choose_schedule, steps_an_epoch
+from vimamba.tasks.find import find_task
 from vimamba.tasks.loggers import build_loggers
 from vimamba.tasks.options import RunOptions
 from vimamba.tasks.record import Record
@@ -269,9 +270,7 @@ def describe_model(options: RunOptions, class_names: list[str], choice: Choice, 
         with naming("`model_args`"):
             check_plain(model_args)
             check_arguments(behind.name, model_args)
-    return ModelCard(
-        behind.name, model_args, class_names, choice.preprocessing, task=options.task, head=choice.head
-    )
+    return ModelCard(behind.name, model_args, class_names, choice.preprocessing, task=options.task, head=choice.head)
 
 
 def build_start(options: RunOptions, card: ModelCard) -> tuple[nn.Module, str]:

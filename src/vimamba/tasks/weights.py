@@ -95,7 +95,9 @@ class ModelCard:
         task = find_task(self.task)
         model = skeleton(self.model, self.model_args, self.head, lambda: task.build(self), tensors)
         found, outputs = getattr(model, "num_classes", None), task.outputs(self.class_names)
-        require(found in (None, outputs), f"the model has {shown(found)} outputs, and its file's classes need {outputs}")
+        require(
+            found in (None, outputs), f"the model has {shown(found)} outputs, and its file's classes need {outputs}"
+        )
         return model
 
     def build(self, pretrained: bool = False) -> nn.Module:
@@ -112,9 +114,7 @@ class ModelCard:
         except UserError as error:
             raise UserError(f"`model` {self.model}: {error}") from error
         except TypeError as error:
-            raise UserError(
-                f"`model` {self.model} with `model_args` {self.model_args}: {one_line(error)}"
-            ) from error
+            raise UserError(f"`model` {self.model} with `model_args` {self.model_args}: {one_line(error)}") from error
         except Exception as error:  # each architecture checks its arguments, and the hub its network, in its own way
             what = f"{self.model} with `model_args` {self.model_args}" if self.model_args else self.model
             way_out = "; weights fetched elsewhere are given with `checkpoint`, without `pretrained`"
