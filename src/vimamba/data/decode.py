@@ -7,6 +7,8 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -56,6 +58,15 @@ def decode_image(source: str | os.PathLike[str] | IO[bytes], name: str | None = 
         DecodeError: the file is missing, empty, truncated, not a regular file, not an image, or larger than Pillow's
             limit against decompression bombs.
     """
+    with opened(source, name) as image:
+        meant = _Grey.of(image)
+        image.load()
+        return _flatten(_upright(image), meant)
+
+
+@contextmanager
+def opened(source: str | os.PathLike[str] | IO[bytes], name: str | None = None) -> Iterator[Image.Image]:
+    """An image of which no more than the header is read; whatever is raised inside becomes its DecodeError."""
     name = name if name is not None else str(source)
     try:
         if isinstance(source, str | os.PathLike) and not stat.S_ISREG(mode := os.stat(source).st_mode):
@@ -64,9 +75,11 @@ def decode_image(source: str | os.PathLike[str] | IO[bytes], name: str | None = 
             # Pillow refuses an image over twice MAX_IMAGE_PIXELS and only warns below that: those are read.
             warnings.simplefilter("ignore")
             with Image.open(source, formats=formats()) as image:
-                meant = _Grey.of(image)
-                image.load()
-                return _flatten(_upright(image), meant)
+                yield image
+    except DecodeError:
+        raise
+    except UserError as error:
+        raise DecodeError(name, str(error)) from None
     except Exception as error:  # Pillow's format readers raise whatever their parsers stumble over
         raise DecodeError(name, _reason(source, error)) from error
 

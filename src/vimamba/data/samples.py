@@ -98,13 +98,13 @@ class FileSamples:
         return [path[start:].replace(os.sep, "/") for path in self.paths.tolist()]
 
     def marks(self) -> list[int]:
-        return [_size(path) for path in self.paths.tolist()]
+        return [size_of(path) for path in self.paths.tolist()]
 
     def select(self, rows: list[int]) -> FileSamples:
         return FileSamples(self.paths[rows], self.targets[rows], self.root)
 
 
-def _size(path: str) -> int:
+def size_of(path: str) -> int:
     try:
         return os.stat(path).st_size
     except OSError:
