@@ -8,10 +8,20 @@ from typing import Any, Literal, TypeVar
 
 from vimamba.errors import UserError, nearest, one_line, shown
 from vimamba.kinds import describe, fits
+from vimamba.models.heads.detection import PUBLISHED_ANCHORS, SMALL_IMAGE, DetectionModel, paste
 from vimamba.models.heads.pyramids import Backbone, DenseModel
-from vimamba.models.heads.segmentation import HEADS, SegmentationModel, TrainingLogits, enlarge
+from vimamba.models.heads.segmentation import PYRAMID_OF, SegmentationModel, TrainingLogits, enlarge
 
-__all__ = ["Backbone", "SegmentationModel", "TrainingLogits", "build_segmenter", "enlarge"]
+__all__ = [
+    "Backbone",
+    "DetectionModel",
+    "SegmentationModel",
+    "TrainingLogits",
+    "build_detector",
+    "build_segmenter",
+    "enlarge",
+    "paste",
+]
 
 M = TypeVar("M", bound=DenseModel)
 OF_BACKBONE: dict[str, Any] = {"pyramid": Literal["deconv", "simple", "none"], "layers": list[int] | None}
@@ -42,9 +52,41 @@ def build_segmenter(
         UserError: one of `head_args` is unknown or impossible, or does not go with the trunk.
     """
     args = _checked(SegmentationModel, head_args)
-    pyramid = HEADS.get(args.get("head", "upernet"), "deconv")
+    pyramid = PYRAMID_OF.get(args.get("head", "upernet"), "deconv")
     trunk = dict(name=name, in_chans=in_chans, img_size=img_size, model_args=model_args, pretrained=pretrained)
     return _built(SegmentationModel, trunk, pyramid, classes, args)
+
+
+def build_detector(
+    name: str,
+    model_args: Mapping[str, Any],
+    classes: int,
+    in_chans: int,
+    img_size: tuple[int, int] | None,
+    head_args: Mapping[str, Any],
+    pretrained: bool = False,
+) -> DetectionModel:
+    """A model that finds objects.
+
+    Args:
+        name: of the trunk, vimamba's or any of timm's.
+        model_args: further arguments of the trunk.
+        classes: how many there are, without the background.
+        in_chans: image channels.
+        img_size: height and width that images usually have, pixels; anchors are half as large by default where the
+            longer one is under 400.
+        head_args: plain values, of `DetectionModel`: head, width, box_width, anchor_sizes ...; and of `Backbone`:
+            pyramid, layers.
+        pretrained: load the trunk's published weights.
+
+    Raises:
+        UserError: one of `head_args` is unknown or impossible, or does not go with the trunk.
+    """
+    args = _checked(DetectionModel, head_args)
+    if args.get("anchor_sizes") is None and img_size and max(img_size) < SMALL_IMAGE:
+        args["anchor_sizes"] = [size // 2 for size in PUBLISHED_ANCHORS]
+    trunk = dict(name=name, in_chans=in_chans, img_size=img_size, model_args=model_args, pretrained=pretrained)
+    return _built(DetectionModel, trunk, "simple", classes, args)
 
 
 def _checked(model: type[DenseModel], head_args: Mapping[str, Any]) -> dict[str, Any]:

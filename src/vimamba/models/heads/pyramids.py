@@ -99,10 +99,10 @@ class Backbone(nn.Module):
         unit = max(self.strides[-1], STRIDES[-1])
         height, width = (_up(size, unit) for size in images_BCHW.shape[2:])
         if self.pyramid is None:
-            return self._maps(_padded(images_BCHW, height, width))
+            return self._maps(padded(images_BCHW, height, width))
         step = self.pyramid.step
         before, after = self._overlap()
-        images_BCHW = F.pad(_padded(images_BCHW, _up(height, step), _up(width, step)), (before, after) * 2)
+        images_BCHW = F.pad(padded(images_BCHW, _up(height, step), _up(width, step)), (before, after) * 2)
         return self.pyramid(self._maps(images_BCHW), (height, width))
 
     def _maps(self, images_BCHW: Tensor) -> list[Tensor]:
@@ -145,7 +145,7 @@ class PlainPyramid(nn.Module):
 
     def __init__(self, dims: Sequence[int], step: int, kind: str, width: int) -> None:
         super().__init__()
-        self.step = step
+        self.step, self.kind = step, kind
         self.base = 2 ** round(math.log2(step))  # the stride that the maps are brought to before they are scaled
         self.norms = nn.ModuleList(LayerNorm2d(dim) for dim in dims)
         self.levels = nn.ModuleList()
@@ -230,9 +230,9 @@ def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _padded(images_BCHW: Tensor, height: int, width: int) -> Tensor:
-    """Zeros at the right and at the bottom: the mean colour of normalised images."""
-    return F.pad(images_BCHW, (0, width - images_BCHW.shape[3], 0, height - images_BCHW.shape[2]))
+def padded(images: Tensor, height: int, width: int) -> Tensor:
+    """Images (..., height, width) with zeros at the right and at the bottom: the mean colour, once normalised."""
+    return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
 
 
 class DenseModel(nn.Module):

@@ -13,7 +13,7 @@ from vimamba.errors import UserError
 from vimamba.layers.options import check_choice, check_number, check_whole
 from vimamba.models.heads.pyramids import Backbone, DenseModel
 
-HEADS = {"upernet": "deconv", "fpn": "deconv", "dpt": "none", "linear": "none"}
+PYRAMID_OF = {"upernet": "deconv", "fpn": "deconv", "dpt": "none", "linear": "none"}
 """Each head with the pyramid that it reads from a plain trunk by default."""
 AUXILIARY_LEVEL = 2  # the map at stride 16, as in mmsegmentation
 
@@ -55,7 +55,7 @@ class SegmentationModel(DenseModel):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        check_choice("head", head, tuple(HEADS))
+        check_choice("head", head, tuple(PYRAMID_OF))
         check_whole("classes", classes)
         check_whole("width", width)
         check_number("dropout", dropout, 0, 1)
