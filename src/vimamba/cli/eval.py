@@ -58,7 +58,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
-    what, device, how = (take(kind, options) for kind in (EvalOptions, DeviceOptions, InferenceOptions))
+    what, device, how = take(EvalOptions, options), take(DeviceOptions, options), take(InferenceOptions, options)
     terminal.quiet_libraries()
     model, card = load_model(options.run)
     task = find_task(card.task)

@@ -19,14 +19,15 @@ from rich.markup import escape
 from vimamba.cli import terminal
 from vimamba.cli.parsing import add_options, take
 from vimamba.data.coco import write_coco
-from vimamba.data.decode import decode_image
+from vimamba.data.decode import DecodeError, decode_image
 from vimamba.data.walk import LeftOut, find_images
 from vimamba.errors import UserError, escaped, require
 from vimamba.files import whole
 from vimamba.inference.predictor import Predictor, load_run
 from vimamba.inference.runner import DeviceOptions
-from vimamba.inference.tiles import TileOptions
+from vimamba.inference.tiles import TileOptions, Tiling, detect, segment
 from vimamba.processes import default_workers
+from vimamba.tasks.dense import DenseTask
 from vimamba.tasks.detection import DetectionTask
 from vimamba.tasks.options import InferenceOptions
 from vimamba.tasks.results import Detections, Segmentation
@@ -73,9 +74,8 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
-    what, tiles, how, device = (
-        take(kind, options) for kind in (PredictOptions, TileOptions, InferenceOptions, DeviceOptions)
-    )
+    what, device = take(PredictOptions, options), take(DeviceOptions, options)
+    tiles, how = take(TileOptions, options), take(InferenceOptions, options)
     terminal.quiet_libraries()
     predictor = load_run(options.run, device.device, device.precision, how.window, how.flip)
     predictor.task.check_inference(how)
@@ -110,6 +110,26 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
             bar.advance(task)
     if pictures:
         pictures.close()
+    if failed:
+        terminal.warn(f"{failed} of {len(paths)} images could not be read")
+    return 1 if failed else 0
+
+
+def run_tiled(predictor: Predictor, paths: list[str], what: PredictOptions, tiles: TileOptions) -> int:
+    """The same of images that are read in tiles, one after the other."""
+    require(issubclass(predictor.task, DenseTask), "--tile: is for runs that segment or detect")
+    require(what.output is not None, "--tile: give --output, a folder for what is found")
+    require(not what.csv, "--csv: goes without --tile; --json prints what was found")
+    pictures = Pictures(Path(what.output or ""), predictor)
+    out = terminal.console()
+    top = what.top or (100 if issubclass(predictor.task, DetectionTask) else 5)
+    failed = 0
+    with terminal.progress_bar(out if out.is_terminal else terminal.console(stderr=True)) as bar:
+        for path in paths:
+            answer, files = pictures.add_tiled(path, tiles, what.min_score, bar)
+            failed += isinstance(answer, UserError)
+            print_answer(out, path, answer, top, what.json, files)
+    pictures.close()
     if failed:
         terminal.warn(f"{failed} of {len(paths)} images could not be read")
     return 1 if failed else 0
@@ -193,6 +213,24 @@ class Pictures:
             with written(file), whole(file) as partial:
                 pictures[what].save(partial, "png")
         return {what: str(file) for what, file in files.items()}
+
+    def add_tiled(self, path: str, tiles: TileOptions, min_score: float, bar: Any) -> tuple[Any, dict[str, str]]:
+        """Look at an image tile by tile; what was found, or why it could not be read, and the paths."""
+        try:
+            with written(self.folder):
+                tiling = Tiling(self.predictor, path, tiles, self.folder, self._name(Path(path).stem))
+                line = bar.add_task(f"tiles of {escaped(Path(path).name)}", total=len(tiling))
+
+                def advance(done: int, of: int) -> None:
+                    bar.update(line, completed=done)
+
+                if not issubclass(self.predictor.task, DetectionTask):
+                    return segment(tiling, advance)
+                found, files = detect(tiling, min_score, advance)
+                self.objects.append((path, found))
+                return found, files
+        except DecodeError as error:
+            return error, {}
 
     def _name(self, stem: str) -> str:
         """A name that no other image has: those of different folders may be called the same."""

@@ -62,7 +62,8 @@ class ImageDataset(Dataset):
         except DecodeError as error:
             return str(error)
         with seeded(seed) if seed is not None else contextlib.nullcontext():
-            return Item(*self.transform(image, target), size=(image.height, image.width))
+            tensor, target = self.transform(image, target)
+        return Item(tensor, target, (image.height, image.width))
 
 
 class RepeatedOrder(RepeatAugSampler):

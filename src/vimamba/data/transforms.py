@@ -34,8 +34,8 @@ from vimamba.data.steps import (
 from vimamba.errors import UserError, require, shown
 
 Transform = Callable[..., Any]
-"""A Pillow image and its target to a tensor and the target. Masks and boxes (torchvision's `tv_tensors`, in any structure
-that pytree knows) are moved with the image."""
+"""A Pillow image and its target to a tensor and the target. Masks and boxes (torchvision's `tv_tensors`, in any
+structure that pytree knows) are moved with the image."""
 
 MAX_SIDE = 8192  # pixels that a model may ask of an image's height or width, and half of those before the crop
 MAX_JITTER = 100  # times that an image may be scaled up or down in augmentation

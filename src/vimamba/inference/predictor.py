@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from vimamba.data.decode import DecodeError, decode_image, flatten
 from vimamba.data.loaders import Batch, ImageDataset, collate
-from vimamba.data.transforms import AugmentOptions
+from vimamba.data.transforms import AugmentOptions, Transform
 from vimamba.errors import UserError, escaped, require, shown
 from vimamba.inference.evaluation import evaluate, open_for_eval
 from vimamba.inference.runner import Runner
@@ -39,8 +39,8 @@ def load_run(
             nothing in it is executed.
         device: "cpu", "cuda", "cuda:1" ...; the fastest if not given.
         precision: "32-true", "bf16-mixed" or "16-mixed".
-        window: to segment, look at "whole" images, or "slide" a window of the training size over them; "auto" slides over
-            images that are larger than it.
+        window: to segment, look at "whole" images, or "slide" a window of the training size over them; "auto" slides
+            over images that are larger than it.
         flip: look at the mirrored image too, to segment.
 
     Raises:
@@ -84,6 +84,11 @@ class Predictor:
         return self.runner.device
 
     @property
+    def transform(self) -> Transform:
+        """From an image and its target to what the model takes, and the target."""
+        return self.task.transforms(self.card.preprocessing, AugmentOptions(augment="none")).eval
+
+    @property
     def class_names(self) -> list[str]:
         """The classes that it knows."""
         return self.card.class_names
@@ -119,8 +124,7 @@ class Predictor:
         batch_size = self.task.eval_batch if batch_size is None else batch_size
         require(batch_size >= 1, f"`batch_size` is {batch_size}; it must be at least 1")
         check_workers(num_workers)
-        transform = self.task.transforms(self.card.preprocessing, AugmentOptions(augment="none")).eval
-        dataset = PictureDataset(Pictures(images), transform)
+        dataset = PictureDataset(Pictures(images), self.transform)
         for items in DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list):
             good = [item for item in items if not isinstance(item, UserError)]
             results = self._results(collate(good)) if good else iter(())

@@ -95,8 +95,8 @@ def fitting(batch_size: int) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"`batch_size` {batch_size}: does not fit into the memory; give less, and for large images `tile` or `window` "
-            "slide"
+            f"`batch_size` {batch_size}: does not fit into the memory; give less, and for large images `tile` or "
+            "`window` slide"
         ) from error
 
 

@@ -14,6 +14,7 @@ from vimamba.data.coco import open_coco
 from vimamba.data.image_data import ImageData, Source
 from vimamba.data.transforms import Preprocessing
 from vimamba.errors import require
+from vimamba.models.heads import build_detector, paste
 from vimamba.tasks.dense import DenseTask, chosen_head, scenes_or
 from vimamba.tasks.options import InferenceOptions
 from vimamba.tasks.results import Detections, Results
@@ -43,8 +44,6 @@ class DetectionTask(DenseTask):
 
     @classmethod
     def builder(cls) -> Callable[..., nn.Module]:
-        from vimamba.models.heads import build_detector  # type: ignore
-
         return build_detector
 
     @classmethod
@@ -70,8 +69,7 @@ class DetectionTask(DenseTask):
     ) -> Iterator[tuple[Any, slice]]:
         """What is found in each image, in pixels of its original."""
         for row, found in enumerate(model(list(images))):
-            placed = model.placed(found, tuple(images[row].shape[-2:]), sizes[row])
-            yield [{**placed, "size": torch.tensor(sizes[row])}], slice(row, row + 1)
+            yield [placed(found, images[row].shape[-2:], sizes[row])], slice(row, row + 1)
 
     @classmethod
     def metrics(cls, class_names: list[str], detailed: bool = False) -> dict[str, Metric]:
@@ -100,11 +98,19 @@ class DetectionTask(DenseTask):
         return f"box AP {share} on the held-out images"
 
 
+def placed(found: dict[str, Tensor], seen: Any, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Detections in an image of the size that was `seen`, brought to the original's, with masks (n, height, width)."""
+    high, wide = size[0] / seen[0], size[1] / seen[1]
+    found = {**found, "boxes": found["boxes"] * found["boxes"].new_tensor([wide, high, wide, high])}
+    masks = {"masks": paste(found, size)} if "masks" in found else {}
+    return {**found, **masks, "size": torch.tensor(size)}
+
+
 class AveragePrecision(MeanAveragePrecision):
     """COCO's average precision of boxes, and of masks where there are some, over all classes and of each.
 
-    Boxes and masks are measured together: torchmetrics forgets what is found in images without objects where it is asked
-    for masks alone.
+    Boxes and masks are measured together: torchmetrics forgets what is found in images without objects where it is
+    asked for masks alone.
     """
 
     images: Tensor
@@ -114,7 +120,7 @@ class AveragePrecision(MeanAveragePrecision):
         self.warn_on_many_detections = False
         self.add_state("images", torch.tensor(0), "sum")
 
-    def update(self, outputs: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]) -> None:  # type: ignore[override]
+    def update(self, outputs: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]) -> None:
         """Take in what was found and what there is, image by image."""
         self.images += len(targets)
         if not all("masks" in one for one in (*outputs, *targets)):
@@ -123,7 +129,7 @@ class AveragePrecision(MeanAveragePrecision):
         named = [{k: one[k] for k in known if k in one} | {"iscrowd": one["crowd"].int()} for one in targets]
         super().update(outputs, named)
 
-    def compute(self) -> dict[str, Any]:  # type: ignore[override]
+    def compute(self) -> dict[str, Any]:
         """Numbers by name, and `objects` and `of_classes` by class."""
         found = super().compute()
         numbers: dict[str, Any] = {"images": self.images}

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from vimamba.data.decode import flatten
 from vimamba.tasks.record import Record
-from vimamba.tasks.results import is_background
+from vimamba.tasks.results import Crop, is_background
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
 NAMED = 60
@@ -83,14 +83,15 @@ def tinted(image: Image.Image, colours_HW3: np.ndarray, where_HW: np.ndarray, st
 
 
 def with_boxes(
-    image: Image.Image, boxes_N4: np.ndarray, names: list[str], colours_N3: np.ndarray, masks_NHW: np.ndarray | None
+    image: Image.Image, boxes_N4: np.ndarray, names: list[str], colours_N3: np.ndarray, crops: list[Crop] | None
 ) -> Image.Image:
     """A copy of an image with named boxes, the first uppermost, and masks in the same colours."""
     picture = flatten(image).convert("RGB")
     size = max(11, round(min(picture.size) / 28))
-    for i in reversed(range(len(names)) if masks_NHW is not None else ()):
-        mask_HW = masks_NHW[i]  # type: ignore[index]
-        picture = tinted(picture, np.broadcast_to(colours_N3[i], (*mask_HW.shape, 3)), mask_HW, 0.45)
+    for crop, colour in reversed([pair for pair in zip(crops or [], colours_N3, strict=False) if pair[0].mask.size]):
+        place = (crop.left, crop.top, crop.left + crop.mask.shape[1], crop.top + crop.mask.shape[0])
+        part = tinted(picture.crop(place), np.broadcast_to(colour, (*crop.mask.shape, 3)), crop.mask, 0.45)
+        picture.paste(part, place[:2])
     pen = ImageDraw.Draw(picture)
     for i in reversed(range(len(names))):
         colour = tuple(int(part) for part in colours_N3[i])
@@ -107,7 +108,7 @@ def _label(text: str, size: int, colour: tuple[int, ...]) -> Image.Image:
     """A line of text, so many pixels high, on a colour."""
     (text,), families = _drawable([text])
     light = sum(part * weight for part, weight in zip(colour, (0.299, 0.587, 0.114), strict=True)) > 140
-    figure = plt.figure(figsize=(0.1, 0.1), dpi=DOTS, facecolor=[part / 255 for part in colour])
+    figure = plt.figure(figsize=(0.1, 0.1), dpi=DOTS, facecolor=f"#{bytes(colour).hex()}")
     figure.text(0, 0, text, fontsize=72 * size / DOTS, fontfamily=families, color="black" if light else "white")
     return _rendered(figure, pad=0.02)
 

@@ -88,8 +88,8 @@ class DenseOptions:
     """What the tasks segment and detect take besides.
 
     Args:
-        head: upernet, fpn, dpt or linear to segment; faster_rcnn, mask_rcnn or cascade_mask_rcnn to detect; if not given,
-            upernet, and mask_rcnn or, where the data have no masks, faster_rcnn
+        head: upernet, fpn, dpt or linear to segment; faster_rcnn, mask_rcnn or cascade_mask_rcnn to detect; if not
+            given, upernet, and mask_rcnn or, where the data have no masks, faster_rcnn
         head_args: keyword arguments of the head and of its features, such as {width: 128, pyramid: simple}
         short_side: pixels to which the short side of each image is brought first; images keep their size if not given
         long_side: pixels that the long side has at most then
@@ -126,8 +126,8 @@ class InferenceOptions:
     """How a dense task looks at an image.
 
     Args:
-        window: whole images at once, or to segment a window of the training size that slides over them; auto slides over
-            images that are larger than it
+        window: whole images at once, or to segment a window of the training size that slides over them; auto slides
+            over images that are larger than it
         flip: look at the mirrored image too and take the mean, to segment
     """
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+ROWS = 256  # of a mask that are counted at once: one that lies in a file may be larger than the memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Results:
@@ -103,7 +105,9 @@ class Segmentation:
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """The `k` classes that take up most of the image, of those that are there, with their shares of it."""
-        counts = np.bincount(self.mask.ravel(), minlength=len(self.class_names))
+        counts = np.zeros(len(self.class_names), dtype=np.int64)
+        for row in range(0, len(self.mask), ROWS):
+            counts += np.bincount(self.mask[row : row + ROWS].ravel(), minlength=len(counts))
         order = [i for i in np.argsort(-counts, kind="stable")[:k] if counts[i]]
         return [(self.class_names[i], float(counts[i] / self.mask.size)) for i in order]
 
@@ -149,6 +153,44 @@ def is_background(name: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class Crop:
+    """A mask by the part of it that is not empty.
+
+    Args:
+        top, left: where the part begins, pixels.
+        mask: (rows, columns), bool.
+    """
+
+    top: int
+    left: int
+    mask: np.ndarray
+
+    @classmethod
+    def of(cls, mask_HW: np.ndarray) -> Crop:
+        """Of a whole mask."""
+        rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
+        if not len(rows):
+            return cls(0, 0, np.zeros((0, 0), dtype=bool))
+        part = mask_HW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        return cls(int(rows[0]), int(columns[0]), part.copy())
+
+    def paste(self, into_HW: np.ndarray) -> None:
+        """Set its pixels in an image's mask."""
+        rows, columns = self.mask.shape
+        into_HW[self.top : self.top + rows, self.left : self.left + columns] |= self.mask
+
+    def runs(self, height: int, width: int) -> list[int]:
+        """COCO's run lengths of the mask in an image: pixels column by column, off, on, off ..."""
+        columns, rows = np.nonzero(self.mask.T)
+        places = (columns + self.left).astype(np.int64) * height + rows + self.top
+        breaks = np.flatnonzero(np.diff(places) != 1)
+        starts = places[np.r_[0, breaks + 1]] if len(places) else places
+        ends = places[np.r_[breaks, len(places) - 1]] + 1 if len(places) else places
+        edges = np.stack([starts, ends], 1).ravel()
+        return np.diff(np.r_[0, edges, height * width]).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
 class Detections:
     """The objects in an image, the surest first.
 
@@ -156,7 +198,7 @@ class Detections:
         boxes: (n, 4) float32: left, top, right, bottom in pixels of the original.
         label_ids: the number of each one's class, (n,) int64.
         scores: how sure it is of each, (n,) float32, 0 to 1.
-        masks: (n, height, width) of the original, bool; None of a model that gives boxes alone.
+        crops: the part of each one's mask that is not empty; None of a model that gives boxes alone.
         class_names: the classes, in order of their numbers.
         size: height and width of the original.
     """
@@ -164,29 +206,43 @@ class Detections:
     boxes: np.ndarray
     label_ids: np.ndarray
     scores: np.ndarray
-    masks: np.ndarray | None
+    crops: list[Crop] | None
     class_names: list[str]
     size: tuple[int, int]
 
     @classmethod
     def of(cls, found: dict[str, torch.Tensor], class_names: list[str], size: tuple[int, int]) -> Detections:
         """From the tensors that the task gives for an image."""
-        masks = found["masks"].bool().cpu().numpy() if "masks" in found else None
+        crops = [Crop.of(mask) for mask in found["masks"].bool().cpu().numpy()] if "masks" in found else None
         boxes, labels, scores = (found[name].float().cpu().numpy() for name in ("boxes", "labels", "scores"))
-        return cls(boxes, labels.astype(np.int64), scores, masks, class_names, size)
+        return cls(boxes, labels.astype(np.int64), scores, crops, class_names, size)
 
     @property
     def labels(self) -> list[str]:
         """The class of each object."""
         return [self.class_names[i] for i in self.label_ids]
 
+    @property
+    def masks(self) -> np.ndarray | None:
+        """Where each object is, (n, height, width) of the original, bool; None of a model that gives boxes alone."""
+        if self.crops is None:
+            return None
+        masks_NHW = np.zeros((len(self.crops), *self.size), dtype=bool)
+        for mask_HW, crop in zip(masks_NHW, self.crops, strict=True):
+            crop.paste(mask_HW)
+        return masks_NHW
+
+    def select(self, rows: Any) -> Detections:
+        """Some of them, in that order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        crops = None if self.crops is None else [self.crops[row] for row in rows]
+        return dataclasses.replace(
+            self, boxes=self.boxes[rows], label_ids=self.label_ids[rows], scores=self.scores[rows], crops=crops
+        )
+
     def above(self, score: float) -> Detections:
         """Those that it is so sure of."""
-        keep = self.scores >= score
-        masks = None if self.masks is None else self.masks[keep]
-        return dataclasses.replace(
-            self, boxes=self.boxes[keep], label_ids=self.label_ids[keep], scores=self.scores[keep], masks=masks
-        )
+        return self.select(np.flatnonzero(self.scores >= score))
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """The `k` surest objects' classes, with how sure it is of them."""
@@ -215,7 +271,6 @@ class Detections:
         """A copy of the image with the boxes and masks of the `k` surest objects, of those that are sure enough."""
         from vimamba.tasks.figures import colours, with_boxes
 
-        shown = self.above(score)
-        names = [f"{name} {100 * sure:.0f}%" for name, sure in zip(shown.labels, shown.scores, strict=True)][:k]
-        palette = colours(self.class_names)[shown.label_ids[:k]]
-        return with_boxes(image, shown.boxes[:k], names, palette, None if shown.masks is None else shown.masks[:k])
+        shown = self.select(np.flatnonzero(self.scores >= score)[:k])
+        names = [f"{name} {100 * sure:.0f}%" for name, sure in zip(shown.labels, shown.scores, strict=True)]
+        return with_boxes(image, shown.boxes, names, colours(self.class_names)[shown.label_ids], shown.crops)

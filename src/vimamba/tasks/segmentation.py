@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassStatScores
 
-from vimamba.data.image_data import ImageData, Source
+from vimamba.data.image_data import ImageData, Opening, Source
 from vimamba.data.masks import open_masks
 from vimamba.data.samples import IGNORE
 from vimamba.data.transforms import Preprocessing
@@ -37,7 +37,7 @@ class SegmentationTask(DenseTask):
 
     @classmethod
     def source(cls) -> Source:
-        return scenes_or("scenes-seg", open_masks)
+        return scenes_or("scenes-seg", open_folder)
 
     @classmethod
     def builder(cls) -> Callable[..., nn.Module]:
@@ -66,9 +66,8 @@ class SegmentationTask(DenseTask):
         if self.dense.dice:
             loss = loss + self.dense.dice * dice_loss(logits_BCHW, targets)
         if auxiliary is not None and self.dense.aux_weight:
-            loss = loss + self.dense.aux_weight * self.criterion(
-                enlarge(auxiliary.float(), targets.shape[-2:]), targets
-            )
+            auxiliary_BCHW = enlarge(auxiliary.float(), targets.shape[-2:])
+            loss = loss + self.dense.aux_weight * self.criterion(auxiliary_BCHW, targets)
         return loss
 
     # -- what it finds
@@ -120,6 +119,11 @@ class SegmentationTask(DenseTask):
     @classmethod
     def sentence(cls, share: str) -> str:
         return f"mean IoU {share} on the held-out images"
+
+
+def open_folder(name: str, opening: Opening) -> ImageData:
+    """Images and masks below a folder."""
+    return open_masks(name, opening, opening.class_names, opening.ignore_index)
 
 
 def class_row(name: str, tp: int, fp: int, tn: int, fn: int, support: int) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def load_start(model: nn.Module, card: ModelCard, path: Path) -> str:
 
 
 def _trunk_of(tensors: dict[str, torch.Tensor], described: Any) -> tuple[dict, dict, tuple[int, ...] | None]:
-    """Of a file's tensors those of the trunk, the others where they are of a dense task, and the grid it was made for."""
+    """Of a file's tensors those of the trunk, the others if they are of a dense task, and the grid it was made for."""
     if not isinstance(described, dict) or "task" not in described:
         return tensors, {}, None
     card = ModelCard.from_dict(described, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ class SegmentationModel(DenseModel):
         return TrainingLogits(logits, cropped(self.auxiliary(maps[AUXILIARY_LEVEL])))
 
 
-def enlarge(logits_BKhw: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarge(logits_BKhw: Tensor, size: Sequence[int]) -> Tensor:
     """Logits of a `SegmentationModel` to (batch, classes, height, width), each at its place.
 
     Args:
