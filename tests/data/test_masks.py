@@ -27,7 +27,7 @@ def mask_of(values, dtype=np.uint8):
 
 def write(root, images="images", masks="masks", count=4, values=CLASSES, ending=".png", **how):
     for index in range(count):
-        picture = np.random.RandomState(len(images) * 1000 + index).randint(
+        picture = np.random.RandomState(sum(images.encode()) + 100 * index).randint(
             0, 256, (*np.shape(values)[:2], 3), np.uint8
         )
         for folder, image, end in ((images, Image.fromarray(picture), ".png"), (masks, mask_of(values, **how), ending)):
@@ -86,6 +86,13 @@ def test_a_half_alone_is_split_or_measured(tmp_path):
     with pytest.raises(UserError, match="nothing to learn from, but a half to hold out"):
         opened(tmp_path)
     assert len(opened(tmp_path, WHOLE).val) == 4
+
+
+def test_a_single_image_cannot_be_split(tmp_path):
+    write(tmp_path, count=1)
+    with pytest.raises(UserError, match="has a single image; a split needs two"):
+        opened(tmp_path)
+    assert len(opened(tmp_path, WHOLE).val) == 1
 
 
 def test_a_run_keeps_what_it_held_out(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 
-from vimamba.data.samples import FileSamples
+from vimamba.data.samples import FileSamples, size_of
 from vimamba.errors import escaped
 
 MOST = 100_000  # images among which copies are looked for; in more of them every size is met, and all would be read
@@ -16,12 +16,12 @@ def copies_across(train: FileSamples, val: FileSamples) -> list[str]:
     if len(train) + len(val) > MOST:
         return []
     by_size: dict[int, list[int]] = defaultdict(list)
-    for index, size in enumerate(train.marks()):
+    for index, size in enumerate(map(size_of, train.paths.tolist())):
         by_size[size].append(index)
     digests: dict[bytes, str] = {}
     pairs: list[tuple[str, str]] = []
     read: set[int] = set()
-    for index, size in enumerate(val.marks()):
+    for index, size in enumerate(map(size_of, val.paths.tolist())):
         if size <= 0 or size not in by_size:
             continue
         if size not in read:

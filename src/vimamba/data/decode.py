@@ -22,6 +22,12 @@ MODES = {1: "L", 3: "RGB"}
 # What Pillow opens and is no picture of something: drawings (EPS by running Ghostscript), films, tables of numbers.
 NO_PHOTOGRAPHS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
+ORIENTATION = 0x0112  # in EXIF, of which these values exchange height and width
+QUARTER_TURNS: dict[Any, Image.Transpose] = {
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
 
 class DecodeError(UserError):
     """A file that cannot be read as an image: its name and the reason."""
@@ -97,6 +103,29 @@ def flatten(image: Image.Image, name: str = "the image") -> Image.Image:
         return _flatten(_upright(image), meant)
     except Exception as error:
         raise DecodeError(name, _reason(io.BytesIO(), error)) from error
+
+
+class Upright(NamedTuple):
+    """The size (width, height) of an image as it is shown, and the quarter turn that brings it there, if any."""
+
+    size: tuple[int, int]
+    turn: Image.Transpose | None
+
+
+def upright(path: str) -> Upright:
+    """Of an image, by its header.
+
+    Raises:
+        DecodeError: it has none.
+    """
+    with opened(path) as image:
+        try:
+            turn = QUARTER_TURNS.get(image.getexif().get(ORIENTATION))
+        except Exception:  # a broken EXIF block, which decoding leaves aside as well
+            turn = None
+        if turn is not None and image.format == "TIFF":  # of which some versions of Pillow give the size when upright
+            return Upright(decode_image(path).size, turn)
+        return Upright(image.size[::-1] if turn is not None else image.size, turn)
 
 
 class NotAFileError(OSError):

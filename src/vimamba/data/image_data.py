@@ -70,5 +70,11 @@ class Opening:
         with naming(f"`data` {escaped(name)}"):
             return halve(samples, class_names, self.val_fraction, self.seed, self.draw, self.kept)
 
+    def halve_unclassed(self, name: str, samples: Any) -> tuple[Any, Any]:
+        """The same of images that have no class each: their `targets` are 0."""
+        one = len(samples) == 1 and self.strict and self.kept is None
+        require(not one, f"`data` {escaped(name)}: has a single image; a split needs two")
+        return self.halve(name, samples, [""])
+
 
 Source = Callable[[str, Opening], ImageData]

@@ -6,11 +6,11 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torchvision import tv_tensors
 
 from vimamba.data.class_list import (
@@ -24,7 +24,7 @@ from vimamba.data.class_list import (
     read_class_list,
 )
 from vimamba.data.copies import copies_across
-from vimamba.data.decode import DecodeError, decode_image, opened
+from vimamba.data.decode import DecodeError, Upright, opened, upright
 from vimamba.data.folder import TEST, TRAIN, VAL
 from vimamba.data.image_data import ImageData, Opening
 from vimamba.data.samples import FileSamples, size_of
@@ -42,12 +42,6 @@ UNMATCHED = 0.1  # greatest share of files without a partner: with more, the nam
 
 MOST_NUMBERED = 256  # classes without a list of them: more may be numbers of objects
 LOOKED_AT = 32  # masks of which the values are seen before two classes are taken for 0 and 1
-
-ORIENTATION = 0x0112  # in EXIF, of which these values exchange height and width
-QUARTER_TURNS: dict[Any, Image.Transpose] = {
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
 
 
 class MaskSamples(FileSamples):
@@ -71,29 +65,6 @@ class MaskSamples(FileSamples):
 
     def select(self, rows: list[int]) -> MaskSamples:
         return MaskSamples(self.paths[rows], self.masks[rows], self.meaning, self.root)
-
-
-class Upright(NamedTuple):
-    """The size (width, height) of an image as it is shown, and the quarter turn that brings it there, if any."""
-
-    size: tuple[int, int]
-    turn: Image.Transpose | None
-
-
-def upright(path: str) -> Upright:
-    """Of an image, by its header.
-
-    Raises:
-        DecodeError: it has none.
-    """
-    with opened(path) as image:
-        try:
-            turn = QUARTER_TURNS.get(image.getexif().get(ORIENTATION))
-        except Exception:  # a broken EXIF block, which decoding leaves aside as well
-            turn = None
-        if turn is not None and image.format == "TIFF":  # of which some versions of Pillow give the size when upright
-            return Upright(decode_image(path).size, turn)
-        return Upright(image.size[::-1] if turn is not None else image.size, turn)
 
 
 def read_mask(path: str, of: Upright | None = None) -> np.ndarray:
@@ -157,7 +128,7 @@ def open_masks(
     halves = {half: MaskSamples(found, found.values(), meaning, str(root)) for half, found in pairs.items()}
     train = halves.get("train", MaskSamples([], [], meaning, str(root)))
     drawn = "val" not in halves or (opening.kept is not None and opening.kept.drawn)
-    train, val = opening.halve(name, train, [""]) if drawn else (train, halves["val"])
+    train, val = opening.halve_unclassed(name, train) if drawn else (train, halves["val"])
     notes += [
         *left_out.lines(name),
         *(f"{name}: {line}" for line in (copies_across(train, val) if opening.strict else [])),

@@ -87,7 +87,7 @@ class FileSamples:
     def image(self, index: int) -> Image.Image:
         return decode_image(self.name(index))
 
-    def target(self, index: int) -> int:
+    def target(self, index: int) -> Any:
         return int(self.targets[index])
 
     def name(self, index: int) -> str:
@@ -105,6 +105,7 @@ class FileSamples:
 
 
 def size_of(path: str) -> int:
+    """Bytes of a file; -1 where there is none."""
     try:
         return os.stat(path).st_size
     except OSError:
