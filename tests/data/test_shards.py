@@ -16,6 +16,7 @@ from vimamba.data.loaders import ImageDataModule
 from vimamba.data.sources import open_data
 from vimamba.data.transforms import AugmentOptions
 from vimamba.errors import UserError
+from vimamba.tasks.task import Task
 
 
 def picture(value):
@@ -60,7 +61,7 @@ def test_shards(tmp_path):
     (tmp_path / "names.txt").write_text("even\nodd\n")
     data = open_data(f"wds/{tmp_path}", class_names=str(tmp_path / "names.txt"))
     assert data.notes == []
-    module = ImageDataModule(data, GREY, AugmentOptions(augment="none"), 2, 0, seed=0)
+    module = ImageDataModule(data, Task.transforms(GREY, AugmentOptions(augment="none")), 2, 0)
     batches = list(module.val_dataloader())
     assert [batch.targets.tolist() for batch in batches] == [[0, 1], [0, 1]]
     assert [data.val.image(i).getpixel((0, 0)) for i in range(4)] == [0, 1, 2, 3]
@@ -72,7 +73,7 @@ def test_images_of_shards_depend_on_seed_and_epoch_alone(tmp_path, workers):
     data = open_data(f"wds/{write_shards(tmp_path, {'train': (1, 32), 'validation': (1, 2)})}")
 
     def epoch(seed, number, done=0):
-        module = ImageDataModule(data, GREY, AugmentOptions(augment="affine"), 4, workers, seed)
+        module = ImageDataModule(data, Task.transforms(GREY, AugmentOptions(augment="affine")), 4, workers, seed)
         module.epoch, module.batches_done = number, done
         return torch.cat([batch.images for batch in module.train_dataloader()])
 

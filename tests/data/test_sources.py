@@ -9,6 +9,7 @@ from vimamba.data import mnist
 from vimamba.data.loaders import ImageDataModule, RepeatedOrder
 from vimamba.data.sources import open_data
 from vimamba.data.transforms import AugmentOptions, Preprocessing, eval_transform, train_transform
+from vimamba.tasks.task import Task
 
 
 def test_the_sample_is_split_evenly_and_apart():
@@ -50,7 +51,7 @@ def test_cutting_a_long_image_does_not_change_what_is_seen():
 def test_batches_depend_on_seed_and_epoch_alone(workers):
     data = open_data("mnist")
     data.train.images = data.train.images[:64]
-    module = ImageDataModule(data, GREY, AugmentOptions(augment="affine"), 16, workers, seed=3)
+    module = ImageDataModule(data, Task.transforms(GREY, AugmentOptions(augment="affine")), 16, workers, seed=3)
 
     def epoch(number, done=0):
         module.epoch, module.batches_done = number, done

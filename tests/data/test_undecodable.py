@@ -10,7 +10,7 @@ from vimamba.data.loaders import Batch
 from vimamba.data.transforms import AugmentOptions, Preprocessing
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.optim import OptimOptions
-from vimamba.tasks.weights import ModelCard, build_model
+from vimamba.tasks.weights import ModelCard
 
 
 def spoil(folder):
@@ -22,9 +22,9 @@ def test_a_batch_of_nothing_gives_gradients_of_nothing():
     """Of every parameter: the other processes of a run wait for each one's."""
     args = {"depth": 1, "embed_dim": 16, "d_state": 4}
     card = ModelCard("vim_nano", args, ["a", "b"], Preprocessing((16, 16), 1, (0.5,), (0.5,)))
-    model = build_model("vim_nano", 2, 1, (16, 16), args)
+    model = card.build()
     task = ClassificationTask(model, card, OptimOptions(), AugmentOptions(mixup=0.5))
-    loss = task.training_step(Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), ["a.png: bad"]), 0)
+    loss = task.training_step(Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [], ["a.png: bad"]), 0)
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

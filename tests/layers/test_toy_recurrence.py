@@ -170,7 +170,9 @@ def test_a_registered_one_is_named_in_files(monkeypatch):
     monkeypatch.setitem(RECURRENCES, "average", MovingAverage)
     model_args = dict(recurrence="average", decay=0.7)
     model = timm.create_model("vim_nano", **model_args)
-    described = skeleton("vim_nano", model_args, 10, 3, (28, 28), model.state_dict())
+    described = skeleton(
+        "vim_nano", model_args, {}, lambda: timm.create_model("vim_nano", **model_args), model.state_dict()
+    )
     assert isinstance(described.layers[5].mixer.recurrence_b, MovingAverage)
 
 

@@ -14,7 +14,7 @@ from vimamba.errors import UserError
 from vimamba.tasks.classification import ClassificationTask, ClassResult
 from vimamba.tasks.optim import OptimOptions, lr_factor, parameter_groups
 from vimamba.tasks.task import evaluation_of, results_of
-from vimamba.tasks.weights import ModelCard, build_model, load_model, save_model
+from vimamba.tasks.weights import ModelCard, load_model, save_model
 
 TINY = {"depth": 2, "embed_dim": 16, "d_state": 4}
 PREP = Preprocessing((16, 16), 1, (0.5,), (0.5,))
@@ -111,7 +111,8 @@ def test_the_moving_average_is_evaluated_and_kept(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
 def test_any_timm_model_is_built_for_the_data(name):
-    model = build_model(name, 3, 1, (32, 32)).eval()
+    prep = Preprocessing((32, 32), 1, (0.5,), (0.5,))
+    model = ModelCard(name, {}, ["a", "b", "c"], prep).build().eval()
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
 
 
@@ -123,12 +124,12 @@ def test_the_training_loss_is_the_mean_over_images():
     for count in (5, 1, 0, 2):  # the last one of an epoch is smaller
         images = torch.randn(count, 1, 16, 16) if count else torch.empty(0)
         losses += [
-            float(task.training_step(Batch(images, torch.zeros(count, dtype=torch.int64), []), 0).detach())
+            float(task.training_step(Batch(images, torch.zeros(count, dtype=torch.int64), [], []), 0).detach())
         ] * count
     assert float(task.train_loss.compute()) == pytest.approx(sum(losses) / 8)
     assert not task.diverged()
-    task.training_step(Batch(images * torch.nan, torch.zeros(2, dtype=torch.int64), []), 0)
-    task.training_step(Batch(images, torch.zeros(2, dtype=torch.int64), []), 1)
+    task.training_step(Batch(images * torch.nan, torch.zeros(2, dtype=torch.int64), [], []), 0)
+    task.training_step(Batch(images, torch.zeros(2, dtype=torch.int64), [], []), 1)
     assert task.diverged()  # though the last loss is finite
 
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from vimamba.cli import terminal
 from vimamba.cli.parsing import add_options, take
-from vimamba.data.coco import write_coco
+from vimamba.data.coco_json import write_coco
 from vimamba.data.decode import DecodeError, decode_image
 from vimamba.data.walk import LeftOut, find_images
 from vimamba.errors import UserError, escaped, require
@@ -246,7 +246,9 @@ class Pictures:
         if issubclass(self.predictor.task, DetectionTask):
             file = self.folder / "predictions.json"
             with written(file):
-                write_coco(file, self.objects, self.predictor.class_names)
+                found = [answer for _, answer in self.objects]
+                images = [(path, answer.size) for path, answer in self.objects]
+                write_coco(file, images, [answer.to_coco() for answer in found], self.predictor.class_names)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vimamba.data.decode import DecodeError, upright
-from vimamba.data.outlines import NOTHING, kept, need_package, packed
+from vimamba.data.outlines import NOTHING, kept, need_package, packed, packed_runs
 from vimamba.data.walk import LeftOut
 from vimamba.errors import UserError, escaped, naming, one_line, require, showable, shown
 from vimamba.files import write_text
@@ -312,7 +312,7 @@ def write_coco(
     Args:
         images: file name and (height, width) of each
         results: for each image `boxes` (n, 4) XYXY in pixels, `labels` (n,) and, if there are any, `scores` (n,) and
-            `masks` (n, height, width)
+            `masks` (n, height, width), or `runs`, the run lengths of each mask, column by column
 
     Raises:
         UserError: faster-coco-eval is missing, which packs masks.
@@ -321,18 +321,18 @@ def write_coco(
     annotations: list[dict[str, Any]] = []
     for image_id, ((name, (height, width)), found) in enumerate(zip(images, results, strict=True), start=1):
         listed.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        for entry in _entries(found):
+        for entry in _entries(found, (height, width)):
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **entry})
     categories = [{"id": number, "name": name} for number, name in enumerate(class_names, start=1)]
     document = {"images": listed, "categories": categories, "annotations": annotations}
     write_text(path, json.dumps(document) + "\n")
 
 
-def _entries(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _entries(found: Mapping[str, Any], size: tuple[int, int]) -> Iterator[dict[str, Any]]:
     """An image's annotations."""
     boxes_N4 = _array(found["boxes"]).reshape(-1, 4).astype(float)
-    labels, scores, masks = (found.get(name) for name in ("labels", "scores", "masks"))
-    if masks is not None:
+    labels, scores, masks, runs = (found.get(name) for name in ("labels", "scores", "masks", "runs"))
+    if masks is not None or runs is not None:
         need_package()
     for index, (left, top, right, bottom) in enumerate(boxes_N4.tolist()):
         wide, high = right - left, bottom - top
@@ -347,6 +347,8 @@ def _entries(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if masks is not None:
             mask_HW = _array(masks[index]) > 0
             entry.update(segmentation=packed(mask_HW), area=int(mask_HW.sum()))
+        if runs is not None:
+            entry.update(segmentation=packed_runs(runs[index], size), area=sum(runs[index][1::2]))
         yield entry
 
 

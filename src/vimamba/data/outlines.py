@@ -104,6 +104,16 @@ def packed(mask_HW: np.ndarray) -> dict[str, Any]:
     """COCO's compressed run lengths of a mask, as they stand in JSON."""
     from faster_coco_eval.core import mask as api
 
-    runs = api.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
-    counts = runs["counts"]
-    return {"size": list(mask_HW.shape), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
+    return _as_text(api.encode(np.asfortranarray(mask_HW, dtype=np.uint8)))
+
+
+def packed_runs(runs: list[int], size: tuple[int, int]) -> dict[str, Any]:
+    """The same of run lengths of an image (height, width), column by column."""
+    from faster_coco_eval.core import mask as api
+
+    return _as_text(api.frPyObjects({"size": list(size), "counts": runs}, *size))
+
+
+def _as_text(packed: dict[str, Any]) -> dict[str, Any]:
+    counts = packed["counts"]
+    return {"size": list(packed["size"]), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}

@@ -21,6 +21,7 @@ from vimamba.tasks.options import RunOptions
 from vimamba.tasks.weights import Architecture, ModelCard
 
 EPOCHS = 30
+BATCHES = (32, 16)  # images in a step, the largest with which an epoch has enough steps
 STEPS_AN_EPOCH = 16
 STEPS = 600  # least, of a run: fewer leave a model of a few hundred images half taught
 MOST_EPOCHS = 300
@@ -65,7 +66,7 @@ def check_unused(task: str, options: Any, names: Iterable[str] | None = None) ->
         )
 
 
-def choose_schedule(optim: OptimOptions, images: int, batches: Sequence[int]) -> OptimOptions:
+def choose_schedule(optim: OptimOptions, images: int, batches: Sequence[int] = BATCHES) -> OptimOptions:
     """With a batch size, one of `batches`, and a number of epochs, for as many images to learn from on a device."""
     batch = optim.batch_size
     if batch is None:

@@ -267,6 +267,11 @@ class Detections:
         ]
         return {"height": self.size[0], "width": self.size[1], "objects": objects}
 
+    def to_coco(self) -> dict[str, Any]:
+        """For `vimamba.data.coco_json.write_coco`."""
+        masks = {} if self.crops is None else {"runs": [crop.runs(*self.size) for crop in self.crops]}
+        return {"boxes": self.boxes, "labels": self.label_ids, "scores": self.scores, **masks}
+
     def draw(self, image: Image.Image, k: int = 100, score: float = 0.5) -> Image.Image:
         """A copy of the image with the boxes and masks of the `k` surest objects, of those that are sure enough."""
         from vimamba.tasks.figures import colours, with_boxes

@@ -21,7 +21,7 @@ from vimamba.data.transforms import AugmentOptions, Preprocessing, eval_transfor
 from vimamba.errors import UserError
 from vimamba.layers.mixers.gate import collect_gates
 from vimamba.models.description import create
-from vimamba.tasks.defaults import check_unused, choose_augmentation, choose_preprocessing
+from vimamba.tasks.defaults import BATCHES, check_unused, choose_augmentation, choose_preprocessing
 from vimamba.tasks.find import TASKS
 from vimamba.tasks.optim import OptimOptions, build_optimizer, lr_factor, parameter_groups
 from vimamba.tasks.options import DenseOptions, InferenceOptions
@@ -65,7 +65,7 @@ class Task(pl.LightningModule):
     monitor: ClassVar[str]  # of an evaluation's numbers, the one that decides
     mode: ClassVar[Literal["max", "min"]] = "max"
     scored: ClassVar[bool] = True  # whether an evaluation has a loss; if not, `metrics` count the `images`
-    batches: ClassVar[tuple[int, ...]] = (32, 16)  # images in a step, the largest with which an epoch has enough steps
+    batches: ClassVar[tuple[int, ...]] = BATCHES
     eval_batch: ClassVar[int] = 64  # images at once in evaluation
     result: ClassVar[Any] = None  # the class of what `predictions` gives
     counted: ClassVar[str] = "images"  # the column of the table of classes that tells whether there were any

@@ -280,7 +280,7 @@ def build_start(options: RunOptions, card: ModelCard) -> tuple[nn.Module, str]:
     model = dataclasses.replace(card, model=options.model, model_args=options.model_args).build(options.pretrained)
     note = "published weights" if options.pretrained else ""
     if options.checkpoint:
-        note = load_start(model, card, Path(options.checkpoint))
+        note = load_start(model, Path(options.checkpoint), card.task)
     return model, note
 
 

@@ -254,7 +254,7 @@ def _evaluated(contents: dict[str, Any]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_start(model: nn.Module, card: ModelCard, path: Path) -> str:
+def load_start(model: nn.Module, path: Path, task: str = "classification") -> str:
     """Start a training from the weights in a file; a head for other classes, or of another task, is left as it was.
 
     Returns a note on what was done.
@@ -263,7 +263,7 @@ def load_start(model: nn.Module, card: ModelCard, path: Path) -> str:
         contents = read_checkpoint(path)
     with naming(f"`checkpoint` {path}"):
         tensors, described = described_weights(contents)
-        trunk, place = find_task(card.task).trunk(model)
+        trunk, place = find_task(task).trunk(model)
         taken, kept, grid = _trunk_of(tensors, described)
         taken = convert_checkpoint({**contents, "model": taken}, trunk, grid)
     # timm's convention: a model's module adapts the names and sizes of its published checkpoints.
