@@ -18,7 +18,7 @@ from vimamba.models.description import create
 STRIDES = (4, 8, 16, 32)
 PYRAMIDS = ("deconv", "simple", "none")
 # What lets a timm model take images of other sizes than it was made for.
-ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False})
 
 
 class Backbone(nn.Module):
@@ -202,11 +202,11 @@ def _trunk(name: str, img_size: tuple[int, int] | None, given: dict[str, Any]) -
     for free in ANY_SIZE:
         try:
             trunk = create(name, img_size, **{**free, **given})
-        except TypeError as error:
-            if not any(option in str(error) for option in free):
-                raise
+            break
+        except (TypeError, ValueError):  # no such option; what else is wrong, the model says without it
             continue
-        break
+    else:
+        trunk = create(name, img_size, **given)
     if not (hasattr(trunk, "forward_intermediates") and hasattr(trunk, "prune_intermediate_layers")):
         raise UserError(f"{name} does not give the maps of its layers (timm's forward_intermediates): take another")
     return trunk
