@@ -71,9 +71,8 @@ def test_the_order_of_images_depends_on_seed_and_epoch(copies):
     data = open_data("mnist")
 
     def order(seed, epoch):
-        module = ImageDataModule(
-            data, GREY, AugmentOptions(repeated_augmentation=copies, augment="affine"), 16, 0, seed
-        )
+        transforms = Task.transforms(GREY, AugmentOptions(augment="affine"))
+        module = ImageDataModule(data, transforms, 16, 0, seed, repeats=copies)
         module.epoch = epoch
         return [draw.sample for draw in module.train_dataloader().sampler]
 
