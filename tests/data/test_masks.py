@@ -398,7 +398,7 @@ def test_masks_follow_images_that_are_turned(tmp_path, orientation, drawn_on, en
 def test_lists_of_classes_that_make_no_sense_are_refused(tmp_path, file, text, reason):
     write(tmp_path)
     (tmp_path / file).write_text(text)
-    with pytest.raises(UserError, match=f"`classes` .*{file}: .*{reason}"):
+    with pytest.raises(UserError, match=f"{file}: .*{reason}"):
         opened(tmp_path)
 
 
@@ -414,12 +414,6 @@ def test_a_list_that_is_not_there_or_no_text_is_refused(tmp_path):
 def test_names_in_json(tmp_path):
     (tmp_path / "palette.json").write_text('["sky", "1 2 3", "road"]')
     assert opened(write(tmp_path)).class_names == ["sky", "1 2 3", "road"]
-
-
-@pytest.mark.parametrize("ignore_index", [-1, 65536])
-def test_a_value_that_no_mask_has_is_refused(tmp_path, ignore_index):
-    with pytest.raises(UserError, match=f"`ignore_index` is {ignore_index}; the values of masks are 0 to 65535"):
-        opened(write(tmp_path), ignore_index=ignore_index)
 
 
 def test_copies_across_the_halves_are_told(tmp_path):

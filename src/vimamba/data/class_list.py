@@ -22,7 +22,7 @@ MAX_BYTES = 2**20  # of a list, which may be a stranger's
 
 IGNORED = 255  # the value of pixels that are neither learned from nor measured, as in Cityscapes, VOC and COCO
 VALUES = 2**16  # of the masks that are read
-COLOURED = "is coloured; give each colour's class in a palette.txt of `name r g b` lines there, or in `classes`"
+COLOURED = "is coloured; give each colour's class in a palette.txt of `name r g b` lines there, or in `class_names`"
 
 _UNKNOWN = -2  # what stands for nothing, in place of a class
 
@@ -63,7 +63,7 @@ def read_class_list(path: Path) -> ClassList:
     Raises:
         UserError: it is none of these, names a class or a colour twice, or has none.
     """
-    with naming(f"`classes` {path}"):
+    with naming(escaped(str(path))):
         try:
             require(path.is_file(), "is no file")  # a pipe would be waited for
             require(

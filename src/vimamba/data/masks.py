@@ -111,10 +111,6 @@ def open_masks(
         UserError: the folder has another layout, or many files have no partner.
     """
     root, left_out = Path(name), LeftOut()
-    require(
-        ignore_index is None or 0 <= ignore_index < VALUES,
-        f"`ignore_index` is {ignore_index}; the values of masks are 0 to {VALUES - 1}",
-    )
     folders = find_folders(root)
     require(
         "train" in folders or not opening.strict,
@@ -241,7 +237,7 @@ def _classes(
             [f"{escaped(str(root))}: {said} background and foreground"],
         )
     most = max(values - {IGNORED if ignore_index is None else ignore_index}, default=0)
-    named = "name the classes, one a line, in a file classes.txt there or `classes`"
+    named = "name the classes, one a line, in a file classes.txt there or `class_names`"
     require(
         most < MOST_NUMBERED,
         f"`data` {escaped(str(root))}: the masks hold values to {most}; if these are classes and not objects, {named}",
