@@ -1,5 +1,6 @@
 """COCO's annotations: every layout, masks as pycocotools draws them, what is wrong with files, and files written."""
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -287,6 +288,44 @@ def test_broken_outlines_are_named_and_left_out(tmp_path, segmentation):
     data = opened(write(tmp_path, with_annotations({"segmentation": segmentation}), count=40))
     assert data.notes == [f"{tmp_path}/all.json: not read: broken outlines: 1 (1000)"]
     assert len(data.val.target(0)["labels"]) == 1
+
+
+JUNK = [None, True, 0, -1, 1.5, float("nan"), 10**400, "", "x", "\0", [], [[[1]]], {}, {"a": [1]}, [1] * 7, "\ud800"]
+
+
+def places(value, path=()):
+    """Where something stands in a document."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inside:
+        yield (*path, key)
+        yield from places(one, (*path, key))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_files_with_anything_in_them_are_read_or_refused(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr(coco_json, "UNUSABLE", 1.0)
+    random = np.random.RandomState(seed)
+    sound = document(5)
+    sound["annotations"][1]["segmentation"] = packed(random.rand(HEIGHT, WIDTH) < 0.5)
+    sound["annotations"][2]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": [10, 20, HEIGHT * WIDTH - 30]}
+    write(tmp_path, sound, count=5)
+    every, read = [*places(sound)], 0
+    for _ in range(60):
+        values = copy.deepcopy(sound)
+        *path, last = every[random.randint(len(every))]
+        holder = values
+        for key in path:
+            holder = holder[key]
+        holder[last] = copy.deepcopy(JUNK[random.randint(len(JUNK))])
+        (tmp_path / "all.json").write_text(json.dumps(values))
+        with contextlib.suppress(UserError):
+            data = opened(tmp_path)
+            for index in range(len(data.val)):
+                target = data.val.target(index)
+                assert len({len(part) for part in target.values()}) == 1
+                assert (target["boxes"] >= 0).all()
+            read += 1
+    assert 20 < read < 60
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,21 @@ def test_a_colour_may_stand_for_no_class(tmp_path, name):
     assert data.train.target(0).tolist() == [[0, IGNORE, 1]]
 
 
+def test_numbers_count_the_lines_of_a_palette(tmp_path):
+    (tmp_path / "palette.txt").write_text("void 0 0 0\nsky 0 0 255\nroad 90 90 90\n")
+    data = opened(write(tmp_path, values=[[0, 1, 2, 255]]))
+    assert data.class_names == ["sky", "road"]
+    assert data.train.target(0).tolist() == [[IGNORE, 0, 1, IGNORE]]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_greys_of_a_palette_are_what_the_masks_hold(tmp_path, mode):
+    (tmp_path / "palette.txt").write_text("land 0 0 0\nwater 255 255 255\nvoid 128 128 128\n")
+    values = np.array([[0, 255, 128]])
+    data = opened(write(tmp_path, values=values if mode == "L" else np.stack([values] * 3, -1)))
+    assert data.train.target(0).tolist() == [[0, 1, IGNORE]]
+
+
 def test_a_colour_that_no_class_has_is_named(tmp_path):
     (tmp_path / "palette.txt").write_text("sky 0 0 255\nroad 90 90 90\n")
     data = opened(write(tmp_path, values=np.array([[[0, 0, 255], [1, 2, 3], [1, 2, 3], [4, 4, 4]]])))
@@ -238,10 +253,13 @@ def test_without_a_list_the_value_left_out_is_no_class(tmp_path):
 def test_0_and_255_are_two_classes(tmp_path, names):
     if names:
         (tmp_path / "classes.txt").write_text(names)
-    data = opened(write(tmp_path, values=[[0, 255, 255]]))
+    write(tmp_path, values=[[0, 255, 255]])
+    mask_of([[255] * 3]).save(tmp_path / "masks" / "0.png")  # the first is of one class alone
+    data = opened(tmp_path, WHOLE)
     assert data.class_names == (names.split() if names else ["background", "foreground"])
-    assert data.train.target(0).tolist() == [[0, 1, 1]]
-    assert "0 and 255 alone" in data.notes[0]
+    assert data.val.target(0).tolist() == [[1, 1, 1]]
+    assert data.val.target(1).tolist() == [[0, 1, 1]]
+    assert data.notes == [f"{tmp_path}: the masks hold 0 and 255 alone: taken for {' and '.join(data.class_names)}"]
 
 
 def test_with_a_1_among_them_255_is_left_out(tmp_path):

@@ -10,6 +10,7 @@ from timm.data import create_transform
 from torchvision import transforms as v1
 from torchvision import tv_tensors
 
+from vimamba.data import steps
 from vimamba.data.decode import to_channels
 from vimamba.data.steps import CutLongSide, KeepVisible
 from vimamba.data.transforms import (
@@ -212,7 +213,8 @@ PLAIN = dict(in_chans=1, mean=(0.5,), std=(1 / 255,))  # a pixel of value v come
 @pytest.mark.parametrize("sides", [{}, dict(short_side=50), dict(short_side=80, long_side=90), dict(long_side=60)])
 @pytest.mark.parametrize("size", [(96, 64), (48, 130)])
 @pytest.mark.parametrize("jitter", [(0.2, 0.9), (0.5, 3.0), (1.0, 1.0)])
-def test_windows_move_masks_and_boxes_with_the_image(sides, size, jitter):
+def test_windows_move_masks_and_boxes_with_the_image(sides, size, jitter, monkeypatch):
+    monkeypatch.setattr(steps, "TRIES", 1)  # the same place for a mask of classes and for objects
     prep = Preprocessing((56, 72), **PLAIN, interpolation="nearest", **sides)
     transform = dense_train_transform(prep, AugmentOptions(augment="crop", scale_jitter=jitter, color_jitter=0.0))
     image, objects, classes = squares(size)
@@ -241,6 +243,23 @@ def test_windows_move_masks_and_boxes_with_the_image(sides, size, jitter):
         assert target["crowd"].equal(target["labels"] == 2)
         kept += len(target["labels"])
     assert kept > 20
+
+
+def test_a_window_that_a_class_fills_is_drawn_anew():
+    """Of a mask with one small square, windows that have some of it are found far more often than by one draw."""
+    mask = torch.zeros(200, 200, dtype=torch.int32)
+    mask[90:130, 80:120] = 1
+    prep = Preprocessing((40, 40), **PLAIN)
+    options = AugmentOptions(augment="crop", scale_jitter=(1.0, 1.0), hflip=0.0, color_jitter=0.0)
+    transform, image = dense_train_transform(prep, options), noise((200, 200), "L")
+    shares = []
+    for seed in range(60):
+        with seeded(seed):
+            shares.append(float((transform(image, tv_tensors.Mask(mask))[1] == 1).float().mean()))
+    assert sum(share > 0 for share in shares) > 50  # one draw has some of it in 23 of 60
+    with seeded(0):
+        ignored = transform(image, tv_tensors.Mask(torch.full((200, 200), -1, dtype=torch.int32)))[1]
+    assert (ignored == -1).all()
 
 
 def test_a_window_of_bicubic_pixels_is_that_part_of_the_scaled_image():

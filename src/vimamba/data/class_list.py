@@ -41,13 +41,18 @@ class ClassList:
 
     Args:
         names: of the classes
-        colours: for each colour of a mask its class, or None for one that stands for no class; None if there are none
-        first: the value that stands for the first class in masks of numbers; smaller ones stand for none
+        values: the class of each value of a mask of numbers from 0 on, or None for one that stands for no class
+        colours: the same of each colour of a coloured mask, if there are any
     """
 
     names: list[str]
-    colours: dict[Colour, int | None] | None = None
-    first: int = 0
+    values: list[int | None]
+    colours: dict[Colour, int | None] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, names: list[str]) -> ClassList:
+        """Classes that are numbered from 0."""
+        return cls(names, [*range(len(names))])
 
 
 def find_class_list(root: Path) -> Path | None:
@@ -72,22 +77,22 @@ def read_class_list(path: Path) -> ClassList:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot be read ({error})") from error
-        entries, first = _entries(path, text)
-        return _checked(entries, first)
+        return _checked(_entries(path, text))
 
 
-Entry = tuple[str, Colour | None]
+Entry = tuple[str | None, Colour | None]
 
 
-def _entries(path: Path, text: str) -> tuple[list[Entry], int]:
+def _entries(path: Path, text: str) -> list[Entry]:
+    """A name, or None for no class, and a colour, if any, of each value."""
     if path.suffix.lower() == ".json":
-        return _of_json(text), 0
+        return _of_json(text)
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     columns = lines[0].split("\t") if lines else []
     if "Name" in columns and "Idx" in columns:  # ADE20K's, whose masks have 0 for whatever is none of the 150
         place = columns.index("Name")
         rows = [line.split("\t") for line in lines[1:]]
-        return [(row[place].strip(), None) for row in rows if len(row) > place], 1
+        return [(None, None), *((row[place].strip(), None) for row in rows if len(row) > place)]
     if lines and any(header <= {*re.split(r"[\s,;]+", lines[0].lower())} for header in _HEADERS):
         lines = lines[1:]
     matches = [_NAME_FIRST.fullmatch(line) or _COLOUR_FIRST.fullmatch(line) for line in lines]
@@ -95,9 +100,9 @@ def _entries(path: Path, text: str) -> tuple[list[Entry], int]:
         coloured = next((line for line, match in zip(lines, matches, strict=True) if match), None)
         plain = next(line for line, match in zip(lines, matches, strict=True) if not match)
         require(coloured is None, f"has a colour in the line {shown(coloured)} and none in {shown(plain)}")
-        return [(line, None) for line in lines], 0
+        return [(line, None) for line in lines]
     colours = [_colour([int(match[part]) for part in "rgb"]) for match in matches if match]
-    return [(match["name"].strip(), colour) for match, colour in zip(matches, colours, strict=True) if match], 0
+    return [(match["name"].strip(), colour) for match, colour in zip(matches, colours, strict=True) if match]
 
 
 def _of_json(text: str) -> list[Entry]:
@@ -120,41 +125,44 @@ def _colour(value: Any) -> Colour:
     return tuple(value)
 
 
-def _checked(entries: list[Entry], first: int) -> ClassList:
-    colours: dict[Colour, int | None] = {}
-    names: list[str] = []
+def _checked(entries: list[Entry]) -> ClassList:
+    found = ClassList([], [])
     for name, colour in entries:
-        require(bool(name) and showable(name), f"has the name '{escaped(name)}', which is no text")
-        unclassed = colour is not None and name.lower() in UNCLASSED
-        require(name not in names, f"names the class {name} twice")
+        if name is not None:
+            require(bool(name) and showable(name), f"has the name '{escaped(name)}', which is no text")
+            require(name not in found.names, f"names the class {name} twice")
+        unclassed = name is None or (colour is not None and name.lower() in UNCLASSED)
+        index = None if unclassed else len(found.names)
+        found.values.append(index)
         if colour is not None:
-            require(colour not in colours, f"gives the colour {colour} to {name} and to another class")
-            colours[colour] = None if unclassed else len(names)
-        if not unclassed:
-            names.append(name)
-    require(bool(names), "names no classes")
-    return ClassList(names, colours or None, first)
+            require(colour not in found.colours, f"gives the colour {colour} to {name} and to another class")
+            found.colours[colour] = index
+        if name is not None and not unclassed:
+            found.names.append(name)
+    require(bool(found.names), "names no classes")
+    return found
 
 
 class Meaning:
     """What the values or the colours of a mask stand for."""
 
     def __init__(self, classes: ClassList, ignore_index: int | None, binary: bool = False):
-        count = len(classes.names)
-        self.described = f"the {count} classes are {classes.first} to {classes.first + count - 1}"
+        values = [IGNORE if index is None else index for index in classes.values]
+        self.described = f"the {len(classes.names)} classes are {classes.values.index(0)} to {len(values) - 1}"
+        colours = {rgb: IGNORE if index is None else index for rgb, index in classes.colours.items()}
         self.class_of_value = np.full(VALUES, _UNKNOWN, dtype=np.int32)
-        self.class_of_value[: classes.first] = IGNORE
-        self.class_of_value[classes.first : classes.first + count] = np.arange(count)
+        if len(values) <= IGNORED:
+            self.class_of_value[IGNORED] = IGNORE
+        if colours and all(red == green == blue for red, green, blue in colours):  # such as black and white
+            self.class_of_value[[red for red, _, _ in colours]] = [*colours.values()]
+        else:
+            self.class_of_value[: len(values)] = values
         if binary:
             self.class_of_value[[0, IGNORED]] = 0, 1
-        elif ignore_index is not None:
+        if ignore_index is not None:
             self.class_of_value[ignore_index] = IGNORE
-        elif classes.first + count <= IGNORED:
-            self.class_of_value[IGNORED] = IGNORE
-        coloured = sorted(
-            (_code(*rgb), IGNORE if index is None else index) for rgb, index in (classes.colours or {}).items()
-        )
-        self.codes, self.class_of_code = np.array(coloured, dtype=np.int32).reshape(-1, 2).T
+        coded = sorted((_code(*rgb), index) for rgb, index in colours.items())
+        self.codes, self.class_of_code = np.array(coded, dtype=np.int32).reshape(-1, 2).T
 
     def classes(self, pixels: np.ndarray) -> np.ndarray:
         """The class of each pixel, int32 (height, width).

@@ -120,7 +120,7 @@ def open_coco(name: str, opening: Opening) -> ImageData:
     if outlined:
         need_package()
     halves = {half: CocoSamples.of(annotations, str(base), outlined) for half, annotations in read.items()}
-    train = halves.get("train") or halves["val"].select([])
+    train = halves["train"] if "train" in halves else halves["val"].select([])
     is_drawn = "val" not in halves or (opening.kept is not None and opening.kept.drawn)
     train, val = opening.halve_unclassed(name, train) if is_drawn else (train, halves["val"])
     notes = [note for annotations in read.values() for note in annotations.notes]

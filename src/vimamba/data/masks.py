@@ -41,7 +41,6 @@ NO_JPEG = "is a JPEG, which blurs the numbers of classes; write masks as PNG"
 UNMATCHED = 0.1  # greatest share of files without a partner: with more, the names follow another rule
 
 MOST_NUMBERED = 256  # classes without a list of them: more may be numbers of objects
-LOOKED_AT = 32  # masks of which the values are seen before two classes are taken for 0 and 1
 
 
 class MaskSamples(FileSamples):
@@ -223,29 +222,24 @@ def _classes(
     root: Path, listed: Path | None, masks: list[str], ignore_index: int | None
 ) -> tuple[ClassList, bool, list[str]]:
     """The classes, whether the masks are 0 and 255 for two of them, and what to say of that."""
-    said = "the masks hold 0 and 255 alone, which are taken for the two classes"
-    if listed is not None:
-        classes = read_class_list(listed)
-        plain = len(classes.names) == 2 and classes.colours is None and ignore_index is None
-        binary = plain and _values(masks[:LOOKED_AT]) == {0, IGNORED}
-        return classes, binary, [f"{escaped(str(root))}: {said}"] if binary else []
+    where = escaped(str(root))
+    classes = read_class_list(listed) if listed is not None else None
+    if classes is not None and (len(classes.names) != 2 or classes.colours):
+        return classes, False, []
     values = _values(masks)
-    if ignore_index is None and values == {0, IGNORED}:
-        return (
-            ClassList(["background", "foreground"]),
-            True,
-            [f"{escaped(str(root))}: {said} background and foreground"],
-        )
+    if ignore_index is None and values <= {0, IGNORED} and IGNORED in values:
+        classes = classes or ClassList.of(["background", "foreground"])
+        return classes, True, [f"{where}: the masks hold 0 and 255 alone: taken for {' and '.join(classes.names)}"]
+    if classes is not None:
+        return classes, False, []
     most = max(values - {IGNORED if ignore_index is None else ignore_index}, default=0)
     named = "name the classes, one a line, in a file classes.txt there or `class_names`"
     require(
         most < MOST_NUMBERED,
-        f"`data` {escaped(str(root))}: the masks hold values to {most}; if these are classes and not objects, {named}",
+        f"`data` {where}: the masks hold values to {most}; if these are classes and not objects, {named}",
     )
-    note = (
-        f"{escaped(str(root))}: no list of classes: the values of the masks, 0 to {most}, are taken for them; {named}"
-    )
-    return ClassList([str(value) for value in range(most + 1)]), False, [note]
+    note = f"{where}: no list of classes: the values of the masks, 0 to {most}, are taken for them; {named}"
+    return ClassList.of([str(value) for value in range(most + 1)]), False, [note]
 
 
 def _values(masks: Iterable[str]) -> set[int]:

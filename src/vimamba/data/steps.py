@@ -28,6 +28,8 @@ from vimamba.errors import require
 # a 40 000 x 10 image would be 900 000 x 224 until then.
 MAX_ASPECT = 8
 
+TRIES, FILLED = 10, 0.75  # parts that are drawn at most, and the share from which one class fills a part
+
 ASPECT = (3 / 4, 4 / 3)  # of a random crop; torchvision's and timm's default
 
 
@@ -179,7 +181,8 @@ class RandomWindow(Scaling):
     """The image times a random factor, and of that a random part of `size` (height, width).
 
     What is smaller lies at the top left, beside a border: `fill` in the image, 0 in masks of objects, IGNORE in a mask
-    of classes. Boxes are not cut: `KeepVisible` does. Only the part that is seen is scaled.
+    of classes. Boxes are not cut: `KeepVisible` does. Only the part that is seen is scaled. Beside a mask of classes, a
+    part that one of them fills is drawn anew, as mmsegmentation does.
 
     Args:
         fit: the factor for an image of a size (height, width)
@@ -200,9 +203,20 @@ class RandomWindow(Scaling):
         factor = self.fit(own) * (low + (high - low) * float(torch.rand(())) if low < high else low)
         scaled = [max(1, round(side * factor)) for side in own]
         seen = [min(sides) for sides in zip(scaled, self.size, strict=True)]
-        start = [int(torch.randint(whole - part + 1, ())) for whole, part in zip(scaled, seen, strict=True)]
+        start = self._start(flat_inputs, own, scaled, seen)
         border = 0 if any(isinstance(value, tv_tensors.BoundingBoxes) for value in flat_inputs) else IGNORE
         return dict(own=own, scaled=scaled, seen=seen, start=start, border=border)
+
+    def _start(self, flat_inputs: list[Any], own: Any, scaled: list[int], seen: list[int]) -> list[int]:
+        """Where the part begins: of several that are drawn the first that no class fills, or the one least filled."""
+        mask = next((value for value in flat_inputs if isinstance(value, tv_tensors.Mask) and value.ndim == 2), None)
+        starts: list[tuple[float, list[int]]] = []
+        for _ in range(1 if mask is None or scaled == seen else TRIES):
+            start = [int(torch.randint(whole - part + 1, ())) for whole, part in zip(scaled, seen, strict=True)]
+            starts.append((0.0 if mask is None else _filled(mask, start, own, scaled, seen), start))
+            if starts[-1][0] <= FILLED:
+                break
+        return min(starts)[1]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, PIL.Image.Image):
@@ -243,6 +257,17 @@ class RandomWindow(Scaling):
             [start[1], start[0]] * 2
         )
         return tv_tensors.BoundingBoxes(moved, format="XYXY", canvas_size=self.size)
+
+
+def _filled(mask_HW: torch.Tensor, start: list[int], own: Any, scaled: list[int], seen: list[int]) -> float:
+    """The share of a part that its largest class fills, by every fourth pixel each way."""
+    (top, bottom), (left, right) = (
+        [place * side // whole for place in (begin, begin + part)]
+        for begin, part, side, whole in zip(start, seen, own, scaled, strict=True)
+    )
+    classes = mask_HW.as_subclass(torch.Tensor)[top:bottom:4, left:right:4].flatten().long()
+    counts = torch.bincount(classes[classes != IGNORE])
+    return float(counts.max()) / float(counts.sum()) if len(counts) else 1.0
 
 
 class KeepVisible(Transform):
