@@ -20,7 +20,9 @@ TINY = {
 SEGMENT = {**TINY, "task": "segment", "head": "linear"}
 DETECT = {
     **TINY, "task": "detect",
-    "head_args": {"width": 8, "box_width": 16, "proposals": 16, "rois_per_image": 8, "anchor_sizes": [4, 8, 16, 24, 32]},
+    "head_args": {
+        "width": 8, "box_width": 16, "proposals": 16, "rois_per_image": 8, "anchor_sizes": [4, 8, 16, 24, 32],
+    },
 }  # fmt: skip
 
 
@@ -32,7 +34,8 @@ def scene(number):
     masks, labels = [], []
     for label in range(0 if number % 4 == 3 else 2):
         size, left, top = 5, 6 + 16 * label + random.randint(4), 8 + random.randint(12)
-        inside = (abs(x - left) <= size) & (abs(y - top) <= size) if label == 0 else (x - left) ** 2 + (y - top) ** 2 <= 25
+        away = np.maximum(abs(x - left), abs(y - top)) if label == 0 else np.hypot(x - left, y - top)
+        inside = away <= size
         image[inside] = (200, 60, 60) if label == 0 else (60, 60, 220)
         masks.append(inside)
         labels.append(label)

@@ -118,7 +118,10 @@ def said(heading: str, value: float) -> str:
 
 
 # The columns of a table of classes: whole numbers, then shares.
-HEADINGS = {"correct": "found", "recall": "recall %", "precision": "precision %", "f1": "F1 %"}
+HEADINGS = {
+    "correct": "found", "recall": "recall %", "precision": "precision %", "f1": "F1 %", "iou": "IoU %", "ap": "AP %",
+    "ap_50": "AP50 %", "mask_ap": "mask AP %", "mask_ap_50": "mask AP50 %",
+}  # fmt: skip
 
 
 def print_classes(to: Console, classes: list[dict[str, Any]]) -> None:
@@ -140,7 +143,7 @@ def class_table(rows: list[dict[str, Any]], title: str | None) -> Table:
     for name in names:
         table.add_column(HEADINGS.get(name, name), justify="right")
     for row in rows:
-        cells = [percent(row[name]) if HEADINGS.get(name, "").endswith("%") else str(row[name]) for name in names]
+        cells = [percent(row.get(name)) if HEADINGS.get(name, "").endswith("%") else str(row[name]) for name in names]
         table.add_row(row["name"].replace("[", r"\["), *cells)
     return table
 

@@ -24,9 +24,9 @@ class OptimOptions:
         lr: highest learning rate, for the whole batch over all devices; if not given, chosen by the width of the model
             from new weights, and 2e-4 from trained ones
         weight_decay: for matrices; never for biases, norms and what the model exempts
-        schedule: learning rate after the warm-up
+        schedule: learning rate after the warm-up; poly falls in a straight line, as dense tasks are often trained
         warmup_epochs: epochs of linear warm-up; null takes a twentieth of the epochs, at most 5
-        min_lr: learning rate at the end of the cosine
+        min_lr: learning rate at the end of cosine and poly
         layer_decay: factor on the learning rate from each layer to the one below it
         clip_grad: largest norm of the gradient; null does not clip
         accumulate: batches whose gradients are added up for one step
@@ -39,7 +39,7 @@ class OptimOptions:
     opt: str = "adamw"
     lr: float | None = None
     weight_decay: float = 0.05
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
     warmup_epochs: float | None = None
     min_lr: float = 1e-6
     layer_decay: float | None = None
@@ -115,7 +115,7 @@ def build_optimizer(model: nn.Module, options: OptimOptions, fused: bool) -> tor
 
 
 def lr_factor(step: int, total_steps: int, options: OptimOptions) -> float:
-    """The learning rate of a step as a share of the highest: linear warm-up, then cosine or constant."""
+    """The learning rate of a step as a share of the highest: linear warm-up, then the schedule."""
     warmup = max(1, round(total_steps * min(1.0, options.warmup / options.passes)))
     if options.warmup > 0 and step < warmup:
         return (step + 1) / warmup
@@ -123,4 +123,5 @@ def lr_factor(step: int, total_steps: int, options: OptimOptions) -> float:
         return 1.0
     lowest = min(1.0, options.min_lr / options.highest_lr)
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    return lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    left = 1.0 - progress if options.schedule == "poly" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return lowest + (1.0 - lowest) * left
