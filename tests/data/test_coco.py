@@ -23,6 +23,8 @@ from vimamba.data.outlines import drawn, kept, packed
 from vimamba.data.split import hold_out
 from vimamba.errors import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in pycocotools
+
 OPENING = Opening(0.25, 0, True, hold_out, None)
 WHOLE = Opening(1.0, 0, False, hold_out, None)
 HEIGHT, WIDTH = 40, 60
@@ -238,6 +240,17 @@ def test_few_outlines_among_boxes(tmp_path):
     data = opened(write(tmp_path, values, count=9))
     assert not data.has_masks
     assert "2 of 8 objects have an outline: no masks are learned" in data.notes[0]
+
+
+def test_a_half_without_objects_takes_no_masks_from_the_other(tmp_path):
+    write(tmp_path, images="train", file="train/_annotations.coco.json")
+    write(tmp_path, document(annotations=[]), images="valid", file="valid/_annotations.coco.json")
+    data = opened(tmp_path, OPENING)
+    assert data.has_masks
+    assert data.val.target(0)["masks"].shape == (0, HEIGHT, WIDTH)
+    (tmp_path / "valid" / "_annotations.coco.json").replace(tmp_path / "train" / "_annotations.coco.json")
+    with pytest.raises(UserError, match="has no objects to learn from"):
+        opened(tmp_path / "train" / "_annotations.coco.json", OPENING)
 
 
 def test_few_boxes_among_outlines(tmp_path):

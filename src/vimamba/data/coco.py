@@ -99,7 +99,8 @@ class CocoSamples(FileSamples):
 def open_coco(name: str, opening: Opening) -> ImageData:
     """Images with objects, from a folder of COCO's, Roboflow's or CVAT's, one that has a JSON file, or such a file.
 
-    Classes are numbered in the order of the categories' numbers. There are masks if most objects have an outline.
+    Classes are numbered in the order of the categories' numbers. There are masks if half of the objects or more have an
+    outline.
 
     Raises:
         UserError: no file of annotations is found or more than one may be meant, it is none of COCO's, more than a
@@ -121,6 +122,9 @@ def open_coco(name: str, opening: Opening) -> ImageData:
         need_package()
     halves = {half: CocoSamples.of(annotations, str(base), outlined) for half, annotations in read.items()}
     train = halves["train"] if "train" in halves else halves["val"].select([])
+    require(
+        not opening.strict or len(train.objects.labels_N) > 0, f"`data` {escaped(name)}: has no objects to learn from"
+    )
     is_drawn = "val" not in halves or (opening.kept is not None and opening.kept.drawn)
     train, val = opening.halve_unclassed(name, train) if is_drawn else (train, halves["val"])
     notes = [note for annotations in read.values() for note in annotations.notes]

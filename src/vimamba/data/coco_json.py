@@ -58,7 +58,7 @@ class Annotations:
         paths: of the images
         sizes_I2: height and width of each
         first_I: where each one's objects begin, and one more at the end
-        outlined: whether most objects have an outline
+        outlined: whether half of the objects or more have an outline
         notes: what was left out or taken for something, a line each
     """
 
@@ -197,7 +197,7 @@ class _Reader:
         """All that was added."""
         every = [annotation for annotations in self.of_image for annotation in annotations]
         with_outline = sum(bool(len(annotation[-1])) for annotation in every)
-        outlined = 2 * with_outline > len(every)
+        outlined = 2 * with_outline >= len(every)
         outlines = [annotation[-1] for annotation in every] if outlined else []
         lengths = [len(outline) for outline in outlines] or [0] * len(every)
         objects = Objects(
