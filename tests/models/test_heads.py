@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from vimamba.errors import UserError
+from vimamba.layers.mixers.gate import collect_gates
 from vimamba.models.checkpoints import load_weights
 from vimamba.models.heads import (
     Backbone,
@@ -80,6 +81,12 @@ def test_maps_cover_an_image_of_any_size(name, model_args, pyramid):
     ]
     if pyramid == "simple" and not backbone.hierarchical:
         assert backbone.channels == [24] * 4
+
+
+@torch.no_grad()
+def test_patches_of_more_than_32_pixels_pad_an_image_to_their_own():
+    backbone = Backbone("vim_nano", 3, (64, 64), dict(patch_size=64, stride=64, depth=1)).eval()
+    assert [tuple(x.shape[2:]) for x in backbone(images(1, 30, 70))] == [(16, 32), (8, 16), (4, 8), (2, 4)]
 
 
 def without_blocks(backbone: Backbone) -> Backbone:
@@ -283,6 +290,13 @@ def test_the_trunk_exempts_parameters_from_weight_decay():
     }
     assert not decayed & model.no_weight_decay()
     assert {"classifier.1.weight", "backbone.trunk.layers.0.mixer.in_proj.weight"} <= decayed
+
+
+def test_the_loss_of_the_trunks_gates_is_the_models():
+    model = segmenter(model_args=dict(depth=2, merge="gate", gate_sparsity=0.5)).train()
+    with collect_gates() as gates:
+        model(images(1, 32, 32))
+    assert model.gate_loss(gates) == model.backbone.trunk.gate_loss(gates) > 0
 
 
 # -- detection

@@ -96,7 +96,7 @@ class Backbone(nn.Module):
 
         The maps cover the image as if height and width were the next multiples of 32 (or of a larger stride).
         """
-        unit = max(self.strides[-1], STRIDES[-1])
+        unit = STRIDES[-1] if self.pyramid is None else max(self.pyramid.base, STRIDES[-1])
         height, width = (_up(size, unit) for size in images_BCHW.shape[2:])
         if self.pyramid is None:
             return self._maps(padded(images_BCHW, height, width))
