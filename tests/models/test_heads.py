@@ -131,10 +131,12 @@ def test_class_and_register_tokens_are_left_out(name, model_args, tokens):
 
 
 def test_overlapping_patches_lie_on_the_places_of_their_map():
-    args = dict(depth=1, embed_dim=32)
+    args, seen = dict(depth=1, embed_dim=32), []
     backbone = without_blocks(Backbone("vim_tiny_patch16_stride8_224", 3, (64, 96), args, "none").eval())
+    backbone.pyramid.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].shape[2:]))
     changed = changed_places(backbone, slice(24, 32), slice(48, 56))  # row 3, column 6, and the patches around
     assert changed.nonzero().tolist() == [[row, column] for row in (2, 3, 4) for column in (5, 6, 7)]
+    assert {*seen} == {(8, 12)}  # a patch for each place: none is stretched over another's
 
 
 @pytest.mark.parametrize("name", ["vim_nano", "vit_small_patch14_dinov2"])
@@ -338,15 +340,17 @@ def test_detections_lie_in_their_images(head):
 
 @pytest.mark.parametrize("head", DETECTORS)
 def test_boxes_stay_exact_in_bfloat16(head):
-    model = detector(head=head).train()
+    model, seen = detector(head=head).train(), []
+    model.rpn.register_forward_hook(lambda module, args, out: seen.append(out[0][0]))
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(list(images(2, 64, 64)), [scene(64, 64, (10, 20, 50, 60)), scene(64, 64)])
         with torch.no_grad():
             found = model.eval()(list(images(2, 64, 64)))[0]
     sum(losses.values()).backward()
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    assert found["boxes"].dtype == torch.float32
-    assert not torch.equal(found["boxes"], found["boxes"].bfloat16().float())
+    for boxes in (*seen, found["boxes"]):
+        assert boxes.dtype == torch.float32
+        assert not torch.equal(boxes, boxes.bfloat16().float())
 
 
 @pytest.mark.parametrize("head", ["mask_rcnn", "cascade_mask_rcnn"])
