@@ -40,7 +40,7 @@ def load_run(
         device: "cpu", "cuda", "cuda:1" ...; the fastest if not given.
         precision: "32-true", "bf16-mixed" or "16-mixed".
         window: to segment, look at "whole" images, or "slide" a window of the training size over them; "auto" slides
-            over images that are larger than it.
+            over images that are more than twice as large.
         flip: look at the mirrored image too, to segment.
 
     Raises:

@@ -127,7 +127,7 @@ class InferenceOptions:
 
     Args:
         window: whole images at once, or to segment a window of the training size that slides over them; auto slides
-            over images that are larger than it
+            over images that are more than twice as large
         flip: look at the mirrored image too and take the mean, to segment
     """
 

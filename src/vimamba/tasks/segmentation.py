@@ -21,6 +21,7 @@ from vimamba.tasks.options import InferenceOptions
 from vimamba.tasks.results import Results, Segmentation
 
 HEADS = ("upernet", "fpn", "dpt", "linear")
+AT_ONCE = 8  # windows
 STRIDE = 2 / 3  # of the window: 341 of 512 pixels, as ADE20K is measured (arXiv 2401.09417)
 
 
@@ -156,7 +157,7 @@ def logits_of(
     model: nn.Module, images_BCHW: Tensor, window: tuple[int, int], how: InferenceOptions
 ) -> Iterator[Tensor]:
     """Logits (classes, height, width) of each image."""
-    larger = any(side > most for side, most in zip(images_BCHW.shape[-2:], window, strict=True))
+    larger = any(side > 2 * most for side, most in zip(images_BCHW.shape[-2:], window, strict=True))
     if how.window == "slide" or (how.window == "auto" and larger):
         for image_CHW in images_BCHW:
             yield slid(model, image_CHW, window, how.flip)
@@ -177,16 +178,21 @@ def slid(model: nn.Module, image_CHW: Tensor, window: tuple[int, int], flip: boo
     """Logits (classes, height, width) of an image: the mean over the windows in which a pixel is seen."""
     size = image_CHW.shape[-2:]
     high, wide = (min(side, most) for side, most in zip(size, window, strict=True))
-    total: Any = None
-    for top in starts(size[0], high):
-        for left in starts(size[1], wide):
-            place = (..., slice(top, top + high), slice(left, left + wide))
-            logits_CHW = enlarge(seen(model, image_CHW[place][None], flip).float(), (high, wide))[0]
-            if total is None:
-                total = logits_CHW.new_zeros((len(logits_CHW), *size))
-                times = logits_CHW.new_zeros(size)
+    places = [
+        (..., slice(top, top + high), slice(left, left + wide))
+        for top in starts(size[0], high) for left in starts(size[1], wide)
+    ]  # fmt: skip
+    total, times = None, image_CHW.new_zeros(size, dtype=torch.float32)
+    for first in range(0, len(places), AT_ONCE):
+        some = places[first : first + AT_ONCE]
+        logits_BCHW = enlarge(
+            seen(model, torch.stack([image_CHW[place] for place in some]), flip).float(), (high, wide)
+        )
+        for place, logits_CHW in zip(some, logits_BCHW, strict=True):
+            total = logits_CHW.new_zeros((len(logits_CHW), *size)) if total is None else total
             total[place] += logits_CHW
             times[place] += 1
+    assert total is not None
     return total / times
 
 
