@@ -12,6 +12,7 @@ from torchvision import tv_tensors
 
 from vimamba.data import steps
 from vimamba.data.decode import to_channels
+from vimamba.data.samples import IGNORE
 from vimamba.data.steps import CutLongSide, KeepVisible
 from vimamba.data.transforms import (
     CROP_MODES,
@@ -388,6 +389,42 @@ def test_impossible_scale_jitter_is_refused(jitter):
         AugmentOptions(scale_jitter=jitter)
 
 
-def test_affine_is_refused_for_dense_tasks():
-    with pytest.raises(UserError, match="`augment` affine: masks and boxes take crop or none"):
-        dense_train_transform(Preprocessing((16, 16), **COLOUR), AugmentOptions(augment="affine"))
+def test_turns_move_masks_and_boxes_with_the_image():
+    """Beside a mask of classes what comes in is IGNORE, and beside objects nothing; the image is not mirrored."""
+    prep = Preprocessing((60, 60), **PLAIN, interpolation="nearest")
+    transform = dense_train_transform(
+        prep, AugmentOptions(augment="affine", scale_jitter=(1.0, 1.0), color_jitter=0.0, hflip=1.0)
+    )
+    image, objects, classes = squares((60, 60))
+    turned = 0
+    for seed in range(20):
+        with seeded(seed):
+            one, mask = transform(image, classes)
+        with seeded(seed):
+            other, target = transform(image, objects)
+        assert one.equal(other)
+        values = (one[0] + 127.5).round()
+        turned += int((mask == IGNORE).any())
+        agree = (values == mask) | (mask == IGNORE) | ~torch.isin(values, torch.arange(5.0))  # edges are mixed
+        assert agree.float().mean() > 0.94
+        for index, label in enumerate(target["labels"].tolist()):
+            assert target["masks"][index].bool().equal(mask == label)
+            assert (extent(mask == label) - target["boxes"][index]).abs().max() == 0
+    assert turned > 15
+
+
+@pytest.mark.parametrize("augment", ["crop", "affine"])
+def test_hues_are_turned(augment):
+    """A grey image stays grey, and a red one does not stay red."""
+    prep = Preprocessing((16, 16), **COLOUR)
+    transform = dense_train_transform(prep, AugmentOptions(augment=augment, color_jitter=0.9))
+    mask = tv_tensors.Mask(torch.zeros(32, 32, dtype=torch.int32))
+    with seeded(1):
+        red = transform(Image.new("RGB", (32, 32), (200, 40, 40)), mask)[0][:, 8, 8]
+    with seeded(1):
+        grey = transform(Image.new("RGB", (32, 32), (90, 90, 90)), mask)[0][:, 8, 8]
+    std, mean = (np.array(COLOUR[name]) for name in ("std", "mean"))
+    _, green, blue = red.numpy() * std + mean
+    assert abs(green - blue) > 0.02
+    shades = grey.numpy() * std + mean
+    assert shades == pytest.approx(np.full(3, shades[0]), abs=0.01)

@@ -40,10 +40,10 @@ PICTURES = {
     "val": ("camera", "chelsea", "gravel", "ihc"),
 }
 
-FEWEST, MOST = 2, 7  # digits in a scene
+FEWEST, MOST = 2, 5  # digits in a scene
 SIZES = (56, 144)  # pixels of the square that a digit is drawn in; it fills five sevenths of that
 TURN = 30  # degrees, either way: a 6 stays a 6
-VISIBLE = 0.6  # least share of a digit that later ones leave uncovered
+VISIBLE = 0.8  # least share of a digit that later ones leave uncovered
 CONTRAST = 90  # least difference in lightness, of 255, between a digit and what it lies on
 SHADOW = 2  # pixels that a digit's shadow lies to the right of it and below
 PLACES = 8  # that are tried for a digit before it is left out

@@ -270,6 +270,25 @@ def _filled(mask_HW: torch.Tensor, start: list[int], own: Any, scaled: list[int]
     return float(counts.max()) / float(counts.sum()) if len(counts) else 1.0
 
 
+class RandomTurn(Transform):
+    """Turn and shear about the middle, up to so many degrees either way; what comes in from beyond is a border."""
+
+    def __init__(self, degrees: float, shear: float, fill: list[int]):
+        super().__init__()
+        self.degrees, self.shear, self.fill = degrees, shear, fill
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        turn, shear = (2 * torch.rand(2) - 1).tolist()
+        return dict(angle=turn * self.degrees, translate=[0, 0], scale=1.0, shear=[shear * self.shear, 0.0])
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, PIL.Image.Image):
+            fill = self.fill if inpt.mode == "RGB" else self.fill[:1]
+            return F.affine(inpt, **params, interpolation=InterpolationMode.BILINEAR, fill=fill)
+        border = IGNORE if isinstance(inpt, tv_tensors.Mask) and inpt.ndim == 2 else 0  # of classes, and of objects
+        return F.affine(inpt, **params, fill=border)
+
+
 class KeepVisible(Transform):
     """Of the objects beside an image, those still in it: boxes cut at its border, to what their masks show there.
 

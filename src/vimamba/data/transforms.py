@@ -25,6 +25,7 @@ from vimamba.data.steps import (
     OnImageAlone,
     PadTo,
     RandomResizedCrop,
+    RandomTurn,
     RandomWindow,
     Resize,
     ResizeKeepRatio,
@@ -38,6 +39,8 @@ Transform = Callable[..., Any]
 structure that pytree knows) are moved with the image."""
 
 MAX_SIDE = 8192  # pixels that a model may ask of an image's height or width, and half of those before the crop
+TURN, SHEAR = 10, 5  # degrees either way, of "affine"
+HUE = 1 / 3  # of the colour circle that hues of dense tasks turn, for the strength of the other changes of colour
 MAX_JITTER = 100  # times that an image may be scaled up or down in augmentation
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
@@ -119,7 +122,7 @@ class AugmentOptions:
     Args:
         augment: "crop": random resized crop, flip and colour, for photographs. "affine": small shifts, turns and
             changes of scale without flips, for digits and documents. "none": as in evaluation. "auto" takes
-            affine for the built-in sample and crop otherwise.
+            affine for the built-in samples and crop otherwise. Dense tasks scale and crop in any case but none.
         crop_scale: smallest and largest share of the area that a random crop keeps
         hflip: probability of a horizontal flip
         color_jitter: strength of brightness, contrast and saturation changes; unused beside auto_augment
@@ -195,7 +198,7 @@ def _affine(prep: Preprocessing, options: AugmentOptions) -> list[v2.Transform]:
         CutLongSide(),
         Resize(min(height, width), prep.interpolation),
         v2.CenterCrop([height, width]),
-        v2.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), 5, v2.InterpolationMode.BILINEAR),
+        v2.RandomAffine(TURN, (0.08, 0.08), (0.9, 1.1), SHEAR, v2.InterpolationMode.BILINEAR),
         ToTensor(prep.mean, prep.std, erasing),
     ]
 
@@ -242,15 +245,12 @@ def _whole(prep: Preprocessing) -> list[v2.Transform]:
 
 
 def dense_train_transform(prep: Preprocessing, options: AugmentOptions) -> Transform:
-    """For images with masks or boxes: scale, a random part of `img_size`, flip and colour; `augment` is resolved.
+    """For images with masks or boxes: scale, a random part of `img_size`, colour, and a flip or small turns.
 
-    `augment` "none" leaves the random part, without which the borders of large images would never be seen.
-
-    Raises:
-        UserError: the options ask for what masks and boxes cannot follow.
+    `augment` is resolved. "crop" flips and "affine" turns; "none" leaves the random part, without which the borders of
+    large images would never be seen.
     """
     still = options.augment == "none"
-    require(still or options.augment == "crop", f"`augment` {options.augment}: masks and boxes take crop or none")
     window = RandomWindow(
         prep.img_size,
         prep.interpolation,
@@ -258,9 +258,15 @@ def dense_train_transform(prep: Preprocessing, options: AugmentOptions) -> Trans
         options.scale_jitter if options.scale_jitter and not still else (1.0, 1.0),
         fill=[round(255 * mean) for mean in prep.mean],
     )
-    changes = [v2.RandomHorizontalFlip(options.hflip), v2.ColorJitter(*[options.color_jitter] * 3)]
+    jitter = options.color_jitter
+    moved = {
+        "none": [],
+        "crop": [v2.RandomHorizontalFlip(options.hflip)],
+        "affine": [RandomTurn(TURN, SHEAR, fill=[round(255 * mean) for mean in prep.mean])],
+    }[options.augment]
+    colour = [] if still else [v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter * HUE))]
     return v2.Compose([
-        _channels(prep.in_chans), window, KeepVisible(), *([] if still else changes), ToTensor(prep.mean, prep.std),
+        _channels(prep.in_chans), window, *moved, KeepVisible(), *colour, ToTensor(prep.mean, prep.std),
     ])  # fmt: skip
 
 

@@ -55,10 +55,7 @@ class DenseTask(Task):
         )
         kind = augment.augment
         kind = ("crop" if data.photographs else "affine") if kind == "auto" else kind
-        augment = dataclasses.replace(
-            augment, augment="none" if kind == "none" else "crop", hflip=0.0 if kind == "affine" else augment.hflip,
-            scale_jitter=augment.scale_jitter or cls.jitter,
-        )  # fmt: skip
+        augment = dataclasses.replace(augment, augment=kind, scale_jitter=augment.scale_jitter or cls.jitter)
         return Choice(prep, augment, {"head": cls.head(dense.head, data), **dense.head_args})
 
     @classmethod
