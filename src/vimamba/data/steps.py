@@ -294,7 +294,14 @@ class KeepVisible(Transform):
 
     An object goes with all that is said of it when nothing of its mask is left or, without masks, less than a pixel of
     its box.
+
+    Args:
+        turned: whether the objects were turned, which leaves no box tight.
     """
+
+    def __init__(self, turned: bool = False):
+        super().__init__()
+        self.turned = turned
 
     def forward(self, image: Any, target: Any) -> Any:
         if not isinstance(target, dict):
@@ -307,7 +314,7 @@ class KeepVisible(Transform):
         kept = {name: values.as_subclass(torch.Tensor)[keep_N] for name, values in target.items()}
         kept["boxes"] = cut_N4[keep_N]
         if masks is not None:
-            loose_N = ((cut_N4 != boxes_N4).any(1) | small_N)[keep_N]
+            loose_N = ((cut_N4 != boxes_N4).any(1) | small_N | self.turned)[keep_N]
             kept["boxes"][loose_N] = extents(kept["masks"][loose_N])
         return image, {name: tv_tensors.wrap(values, like=target[name]) for name, values in kept.items()}
 

@@ -265,9 +265,8 @@ def dense_train_transform(prep: Preprocessing, options: AugmentOptions) -> Trans
         "affine": [RandomTurn(TURN, SHEAR, fill=[round(255 * mean) for mean in prep.mean])],
     }[options.augment]
     colour = [] if still else [v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter * HUE))]
-    return v2.Compose([
-        _channels(prep.in_chans), window, *moved, KeepVisible(), *colour, ToTensor(prep.mean, prep.std),
-    ])  # fmt: skip
+    steps = [_channels(prep.in_chans), window, *moved, KeepVisible(turned=options.augment == "affine"), *colour]
+    return v2.Compose([*steps, ToTensor(prep.mean, prep.std)])
 
 
 def dense_eval_transform(prep: Preprocessing) -> Transform:
