@@ -5,6 +5,8 @@ EXAMPLES = {
         "vimamba train --data mnist --model vim_nano --epochs 12 --output runs/demo",
         "vimamba train --data photos/ --model vim_tiny_patch16_224 --checkpoint vim_t_midclstok_76p1acc.pth",
         "vimamba train --config recipes/vim_tiny.yaml --data imagenet/ --devices 8 --strategy ddp",
+        "vimamba train --config recipes/scenes_seg.yaml --output runs/scenes-seg",
+        "vimamba train --config recipes/scenes_det.yaml --output runs/scenes-det",
         "vimamba train --resume runs/demo",
     ),
     "eval": (
@@ -14,6 +16,8 @@ EXAMPLES = {
     "predict": (
         "vimamba predict runs/photos new/*.jpg",
         "vimamba predict runs/photos new/ --top 3 --json",
+        "vimamba predict runs/scenes-seg new/ --output pictures/",
+        "vimamba predict runs/scenes-seg large.tif --tile 1024 --overlap 128 --output pictures/",
     ),
     "bench": (
         "vimamba bench --sizes 224 512 1248 --attention fused eager",

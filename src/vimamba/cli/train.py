@@ -14,9 +14,11 @@ from vimamba.cli import terminal
 from vimamba.cli.parsing import Parser, add_options, config_files
 from vimamba.cli.train_progress import TrainProgress
 from vimamba.data.mnist import write_digits
+from vimamba.data.scenes import write_scenes
 from vimamba.data.sources import BUILT_IN
 from vimamba.errors import require
 from vimamba.tasks.config import GROUPS, TrainConfig, check_source, fetches, read_config
+from vimamba.tasks.dense import DenseTask
 from vimamba.tasks.resume import config_of
 from vimamba.tasks.run_folder import LOGS, OWN_FILES
 from vimamba.tasks.signals import StoppedAtOnce, StoppedBySignal
@@ -121,6 +123,8 @@ def print_summary(console: Console, training: Training) -> None:
     name = shlex.quote(str(folder))
     pictures = "IMAGE..."
     if training.data.name in BUILT_IN:
-        pictures = f"{shlex.quote(str(write_digits(folder / 'digits')[0].parent))}/*.png"
+        kind, write = ("digits", write_digits) if training.data.name == "mnist" else ("scenes", write_scenes)
+        pictures = f"{shlex.quote(str(write(folder / kind)[0].parent))}/*.png"
+    output = f" --output {shlex.quote(str(folder / 'pictures'))}" if isinstance(task, DenseTask) else ""
     console.print(f"Next: vimamba eval {name}", markup=False)
-    console.print(f"      vimamba predict {name} {pictures}", markup=False)
+    console.print(f"      vimamba predict {name} {pictures}{output}", markup=False)
