@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections import OrderedDict
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from vimamba.data.decode import DecodeError, decode_image
-from vimamba.errors import UserError, one_line
+from vimamba.data.decode import DecodeError, decode_image, flatten
+from vimamba.errors import one_line, require
 
-CACHE = 2**28  # bytes of decoded pieces that are kept: those of one row of windows are read again and again
+CACHE = 2**29  # bytes of decoded pieces that are kept: those of one row of windows are read again and again
 LARGEST_PIECE = 2**30  # bytes of one strip or tile of a file
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # with which such a file begins; the last two over 4 GB
+SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # with which a TIFF file begins; the last two over 4 GB
 GEOGRAPHY = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF's tags: where on earth the pixels lie
+WHITE_IS_ZERO, PALETTE, YCBCR = 0, 3, 6  # of TIFF's photometric interpretations
+CHANNELS = {0: "L", 1: "L", 2: "RGB", PALETTE: "P", 5: "CMYK", YCBCR: "RGB"}
+"""Pillow's mode for each of them; decoders give RGB for YCbCr."""
+ALPHA = {1: "a", 2: "A"}  # of TIFF's extra samples: transparency that the colours are multiplied by, or are not
 
 
 class Windows(Protocol):
@@ -33,29 +38,33 @@ class Windows(Protocol):
 def open_windows(path: str) -> Windows:
     """An image file of any size.
 
-    TIFF files are read by rasterio where it is installed, else by tifffile.
+    TIFF files are read by rasterio where it is installed, else by tifffile; what neither can read in parts is decoded
+    as a whole if it is not too large for that.
 
     Raises:
-        DecodeError: it is no image, or not one that can be read in parts and is too large to be read as a whole.
+        DecodeError: it is no image, damaged, or cannot be read in parts and is too large.
     """
+    readers: list[Any] = [WholeImage]
+    if _is_tiff(path) and importlib.util.find_spec("tifffile") is not None:
+        of_parts = [TiffWindows] if importlib.util.find_spec("rasterio") is None else [RasterioWindows, TiffWindows]
+        readers = [*of_parts, WholeImage]
+    errors = []
+    for reader in readers:
+        try:
+            return reader(path)
+        except DecodeError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _is_tiff(path: str) -> bool:
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return False
     try:
         with open(path, "rb") as file:
-            is_tiff = file.read(4) in TIFF
+            return file.read(4) in SIGNATURES
     except OSError:
-        is_tiff = False
-    if not is_tiff:
-        return WholeImage(path)
-    if importlib.util.find_spec("rasterio") is not None:
-        return RasterioWindows(path)
-    if importlib.util.find_spec("tifffile") is None:
-        return WholeImage(path)
-    try:
-        return TiffWindows(path)
-    except UserError as error:
-        try:
-            return WholeImage(path)  # its compression may be one that Pillow knows and tifffile does not
-        except DecodeError:
-            raise error from None
+        return False
 
 
 class WholeImage:
@@ -73,6 +82,8 @@ class WholeImage:
 class TiffWindows:
     """A TIFF file by tifffile: the strips or tiles that a part lies in are decoded, the last of them kept.
 
+    Its values are taken as `decode_image` takes them, so that a part is the same as one of the whole.
+
     Raises:
         DecodeError: it is damaged, its values are of an unusual kind, or it is stored in one huge piece.
     """
@@ -87,40 +98,53 @@ class TiffWindows:
             self.page = page
             self.size = (int(page.imagelength), int(page.imagewidth))
             self.samples, self.separate = int(page.samplesperpixel), int(page.planarconfig) == 2
-            self.photometric = int(page.photometric)
-            self.tiled = bool(page.is_tiled)
-            self.piece = (page.tilelength, page.tilewidth) if self.tiled else (page.rowsperstrip, self.size[1])
-            self.piece = (min(int(self.piece[0]), self.size[0] if not self.tiled else 2**31), int(self.piece[1]))
+            self.photometric, self.bits = int(page.photometric), page.bitspersample
+            rows = page.tilelength if page.is_tiled else min(int(page.rowsperstrip), self.size[0])
+            self.piece = (int(rows), int(page.tilewidth) if page.is_tiled else self.size[1])
             self.extra = [int(kind) for kind in page.extrasamples]
             self.tags = [(t.code, t.dtype, t.count, t.value, True) for t in page.tags if t.code in GEOGRAPHY]
-            dtype = np.dtype(page.dtype) if page.dtype is not None else None
+            self._check()
+            self.cache: OrderedDict[int, np.ndarray] = OrderedDict()
+            self.cached = 0
+            self._open()
+            self.read(0, 0, 1, 1)  # whether its compression is known
+        except DecodeError:
+            raise
         except Exception as error:  # tifffile raises whatever its parser stumbles over
             raise DecodeError(path, f"cannot be decoded ({one_line(error)})") from error
-        known = dtype is not None and dtype in (np.uint8, np.uint16) and page.bitspersample in (8, 16)
-        if not known or self.photometric not in (0, 1, 2, 3) or page.imagedepth != 1 or min(self.size) < 1:
-            raise DecodeError(
-                path, f"holds values of {page.dtype}, {page.photometric.name}; parts of it cannot be read"
-            )
-        self.dtype: np.dtype = np.dtype(dtype)
-        self.whole = tifffile.memmap(path, page=0, mode="r") if page.is_memmappable else None
-        bytes_of_piece = self.piece[0] * self.piece[1] * self.samples * self.dtype.itemsize
-        if self.whole is None and bytes_of_piece > LARGEST_PIECE:
-            raise DecodeError(path, "is stored in one piece, which must be decoded at once; store it in tiles")
-        self.cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self.cached = 0
+
+    def _check(self) -> None:
+        page, wholes = (
+            self.page,
+            isinstance(self.bits, int) and 1 <= self.bits <= 16 and int(self.page.sampleformat) == 1,
+        )
+        colours = CHANNELS.get(self.photometric)
+        usual = wholes and colours is not None and self.samples >= len(colours) and page.imagedepth == 1
+        for right, said in (
+            (usual and min(self.size) >= 1, f"holds values of {page.dtype}, {page.photometric.name}"),
+            (page.tags.valueof(274, 1) == 1, "is stored turned"),
+            (
+                np.prod(self.piece) * self.samples * -(-self.bits // 8) <= LARGEST_PIECE or page.is_memmappable,
+                "is stored in one piece; store it in tiles",
+            ),
+        ):  # fmt: skip
+            if not right:
+                raise DecodeError(self.path, f"{said}, of which parts cannot be read")
+
+    def _open(self) -> None:
+        """What is needed to read values."""
 
     def read(self, top: int, left: int, height: int, width: int) -> Image.Image:
         try:
-            values_HWC = self._values(top, left, height, width)
+            return self._picture(self._values(top, left, height, width))
         except Exception as error:
             raise DecodeError(self.path, f"cannot be decoded ({one_line(error)})") from error
-        return self._picture(values_HWC)
 
     def _values(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        if self.whole is not None:
-            whole = self.whole.transpose(1, 2, 0) if self.separate and self.samples > 1 else self.whole
-            return np.array(whole[top : top + height, left : left + width]).reshape(height, width, self.samples)
-        found_HWC = np.zeros((height, width, self.samples), self.dtype)
+        """The values of a part as they are stored, (height, width, samples)."""
+        if self.page.is_memmappable:
+            return self._mapped()[top : top + height, left : left + width].copy()
+        found_HWC = np.zeros((height, width, self.samples), np.uint8 if self.bits <= 8 else np.uint16)
         rows, columns = self.piece
         across = -(-self.size[1] // columns)
         plane = across * -(-self.size[0] // rows)
@@ -135,20 +159,26 @@ class TiffWindows:
                     found_HWC[(*into, slice(sample, sample + 1) if self.separate else slice(None))] = part
         return found_HWC
 
+    def _mapped(self) -> np.ndarray:
+        """The values of a file without compression, which are mapped anew: what has been read leaves the memory."""
+        height, width = self.size
+        shape = (self.samples, height, width) if self.separate else (height, width, self.samples)
+        dtype = np.dtype(f"{self.file.byteorder}u{self.bits // 8}")
+        values = np.memmap(self.path, dtype, "r", self.page.dataoffsets[0], shape)
+        return values.transpose(1, 2, 0) if self.separate else values
+
     def _piece(self, index: int) -> np.ndarray:
         """A decoded strip or tile, (rows, columns, samples)."""
         if index in self.cache:
             self.cache.move_to_end(index)
             return self.cache[index]
-        page = self.page
-        handle = self.file.filehandle
-        handle.seek(page.dataoffsets[index])
-        data = handle.read(page.databytecounts[index])
-        if len(data) < page.databytecounts[index]:
-            raise ValueError("it is truncated")
-        decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
-        if decoded is None:
-            decoded = np.zeros((*shape[:3], 1 if self.separate else self.samples), self.dtype)
+        page, count = self.page, self.page.databytecounts[index]
+        self.file.filehandle.seek(page.dataoffsets[index])
+        data = self.file.filehandle.read(count)
+        require(len(data) == count, "it is truncated")
+        decoded, _, shape = page.decode(data or None, index, jpegtables=page.jpegtables)
+        if decoded is None:  # a piece that is not stored
+            decoded = np.zeros((*shape[:3], 1 if self.separate else self.samples), np.uint8)
         piece_HWC = decoded.reshape(decoded.shape[-3:])[: shape[-3], : shape[-2]]
         self.cache[index] = piece_HWC
         self.cached += piece_HWC.nbytes
@@ -157,69 +187,48 @@ class TiffWindows:
         return piece_HWC
 
     def _picture(self, values_HWC: np.ndarray) -> Image.Image:
-        if self.photometric == 3:
-            colours = np.asarray(self.page.colormap)
-            values_HWC = (colours[:, values_HWC[..., 0]] >> 8).astype(np.uint8).transpose(1, 2, 0)
-        elif self.photometric == 0:
-            values_HWC = np.iinfo(self.dtype).max - values_HWC
-        alpha = 1 in self.extra or 2 in self.extra
-        return picture_of(values_HWC, alpha=alpha and self.photometric != 3)
+        """Values as they are stored to a picture."""
+        height, width = values_HWC.shape[:2]
+        if self.photometric == PALETTE:
+            colours_3N = np.asarray(self.page.colormap)
+            return Image.fromarray((colours_3N[:, values_HWC[..., 0]] >> 8).astype(np.uint8).transpose(1, 2, 0))
+        values_HWC = eight_bits(values_HWC, self.bits)
+        mode = CHANNELS[self.photometric]
+        channels = [*range(len(mode))]
+        if self.photometric == WHITE_IS_ZERO:
+            values_HWC[..., 0] = 255 - values_HWC[..., 0]
+        clear = next((place for place, kind in enumerate(self.extra) if kind in ALPHA), None)
+        if clear is not None and mode != "CMYK":
+            mode, channels = mode + ALPHA[self.extra[clear]], [*channels, len(channels) + clear]
+        return flatten(Image.frombytes(mode, (width, height), values_HWC[..., channels].tobytes()))
 
 
-class RasterioWindows:
-    """A TIFF file by rasterio, which knows more ways of compression."""
+def eight_bits(values_HWC: np.ndarray, bits: int) -> np.ndarray:
+    """Values of so many bits in 8, uint8."""
+    if bits == 8:
+        return values_HWC.astype(np.uint8)
+    if bits == 16 and values_HWC.shape[2] >= 3:
+        return (values_HWC >> 8).astype(np.uint8)  # as Pillow has them
+    white = 2**bits - 1
+    return ((values_HWC.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
-    def __init__(self, path: str):
+
+class RasterioWindows(TiffWindows):
+    """A TIFF file whose values rasterio decodes, which knows more ways of compression."""
+
+    def _open(self) -> None:
         import rasterio
 
-        self.path = path
-        try:
-            self.file = rasterio.open(path)
-        except Exception as error:
-            raise DecodeError(path, f"cannot be decoded ({one_line(error)})") from error
-        self.size = (self.file.height, self.file.width)
-        if self.file.dtypes[0] not in ("uint8", "uint16"):
-            raise DecodeError(path, f"holds values of {self.file.dtypes[0]}; large images are read with 8 or 16 bits")
-        self.alpha = self.file.colorinterp[-1].name == "alpha"
-        self.tags = _tags_of(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # most pictures are not of a place on earth
+            with rasterio.Env(GDAL_CACHEMAX=CACHE // 2**20):
+                self.raster = rasterio.open(self.path, driver="GTiff")
+                self._values(0, 0, 1, 1)  # the size of the cache is read once, by the first of its users
 
-    def read(self, top: int, left: int, height: int, width: int) -> Image.Image:
+    def _values(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         from rasterio.windows import Window
 
-        try:
-            values_CHW = self.file.read(window=Window(left, top, width, height))
-            if self.file.colorinterp[0].name == "palette":
-                table = self.file.colormap(1)
-                colours = np.array([table.get(i, (0, 0, 0, 255))[:3] for i in range(256)], dtype=np.uint8)
-                return Image.fromarray(colours[values_CHW[0]])
-        except Exception as error:
-            raise DecodeError(self.path, f"cannot be decoded ({one_line(error)})") from error
-        return picture_of(values_CHW.transpose(1, 2, 0), self.alpha)
-
-
-def _tags_of(path: str) -> list[tuple[Any, ...]]:
-    if importlib.util.find_spec("tifffile") is None:
-        return []
-    import tifffile
-
-    with tifffile.TiffFile(path) as file:
-        page: Any = file.pages[0]
-        return [(t.code, t.dtype, t.count, t.value, True) for t in page.tags if t.code in GEOGRAPHY]
-
-
-def picture_of(values_HWC: np.ndarray, alpha: bool) -> Image.Image:
-    """Values of 8 or 16 bits as a picture: grey of one or two channels, else the first three; transparency on white."""
-    if values_HWC.dtype == np.uint16:
-        values_HWC = (values_HWC >> 8).astype(np.uint8)
-    channels = values_HWC.shape[2]
-    if alpha and channels in (2, 4):
-        picture = Image.fromarray(np.ascontiguousarray(values_HWC), "LA" if channels == 2 else "RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        flat = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-        return flat.getchannel(0) if channels == 2 else flat
-    if channels < 3:
-        return Image.fromarray(np.ascontiguousarray(values_HWC[..., 0]))
-    return Image.fromarray(np.ascontiguousarray(values_HWC[..., :3]))
+        return self.raster.read(window=Window(left, top, width, height)).transpose(1, 2, 0)
 
 
 def stamp(path: str) -> list[Any]:
