@@ -8,6 +8,9 @@ import dataclasses
 import glob
 import io
 import json
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from vimamba.data.walk import LeftOut, find_images
 from vimamba.errors import UserError, escaped, require
 from vimamba.files import whole
 from vimamba.inference.predictor import Predictor, load_run
-from vimamba.inference.runner import DeviceOptions
+from vimamba.inference.runner import DeviceOptions, fitting
 from vimamba.inference.tiles import TileOptions, Tiling, detect, segment
 from vimamba.processes import default_workers
 from vimamba.tasks.dense import DenseTask
@@ -34,6 +37,7 @@ from vimamba.tasks.results import Detections, Segmentation
 
 FEW = 256  # images that are decoded sooner than worker processes start
 LISTED = 8  # classes or objects in a line for people
+LONGEST = 200  # bytes of the name of an image in those of its pictures: systems take 255
 
 
 @dataclasses.dataclass
@@ -96,7 +100,7 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     failed = 0
     if what.csv:
         print_row(out, ["image", *predictor.task.result.columns(top), "error"])
-    with terminal.progress_bar(shown_on) as bar:
+    with terminal.progress_bar(shown_on) as bar, pictures or contextlib.nullcontext():
         task = bar.add_task("predicting", total=len(paths))
         for path, answer in zip(paths, predictor.stream(paths, device.batch_size, workers), strict=True):
             failed += isinstance(answer, UserError)
@@ -108,11 +112,7 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
             else:
                 print_answer(out, path, answer, top, what.json, files)
             bar.advance(task)
-    if pictures:
-        pictures.close()
-    if failed:
-        terminal.warn(f"{failed} of {len(paths)} images could not be read")
-    return 1 if failed else 0
+    return told(failed, len(paths))
 
 
 def run_tiled(predictor: Predictor, paths: list[str], what: PredictOptions, tiles: TileOptions) -> int:
@@ -120,18 +120,28 @@ def run_tiled(predictor: Predictor, paths: list[str], what: PredictOptions, tile
     require(issubclass(predictor.task, DenseTask), "--tile: is for runs that segment or detect")
     require(what.output is not None, "--tile: give --output, a folder for what is found")
     require(not what.csv, "--csv: goes without --tile; --json prints what was found")
-    pictures = Pictures(Path(what.output or ""), predictor)
     out = terminal.console()
     top = what.top or (100 if issubclass(predictor.task, DetectionTask) else 5)
     failed = 0
-    with terminal.progress_bar(out if out.is_terminal else terminal.console(stderr=True)) as bar:
-        for path in paths:
-            answer, files = pictures.add_tiled(path, tiles, what.min_score, bar)
-            failed += isinstance(answer, UserError)
-            print_answer(out, path, answer, top, what.json, files)
-    pictures.close()
+    with Pictures(Path(what.output or ""), predictor) as pictures:
+        try:
+            with terminal.progress_bar(out if out.is_terminal else terminal.console(stderr=True)) as bar:
+                for path in paths:
+                    answer, files = pictures.add_tiled(path, tiles, what.min_score, bar)
+                    failed += isinstance(answer, UserError)
+                    print_answer(out, path, answer, top, what.json, files)
+        except KeyboardInterrupt:
+            done = pictures.tilings[-1:] and f" at {pictures.tilings[-1].progress()}"
+            print(f"\nstopped{done or ''}; the same command goes on there", file=sys.stderr)
+            return 128 + signal.SIGINT
+        pictures.end()
+    return told(failed, len(paths))
+
+
+def told(failed: int, count: int) -> int:
+    """The exit status, and on stderr how many images could not be read."""
     if failed:
-        terminal.warn(f"{failed} of {len(paths)} images could not be read")
+        terminal.warn(f"{failed} of {count} images could not be read")
     return 1 if failed else 0
 
 
@@ -185,7 +195,7 @@ def print_row(out: Console, cells: list[str]) -> None:
 
 
 class Pictures:
-    """A folder of what was found: a picture an image, masks, and COCO's JSON of all objects.
+    """A folder of what was found: a picture an image, masks, and at the end COCO's JSON of all objects.
 
     Raises:
         UserError: it cannot be written.
@@ -195,8 +205,21 @@ class Pictures:
         self.folder, self.predictor = folder, predictor
         self.used: set[str] = set()
         self.objects: list[tuple[str, Detections]] = []
+        self.tilings: list[Tiling] = []
         with written(folder):
             folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Pictures:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Write what is of all images, or of those that were done when something ended it."""
+        if issubclass(self.predictor.task, DetectionTask):
+            file = self.folder / "predictions.json"
+            with written(file):
+                found = [answer for _, answer in self.objects]
+                images = [(path, answer.size) for path, answer in self.objects]
+                write_coco(file, images, [answer.to_coco() for answer in found], self.predictor.class_names)
 
     def add(self, path: str, answer: Any) -> dict[str, str]:
         """Write the pictures of an image; their paths by what they show."""
@@ -216,39 +239,45 @@ class Pictures:
 
     def add_tiled(self, path: str, tiles: TileOptions, min_score: float, bar: Any) -> tuple[Any, dict[str, str]]:
         """Look at an image tile by tile; what was found, or why it could not be read, and the paths."""
+        name = self._name(Path(path).stem)
         try:
-            with written(self.folder):
-                tiling = Tiling(self.predictor, path, tiles, self.folder, self._name(Path(path).stem))
-                line = bar.add_task(f"tiles of {escaped(Path(path).name)}", total=len(tiling))
+            tiling = Tiling(self.predictor, path, tiles, self.folder, name)
+        except DecodeError as error:
+            return error, {}
+        self.tilings.append(tiling)
+        line = bar.add_task(f"tiles of {escape(escaped(Path(path).name))}", total=len(tiling))
 
-                def advance(done: int, of: int) -> None:
-                    bar.update(line, completed=done)
+        def advance(done: int, of: int) -> None:
+            bar.update(line, completed=done)
 
+        try:
+            with written(self.folder), fitting(self.predictor.task, 1, [tiling.image.size]):
                 if not issubclass(self.predictor.task, DetectionTask):
                     return segment(tiling, advance)
                 found, files = detect(tiling, min_score, advance)
                 self.objects.append((path, found))
                 return found, files
         except DecodeError as error:
+            tiling.end()
             return error, {}
+        finally:
+            bar.remove_task(line)
+
+    def end(self) -> None:
+        """Remove what was kept for going on, once all images are done."""
+        for tiling in self.tilings:
+            tiling.end()
 
     def _name(self, stem: str) -> str:
         """A name that no other image has: those of different folders may be called the same."""
+        while len(os.fsencode(stem)) > LONGEST:
+            stem = stem[:-1]
         name, count = stem, 1
         while name in self.used:
             count += 1
             name = f"{stem}-{count}"
         self.used.add(name)
         return name
-
-    def close(self) -> None:
-        """Write what is of all images."""
-        if issubclass(self.predictor.task, DetectionTask):
-            file = self.folder / "predictions.json"
-            with written(file):
-                found = [answer for _, answer in self.objects]
-                images = [(path, answer.size) for path, answer in self.objects]
-                write_coco(file, images, [answer.to_coco() for answer in found], self.predictor.class_names)
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def quiet_libraries() -> None:
     """Leave the terminal to our own lines: no tips, hints or advice of the libraries."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero",
                  "lightning.fabric.utilities.rank_zero", "timm", "torch.distributed",
-                 "torch.utils.cpp_extension"):  # fmt: skip
+                 "torch.utils.cpp_extension", "tifffile", "rasterio"):  # fmt: skip
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|torchmetrics|timm)(\.|$)")
 
@@ -103,8 +103,8 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as the terminal shows it."""
-    return "-" if share is None else f"{100 * share:.2f}"
+    """A share as the terminal shows it; COCO's numbers are -1 where there is nothing to find."""
+    return "-" if share is None or share < 0 else f"{100 * share:.2f}"
 
 
 def cell(heading: str, value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import nn
 
 from vimamba.errors import UserError, out_of_memory, require
 from vimamba.processes import check_workers
+from vimamba.tasks.dense import DenseTask
 from vimamba.tasks.find import find_task
 from vimamba.tasks.options import InferenceOptions, Precision
+from vimamba.tasks.task import Task
 from vimamba.tasks.weights import ModelCard
 
 
@@ -75,7 +77,7 @@ class Runner:
         parts = self.task.infer(self.model, self.to_device(images), sizes, self.card.preprocessing, self.how)
         while True:  # the modes hold while the task computes, and not while the caller does
             lower = contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
-            with torch.inference_mode(), lower, fitting(len(images)):
+            with torch.inference_mode(), lower, fitting(self.task, len(images), sizes):
                 part = next(parts, None)
             if part is None:
                 return
@@ -87,17 +89,19 @@ class Runner:
 
 
 @contextlib.contextmanager
-def fitting(batch_size: int) -> Iterator[None]:
-    """Errors for want of memory as a sentence."""
+def fitting(task: type[Task], count: int, sizes: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Errors for want of memory as a sentence, about images of sizes (height, width)."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        raise UserError(
-            f"`batch_size` {batch_size}: does not fit into the memory; give less, and for large images `tile` or "
-            "`window` slide"
-        ) from error
+        ways = [f"a smaller `batch_size` than {count}"] if count > 1 else []
+        if issubclass(task, DenseTask):
+            ways.append("a `tile` of 1024 pixels or, if you did, of fewer")
+        height, width = max(sizes)
+        what = f"{count} image{'s' * (count > 1)} of up to {width} x {height} pixels"
+        raise UserError(f"out of memory by {what}; give {' or '.join(ways or ['a smaller model'])}") from error
 
 
 def pick_device(name: str) -> torch.device:

@@ -107,7 +107,7 @@ class TiffWindows:
             self.cache: OrderedDict[int, np.ndarray] = OrderedDict()
             self.cached = 0
             self._open()
-            self.read(0, 0, 1, 1)  # whether its compression is known
+            self._values(0, 0, 1, 1)  # whether its compression is known
         except DecodeError:
             raise
         except Exception as error:  # tifffile raises whatever its parser stumbles over
@@ -219,6 +219,7 @@ class RasterioWindows(TiffWindows):
     def _open(self) -> None:
         import rasterio
 
+        require(CHANNELS[self.photometric] != "CMYK", "rasterio makes other colours of inks than Pillow")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # most pictures are not of a place on earth
             with rasterio.Env(GDAL_CACHEMAX=CACHE // 2**20):
