@@ -3,6 +3,8 @@
 import pytest
 
 from tests.cli.runs import train_arguments, write_photos
+from tests.dense import LEARN, SEGMENT, write_masks, write_objects
+from vimamba import train
 from vimamba.cli import main
 
 
@@ -30,3 +32,18 @@ def trained(tmp_path_factory):
     more = ("--epochs", 6, "--lr", 5e-3, "--augment", "none")
     assert main([str(a) for a in train_arguments(photos, root / "run", *more)]) == 0
     return root / "run"
+
+
+@pytest.fixture(scope="session")
+def segmented(tmp_path_factory):
+    """The folder of a finished run on masks, with its data beside it; not to be changed."""
+    root = tmp_path_factory.mktemp("segmented")
+    more = {"epochs": 12, "lr": 1e-2, "augment": "none"}
+    return train(data=write_masks(root / "data"), output=root / "run", **SEGMENT | more).folder
+
+
+@pytest.fixture(scope="session")
+def detected(tmp_path_factory):
+    """The folder of a finished run on objects, with its data beside it; not to be changed."""
+    root = tmp_path_factory.mktemp("detected")
+    return train(data=write_objects(root / "data", train=24, val=8), output=root / "run", **LEARN).folder

@@ -15,7 +15,7 @@ from torch import nn
 
 import vimamba
 from tests.cli.runs import write_photos
-from tests.dense import CLASSES, DETECT, SEGMENT, TINY, scene, write_masks, write_objects
+from tests.dense import CLASSES, DETECT, LEARN, SEGMENT, TINY, scene, write_masks, write_objects
 from vimamba.data.transforms import AugmentOptions, Preprocessing
 from vimamba.errors import UserError
 from vimamba.tasks.detection import DetectionTask
@@ -26,12 +26,6 @@ from vimamba.tasks.weights import ModelCard, load_model
 
 NAMES = ["a", "b", "c", "never there", "only found"]
 HEADS = ("faster_rcnn", "mask_rcnn", "cascade_mask_rcnn")
-LEARN = {
-    **DETECT, "epochs": 5, "batch_size": 2, "lr": 1e-2, "augment": "none", "warmup_epochs": 0,
-    "head_args": {
-        "width": 16, "box_width": 32, "proposals": 32, "rois_per_image": 16, "anchor_sizes": [6, 11, 16, 24, 32],
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
