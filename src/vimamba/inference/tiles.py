@@ -41,18 +41,20 @@ class TileOptions:
     Args:
         tile: side of the tiles in which images are read and looked at, pixels, for those that do not fit into the
             memory; the masks are then TIFF files. Whole images if not given
-        overlap: pixels by which neighbouring tiles overlap, where they are blended; objects that no overlap shows in
-            both tiles are not joined
+        overlap: pixels by which neighbouring tiles overlap, where masks are blended and objects that a seam cuts are
+            joined; an eighth of the tile if not given
     """
 
     tile: int | None = None
-    overlap: int = 128
+    overlap: int | None = None
 
     def __post_init__(self) -> None:
         if self.tile is None:
-            require(self.overlap == 128, f"`overlap` {self.overlap}: goes with `tile`")
+            require(self.overlap is None, f"`overlap` {self.overlap}: goes with `tile`")
             return
         require(self.tile >= LEAST, f"`tile` is {self.tile}; it must be at least {LEAST} pixels")
+        if self.overlap is None:
+            self.overlap = self.tile // 8
         require(
             0 <= self.overlap <= self.tile // 2,
             f"`overlap` is {self.overlap}; give 0 to half of `tile`, {self.tile // 2}",
@@ -106,7 +108,7 @@ class Tiling:
     """
 
     def __init__(self, predictor: Predictor, path: str, options: TileOptions, folder: Path, name: str):
-        assert options.tile is not None
+        assert options.tile is not None and options.overlap is not None  # noqa: PT018
         self.predictor, self.path, self.folder, self.name = predictor, path, folder, name
         self.tile, self.overlap = options.tile, options.overlap
         self.image: Windows = open_windows(path)
