@@ -125,7 +125,7 @@ def check_kept(recipe, run, more):
 
 
 def test_the_readmes_python_runs(workplace):
-    models, runs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    models, runs, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     exec(models, names)
     assert names["logits"].shape == (1, 10)
@@ -134,6 +134,17 @@ def test_the_readmes_python_runs(workplace):
     small = "epochs=1, model_args={'depth': 1}, accelerator='cpu', num_workers=0, overwrite=True, progress=False"
     exec(runs.replace("output=", f"{small}, output="), names)
     assert names["result"].label in names["predictor"].class_names
+
+
+def test_the_readmes_python_of_dense_tasks_runs(vimamba, workplace):
+    for name in ("scenes_seg", "scenes_det"):
+        words = ["train", "--config", f"recipes/{name}.yaml", "--output", f"runs/{name.replace('_', '-')}"]
+        assert vimamba(*words, *smaller(words))[0] == 0
+    shutil.copy(workplace / "new/red.jpg", workplace / "new/1.jpg")
+    names: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2], names)
+    assert names["mask"].shape == (20, 20)
+    assert len(names["found"].boxes) == len(names["found"].labels) == len(names["found"].masks)
 
 
 def test_the_readmes_make_targets_are_there():

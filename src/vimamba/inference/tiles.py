@@ -361,7 +361,9 @@ def _plain(found: Detections) -> dict[str, Any]:
 
 def _moved(tiling: Tiling, plain: dict[str, Any], down: Span, across: Span) -> Detections:
     """Detections in a tile in pixels of the image."""
-    boxes_N4 = np.array(plain["boxes"], dtype=np.float32).reshape(-1, 4) + np.float32([across.seen, down.seen] * 2)
+    boxes_N4 = np.array(plain["boxes"], dtype=np.float32).reshape(-1, 4) + np.array(
+        [across.seen, down.seen] * 2, np.float32
+    )
     crops = plain["crops"]
     if crops is not None:
         crops = [Crop(top + down.seen, left + across.seen, _drawn(*rest)) for top, left, *rest in crops]
