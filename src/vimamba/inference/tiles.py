@@ -352,7 +352,7 @@ def detect(
 
 def _plain(found: Detections) -> dict[str, Any]:
     """Detections in a tile as JSON has them."""
-    crops = found.crops and [
+    crops: Any = found.crops and [
         [c.top, c.left, *c.mask.shape, Crop(0, 0, c.mask).runs(*c.mask.shape)] for c in found.crops
     ]
     named = {"boxes": found.boxes, "label_ids": found.label_ids, "scores": found.scores}
@@ -380,7 +380,7 @@ def _drawn(rows: int, columns: int, runs: list[int]) -> np.ndarray:
 
 def _smaller(found: Detections, every: int) -> Detections:
     """Detections in an image of every so many pixels."""
-    crops = found.crops and [
+    crops: Any = found.crops and [
         Crop(-(-c.top // every), -(-c.left // every), c.mask[-c.top % every :: every, -c.left % every :: every])
         for c in found.crops
     ]
