@@ -55,6 +55,12 @@ def test_tiles_that_cannot_be_are_refused(options, said):
         TileOptions(**options)
 
 
+def test_tiles_overlap_by_an_eighth_unless_told():
+    assert TileOptions(1024).overlap == 128
+    assert TileOptions(64).overlap == 8
+    assert TileOptions(64, 0).overlap == 0
+
+
 # -- a class for each pixel
 
 
