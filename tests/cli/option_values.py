@@ -35,6 +35,12 @@ def same(words: str, beside: str = "") -> Value:
 
 
 SWITCH = Value()
+
+# Runs on masks and on objects, of a second each.
+SMALL = "--img_size 32 --batch_size 4"
+HEAD = "{width: 8, box_width: 16, proposals: 16, rois_per_image: 8, anchor_sizes: [4, 8, 16, 24, 32]}"
+SEGMENT = f"--task segment --data $masks {SMALL} --head linear"
+DETECT = f"--task detect --data $objects {SMALL} --head_args '{HEAD}'"
 HELP = {"help": [SWITCH]}
 ASKS = {**HELP, "print_config": [SWITCH]}
 
@@ -87,7 +93,7 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "opt": [Value("sgd")],
         "lr": [Value("1e-3")],
         "weight_decay": [Value("0.5")],
-        "schedule": [Value("constant")],
+        "schedule": [Value("constant"), Value("poly")],
         "warmup_epochs": [Value("1")],
         "min_lr": [Value("1e-3")],
         "layer_decay": [Value("0.5")],
@@ -105,6 +111,14 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "cutmix": [Value("0.4")],
         "label_smoothing": [Value("0.0")],
         "repeated_augmentation": [Value("3")],
+        "scale_jitter": [Value("'[0.9, 1.1]'", SEGMENT), Value("'[0.9, 1.1]'", DETECT)],
+        "head": [Value("fpn", f"{SEGMENT} --head_args '{{width: 64}}'"), Value("faster_rcnn", DETECT)],
+        "head_args": [Value("'{dropout: 0.5}'", SEGMENT), Value(f"'{HEAD}'", f"--task detect --data $objects {SMALL}")],
+        "short_side": [Value("24", SEGMENT), Value("24", DETECT)],
+        "long_side": [Value("24", SEGMENT), Value("24", DETECT)],
+        "ignore_index": [Value("2", f"{SEGMENT} --data $full")],
+        "dice": [Value("0.0", SEGMENT)],
+        "aux_weight": [Value("0.0", f"{SEGMENT} --head upernet --head_args '{{width: 8, auxiliary: true}}'")],
         "accelerator": [same("cpu")],
         "devices": [same("1")],
         "strategy": [same("ddp")],
@@ -122,8 +136,11 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "data": [Value("$other")],
         "split": [Value("all"), same("val")],
         "class_names": [Value("$names", "--data wds/$shards")],
+        "ignore_index": [Value("2", "$segmented --data $full --json", bare=True)],
         "max_undecodable": [Value("0.5", "--data $broken")],
         "output": [Value("$out/elsewhere")],
+        "window": [Value("whole", "$segmented --data $large --split val --json", bare=True)],
+        "flip": [Value("true", "$segmented --json", bare=True)],
         **DEVICE,
         "json": [SWITCH],
         **ASKS,
@@ -131,9 +148,15 @@ VALUES: dict[str, dict[str, list[Value]]] = {
     "predict": {
         "config": [Value("$config")],
         **DEVICE,
+        "output": [Value("$out/pictures"), Value("$out/pictures", "$detected $objects/val2017", bare=True)],
         "top": [Value("1")],
+        "min_score": [Value("0.1", "$detected $objects/val2017", bare=True)],
         "json": [SWITCH],
         "csv": [SWITCH],
+        "tile": [Value("48", "$segmented $large/val/images --output $out --json", bare=True)],
+        "overlap": [Value("20", "$segmented $large/val/images --output $out --json --tile 48", bare=True)],
+        "window": [Value("whole", "$segmented $large/val/images --json", bare=True)],
+        "flip": [Value("true", "$segmented $large/val/images --json", bare=True)],
         **ASKS,
     },
     "bench": {
@@ -218,4 +241,28 @@ FORBIDDEN = {
         {POLICY, ("augment", kind)}
     ): f"--auto_augment {POLICY[1]}: goes with --augment crop, and here it is {kind}"
     for kind in ("none", "affine")
+}
+
+# -- and those of dense tasks
+
+DENSE_MODELS = {name: MODELS[name] for name in ("vim", "pyramid")}
+DENSE_FACTORS = {
+    "head": ("linear", "upernet", "dpt", "fpn", "faster_rcnn", "mask_rcnn", "cascade_mask_rcnn"),
+    "model": tuple(DENSE_MODELS),
+    "augment": ("none", "auto"),
+    "resumed": ("no", "yes"),
+    "precision": ("32-true", "bf16-mixed"),
+    "grad_checkpointing": ("false", "true"),
+    "accumulate": ("1", "2"),
+    "ema": ("null", "0.9"),
+    "layer_decay": ("null", "0.7"),
+    "schedule": ("cosine", "poly"),
+    "scale_jitter": ("null", "[0.9, 1.1]"),
+    "repeated_augmentation": ("1", "2"),
+    "short_side": ("null", "24"),
+    "num_workers": ("0", "1"),
+    "batch_size": ("3", "4"),
+    "in_chans": ("1", "3"),
+    "img_size": ("32", "[24, 40]"),
+    "checkpoint_every": ("null", "2steps"),
 }

@@ -20,15 +20,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 
 from tests.cli.option_values import ASKS, CONFIGS, GIVEN, VALUES, Value
 from tests.cli.runs import write_photos
 from tests.cli.test_bad_commands import parser_of
 from tests.data.test_shards import write_shards
+from tests.dense import write_masks
 from vimamba.cli import COMMANDS, ablate, main, parsing
 
 CASES = [(command, name, value) for command in VALUES for name in VALUES[command] for value in VALUES[command][name]]
@@ -111,7 +114,7 @@ def content(path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def caller(trained, tmp_path_factory):
+def caller(trained, segmented, detected, tmp_path_factory):
     """With the places that the table calls $photos, $trained and so on, which no command changes."""
     root = tmp_path_factory.mktemp("places")
     broken = write_photos(root / "broken", seed=2)
@@ -121,6 +124,12 @@ def caller(trained, tmp_path_factory):
     timm.models.save_for_hf(timm.create_model("vim_nano", **sizes), root / "published", model_args=sizes)
     (root / "names").write_text("blue\ngreen\n")
     places = {
+        "segmented": segmented,
+        "detected": detected,
+        "masks": segmented.parent / "data",
+        "full": with_masks(root / "full", lambda mask: np.where(mask == 255, 0, mask)),
+        "large": with_masks(root / "large", lambda image: image.repeat(2, 0).repeat(3, 1), "*"),
+        "objects": detected.parent / "data",
         "trained": trained,
         "photos": trained.parent / "photos",
         "other": write_photos(root / "other", seed=3),
@@ -131,6 +140,13 @@ def caller(trained, tmp_path_factory):
         "shards": write_shards(root / "shards", {"train": (2, 8), "validation": (1, 8)}, {"class_names": None}),
     }
     return Caller(places, tmp_path_factory.mktemp("called"))
+
+
+def with_masks(root, change, which="masks"):
+    """Images with masks, of which some files have been changed."""
+    for path in write_masks(root).glob(f"*/{which}/*.png"):
+        Image.fromarray(change(np.asarray(Image.open(path))).astype(np.uint8)).save(path)
+    return root
 
 
 @pytest.fixture

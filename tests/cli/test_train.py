@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.cli.runs import train_arguments, write_photos
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.run_keeper import RunKeeper
+from vimamba.tasks.task import Task
 
 FILES = ("config.yaml", "metrics.csv", "model.safetensors", "curves.png", "per_class.csv")
 CHECKPOINTS = ("checkpoints/last.ckpt", "checkpoints/best.ckpt")
@@ -52,14 +53,14 @@ def test_a_run_is_repeated_by_its_config(vimamba, trained, tmp_path):
 
 def interrupt_at(monkeypatch, step, signum):
     """Send ourselves a signal while a step is computed."""
-    original, steps = ClassificationTask.training_step, iter(range(1000))
+    original, steps = Task.training_step, iter(range(1000))
 
     def training_step(self, batch, batch_idx):
         if next(steps) == step:
             os.kill(os.getpid(), signum)
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", training_step)
+    monkeypatch.setattr(Task, "training_step", training_step)
 
 
 @pytest.mark.parametrize(

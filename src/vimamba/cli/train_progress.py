@@ -24,6 +24,7 @@ class TrainProgress(pl.Callback):
         self.bar = progress_bar(console, TextColumn("loss {task.fields[loss]}"))
         self.task: Any = None
         self.pick: Callable[..., float] = max
+        self.headings: dict[str, str] = {}
         self.columns: dict[str, str] = {}
         self.loss: float | None = None
         self.seconds = 0.0
@@ -32,9 +33,7 @@ class TrainProgress(pl.Callback):
         if not trainer.is_global_zero:
             return
         self.pick = max if pl_module.mode == "max" else min
-        loss = {"val_loss": "held-out loss"} if pl_module.scored else {}
-        self.columns = loss | {f"val_{name}": heading for name, heading in pl_module.columns.items()}
-        self.console.print(f"[bold]{HEADER}{''.join(f'  {h:>7}' for h in self.columns.values())}  {'time':>7}[/]")
+        self.headings = {"loss": "held-out loss", **pl_module.columns}
         for row in self.keeper.record.rows:
             self._print_row(row, trainer)
         val_batches = sum(int(n) for n in trainer.num_val_batches)
@@ -87,6 +86,9 @@ class TrainProgress(pl.Callback):
             self.bar.update(self.task, description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}{what}")
 
     def _print_row(self, row: dict[str, Any], trainer: pl.Trainer) -> None:
+        if not self.columns:  # which depend on the model too: not every detector has masks
+            self.columns = {f"val_{name}": text for name, text in self.headings.items() if f"val_{name}" in row}
+            self.console.print(f"[bold]{HEADER}{''.join(f'  {h:>7}' for h in self.columns.values())}  {'time':>7}[/]")
         seconds, self.seconds = row["seconds"] - self.seconds, row["seconds"]
         rows, monitor = self.keeper.record.rows[: row["epoch"]], self.keeper.record.monitor
         best = row[monitor] == self.pick(r[monitor] for r in rows)

@@ -288,7 +288,7 @@ def _read_back(mask: Path, into_HW: np.ndarray) -> None:
 def _write(tiling: Tiling, labels_HW: np.ndarray, names: list[str], files: dict[str, Path]) -> None:
     import tifffile
 
-    from vimamba.tasks.figures import colours
+    from vimamba.tasks.overlays import colours
 
     how: dict[str, Any] = {"photometric": "minisblack"}
     if len(names) <= 256:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.font_manager import get_font
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from vimamba.data.decode import flatten
 from vimamba.tasks.record import Record
-from vimamba.tasks.results import Crop, is_background
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
 NAMED = 60
@@ -65,52 +62,12 @@ def save_curves(path: Path, record: Record, title: str, heading: str) -> None:
     plt.close(figure)
 
 
-def colours(names: Sequence[str]) -> np.ndarray:
-    """A colour for each class, (classes, 3) uint8; neighbours differ, and what lies behind the others is black."""
-    # Turns of the colour circle by the golden ratio, so that any number of them lie apart; lightness in three steps.
-    hues = (0.61803398875 * np.arange(len(names)) + 0.58) % 1.0
-    shades = np.stack([hues, np.full(len(names), 0.78), np.array([0.95, 0.75, 0.6])[np.arange(len(names)) % 3]], -1)
-    rgb = np.round(255 * matplotlib.colors.hsv_to_rgb(shades)).astype(np.uint8).reshape(-1, 3)
-    rgb[[is_background(name) for name in names]] = 0
-    return rgb
-
-
-def tinted(image: Image.Image, colours_HW3: np.ndarray, where_HW: np.ndarray, strength: float = 0.55) -> Image.Image:
-    """A copy of an image with colours laid over a part of it."""
-    pixels = np.array(flatten(image).convert("RGB"))
-    pixels[where_HW] = np.round(pixels[where_HW] * (1 - strength) + colours_HW3[where_HW] * strength)
-    return Image.fromarray(pixels)
-
-
-def with_boxes(
-    image: Image.Image, boxes_N4: np.ndarray, names: list[str], colours_N3: np.ndarray, crops: list[Crop] | None
-) -> Image.Image:
-    """A copy of an image with named boxes, the first uppermost, and masks in the same colours."""
-    picture = flatten(image).convert("RGB")
-    size = max(11, round(min(picture.size) / 28))
-    for crop, colour in reversed([pair for pair in zip(crops or [], colours_N3, strict=False) if pair[0].mask.size]):
-        place = (crop.left, crop.top, crop.left + crop.mask.shape[1], crop.top + crop.mask.shape[0])
-        part = tinted(picture.crop(place), np.broadcast_to(colour, (*crop.mask.shape, 3)), crop.mask, 0.45)
-        picture.paste(part, place[:2])
-    pen = ImageDraw.Draw(picture)
-    for i in reversed(range(len(names))):
-        colour = tuple(int(part) for part in colours_N3[i])
-        left, top, right, bottom = (float(side) for side in boxes_N4[i])
-        pen.rectangle([left, top, max(left, right - 1), max(top, bottom - 1)], outline=colour, width=max(1, size // 7))
-        label = _label(_shortened(names[i]), size, colour)
-        x = int(min(left, max(0, picture.width - label.width)))
-        picture.paste(label, (x, int(top - label.height if top >= label.height else top)))
-    return picture
-
-
-@cache
-def _label(text: str, size: int, colour: tuple[int, ...]) -> Image.Image:
-    """A line of text, so many pixels high, on a colour."""
-    (text,), families = _drawable([text])
-    light = sum(part * weight for part, weight in zip(colour, (0.299, 0.587, 0.114), strict=True)) > 140
-    figure = plt.figure(figsize=(0.1, 0.1), dpi=DOTS, facecolor=f"#{bytes(colour).hex()}")
-    figure.text(0, 0, text, fontsize=72 * size / DOTS, fontfamily=families, color="black" if light else "white")
-    return _rendered(figure, pad=0.02)
+def text_picture(text: str, size: int, colour: str, background: str) -> Image.Image:
+    """A line of text, letters of so many pixels, cut where it is long."""
+    (text,), families = _drawable([_shortened(text)])
+    figure = plt.figure(figsize=(0.1, 0.1), dpi=DOTS, facecolor=background)
+    figure.text(0, 0, text or " ", fontsize=72 * size / DOTS, fontfamily=families, color=colour)
+    return _rendered(figure, pad=0.25 * size / DOTS)
 
 
 def _rendered(figure: Any, pad: float) -> Image.Image:
@@ -121,32 +78,19 @@ def _rendered(figure: Any, pad: float) -> Image.Image:
     return Image.open(drawn).convert("RGB")
 
 
-def with_caption(image: Image.Image, lines: list[str], keys: Sequence[Any] | None = None) -> Image.Image:
-    """A copy of an image with lines of text below it, in letters of about a fifteenth of its width.
-
-    `keys` are colours (3,) uint8 that are shown before the lines, as a legend.
-    """
+def with_caption(image: Image.Image, lines: list[str]) -> Image.Image:
+    """A copy of an image with lines of text below it, in letters of about a fifteenth of its width."""
     image = flatten(image)
     width, height = image.size
-    if not lines:
-        return image.convert("RGB")
     lines, families = _drawable(lines)
     inches = max(width, 160) / DOTS
-    row = 0.24 + inches / 15 if keys is None else min(0.24 + inches / 30, 0.5)
+    row = 0.24 + inches / 15
     figure = plt.figure(figsize=(inches, row * len(lines)), dpi=DOTS)
-    start = 0.02 if keys is None else 0.02 + row / inches
     for number, line in enumerate(lines):
-        middle = 1 - (number + 0.5) / len(lines)
         figure.text(
-            start, middle, _shortened(line), va="center", fontsize=72 * row / 2.2, fontfamily=families,
+            0.02, 1 - (number + 0.5) / len(lines), _shortened(line), va="center", fontsize=72 * row / 2.2,
+            fontfamily=families,
         )  # fmt: skip
-        if keys is not None:
-            figure.patches.append(
-                matplotlib.patches.Rectangle(
-                    (0.02, middle - 0.3 / len(lines)), 0.6 * row / inches, 0.6 / len(lines),
-                    transform=figure.transFigure, facecolor=np.asarray(keys[number]) / 255, edgecolor=GREY,
-                )
-            )  # fmt: skip
     caption = _rendered(figure, pad=0.05)  # as wide as the longest line
     whole = Image.new("RGB", (max(width, caption.width), height + caption.height), "white")
     whole.paste(image.convert("RGB"), ((whole.width - width) // 2, 0))

@@ -127,7 +127,7 @@ class Segmentation:
 
     def mask_image(self) -> Image.Image:
         """The mask as a picture: class numbers with a palette, or 16-bit numbers of more than 256 classes."""
-        from vimamba.tasks.figures import colours
+        from vimamba.tasks.overlays import colours
 
         if len(self.class_names) > 256:
             return Image.fromarray(self.mask.astype(np.uint16))
@@ -137,14 +137,14 @@ class Segmentation:
 
     def draw(self, image: Image.Image, k: int = 12) -> Image.Image:
         """A copy of the image in the colours of its classes, with the `k` largest of them named below it."""
-        from vimamba.tasks.figures import colours, tinted, with_caption
+        from vimamba.tasks.overlays import WHITE, colours, with_classes, with_legend
 
-        palette = colours(self.class_names)
-        number = {name: i for i, name in enumerate(self.class_names)}
-        lines = [(f"{name}  {100 * share:.1f}%", palette[number[name]]) for name, share in self.top(k)]
-        hidden = np.array([is_background(name) for name in self.class_names])
-        picture = tinted(image, palette[self.mask], ~hidden[self.mask])
-        return with_caption(picture, [line for line, _ in lines], [colour for _, colour in lines])
+        palette = {
+            name: WHITE if is_background(name) else tuple(colour.tolist())
+            for name, colour in zip(self.class_names, colours(self.class_names), strict=True)
+        }
+        legend = [(f"{name} {100 * share:.1f}%".strip(), palette[name]) for name, share in self.top(k)]
+        return with_legend(with_classes(image, self.mask, self.class_names), legend)
 
 
 def is_background(name: str) -> bool:
@@ -274,8 +274,8 @@ class Detections:
 
     def draw(self, image: Image.Image, k: int = 100, score: float = 0.5) -> Image.Image:
         """A copy of the image with the boxes and masks of the `k` surest objects, of those that are sure enough."""
-        from vimamba.tasks.figures import colours, with_boxes
+        from vimamba.tasks.overlays import colours, with_boxes
 
         shown = self.select(np.flatnonzero(self.scores >= score)[:k])
-        names = [f"{name} {100 * sure:.0f}%" for name, sure in zip(shown.labels, shown.scores, strict=True)]
+        names = [f"{name} {100 * sure:.0f}%".strip() for name, sure in zip(shown.labels, shown.scores, strict=True)]
         return with_boxes(image, shown.boxes, names, colours(self.class_names)[shown.label_ids], shown.crops)
