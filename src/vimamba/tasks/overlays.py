@@ -13,10 +13,10 @@ from vimamba.data.decode import flatten
 from vimamba.tasks.figures import text_picture
 from vimamba.tasks.results import Crop, is_background
 
-# The first colours of a list of 20 that people tell apart, by Sasha Trubetskoy (sashamaps.net), without the palest.
+# Of a list of 20 that people tell apart, by Sasha Trubetskoy (sashamaps.net), without the palest.
 DISTINCT = (
     "#4363d8", "#f58231", "#3cb44b", "#e6194b", "#ffe119", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#008080",
-    "#9a6324", "#e6beff", "#800000", "#aaffc3", "#808000", "#ffd8b1", "#000075", "#fabebe",
+    "#9a6324", "#e6beff", "#800000", "#aaffc3", "#808000", "#ffd8b1", "#000075",
 )  # fmt: skip
 GOLDEN = 0.61803398875  # turns of the colour circle, by which any number of further ones lie apart
 WHITE = (255, 255, 255)
