@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=1024, help="of predict")
     parser.add_argument("--overlap", type=int, default=128, help="of predict")
     parser.add_argument("--model", default="vim_nano", help="the trunk")
+    parser.add_argument("--depth", type=int, default=2, help="its blocks: more take time, not memory")
     parser.add_argument("--folder", type=Path, help="where the files go; a temporary one by default")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="PyTorch's own choice by default")
@@ -53,14 +54,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         image, run = Path(folder) / "image.tif", Path(folder) / "model.safetensors"
         write_image(image, options.size)
-        write_model(run, options.model)
+        write_model(run, options.model, options.depth)
         words = [f"--{name}={getattr(options, name)}" for name in ("tile", "overlap", "threads")]
         command = [sys.executable, __file__, *words, "--here", str(run), str(image), folder]
         row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     what = f"{options.model}, {options.size} x {options.size} px in tiles of {options.tile} px"
     print(f"{what}: {row['seconds']:.0f} s, {row['peak_bytes'] / 2**30:.2f} GiB (target {LIMIT / 2**30:.0f} GiB)")
     if options.json:
-        asked = {name: getattr(options, name) for name in ("model", "size", "tile", "overlap", "threads")}
+        asked = {name: getattr(options, name) for name in ("model", "depth", "size", "tile", "overlap", "threads")}
         options.json.write_text(json.dumps({"machine": facts, "results": [asked | row]}, indent=1) + "\n")
 
 
@@ -80,12 +81,12 @@ def write_image(path: Path, size: int) -> None:
     )  # fmt: skip
 
 
-def write_model(path: Path, name: str) -> None:
+def write_model(path: Path, name: str, depth: int) -> None:
     """An untrained model of the scenes' classes."""
     torch.manual_seed(0)
     names = open_scenes("scenes-seg").class_names
     prep = Preprocessing((512, 512), 3, (0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
-    card = ModelCard(name, {}, names, prep, task="segment", head={"head": "linear"})
+    card = ModelCard(name, {"depth": depth}, names, prep, task="segment", head={"head": "linear"})
     save_model(path, card.build(), card)
 
 

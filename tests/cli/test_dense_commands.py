@@ -403,6 +403,8 @@ def test_a_full_disk_is_said(vimamba, segmented, tmp_path, monkeypatch, what):
     [
         (["--tile", 64], "--tile: give --output"),
         (["--tile", 64, "--output", "OUT", "--csv"], "--csv: goes without --tile"),
+        (["--tile", 64, "--output", "OUT", "--batch_size", 2], "leave --batch_size and --num_workers out"),
+        (["--tile", 64, "--output", "OUT", "--num_workers", 1], "leave --batch_size and --num_workers out"),
         (["--tile", 8, "--output", "OUT"], "--tile is 8; it must be at least 32"),
         (["--tile", 64, "--overlap", 40, "--output", "OUT"], "--overlap is 40; give 0 to half of --tile, 32"),
         (["--overlap", 40], "--overlap 40: goes with --tile"),

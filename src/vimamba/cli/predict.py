@@ -87,6 +87,8 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     require(detects or what.min_score == PredictOptions().min_score, "--min_score: is for runs that detect objects")
     paths = list_images(options.images)
     if tiles.tile is not None:
+        alone = device.batch_size is None and device.num_workers is None
+        require(alone, "--tile: looks at one tile after the other; leave --batch_size and --num_workers out")
         return run_tiled(predictor, paths, what, tiles)
     workers = device.num_workers
     if workers is None:

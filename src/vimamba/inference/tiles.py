@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -258,8 +259,7 @@ def _label(tiling: Tiling, labels_HW: np.ndarray, seams: dict[str, np.ndarray], 
         block_CHW = block_CHW[:, : None if last[0] else step]
         labels_HW[down.start : down.start + block_CHW.shape[1], place] = block_CHW.argmax(0)
         for array in (labels_HW, *seams.values()):
-            if isinstance(array, np.memmap):
-                array.flush()
+            _put_down(array)
         tiling.note(number + 1)
         advance(number + 1, len(tiling))
 
@@ -275,6 +275,14 @@ def _kept(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
+
+
+def _put_down(array: np.ndarray) -> None:
+    """Write what has changed of an array in a file, and leave the rest of it to the file too."""
+    if isinstance(array, np.memmap):
+        array.flush()
+        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_back(mask: Path, into_HW: np.ndarray) -> None:
