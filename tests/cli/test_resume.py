@@ -84,7 +84,9 @@ REFUSED = {
     "in_chans": 1, "precision": "bf16-mixed", "pretrained": "true", "checkpoint": "other.pth", "class_names": "names",
     "model": "vim_tiny_patch16_224", "model_args.depth": 2, "augment": "none", "crop_scale": "[0.5, 1.0]", "hflip": 0.1,
     "color_jitter": 0.1, "auto_augment": "rand-m9", "random_erasing": 0.3, "mixup": 0.5, "cutmix": 0.5,
-    "label_smoothing": 0.0, "repeated_augmentation": 2, "opt": "lamb", "task": "value",
+    "label_smoothing": 0.0, "repeated_augmentation": 2, "opt": "lamb", "task": "value", "head": "fpn",
+    "head_args.width": 8, "short_side": 64, "long_side": 64, "ignore_index": 3, "dice": 0.5, "aux_weight": 0.1,
+    "scale_jitter": "[0.5, 1.0]",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """vimamba train: what it leaves, how it stops and resumes, what it refuses."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -186,7 +187,8 @@ def test_what_is_typed_for_timm_is_left_out_of_the_file(vimamba, photos, tmp_pat
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(vimamba, photos, tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # hub packages
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "datasets" else found(name))
     status, _, err = vimamba(*train_arguments(photos, tmp_path / "run", *options))
     assert status == 2
     assert err.startswith("error: ")

@@ -63,8 +63,8 @@ def with_boxes(
     if min(picture.size) < LEAST:
         return with_legend(picture, [*zip(names, shades, strict=True)])
     labels = [_label(name, _letters(picture.size), shade) for name, shade in zip(names, shades, strict=True)]
-    for label, place in reversed([*zip(labels, _places(picture.size, boxes_N4, labels), strict=True)]):
-        picture.paste(label, place)
+    for label, corner in reversed([*zip(labels, _places(picture.size, boxes_N4, labels), strict=True)]):
+        picture.paste(label, corner)
     return picture
 
 
