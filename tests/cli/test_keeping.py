@@ -18,6 +18,7 @@ from vimamba.cli import main
 from vimamba.processes import cores
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.run_folder import RunFolder
+from vimamba.tasks.task import Task
 
 LAST, PREVIOUS, BEST = (f"checkpoints/{name}.ckpt" for name in ("last", "previous", "best"))
 
@@ -328,7 +329,7 @@ def test_a_disk_without_space_for_the_run_is_refused_before_it(vimamba, photos, 
 
 def spoil(monkeypatch, step, what):
     """At a step the loss, or after it a weight or a moment, is not finite."""
-    original, steps = ClassificationTask.training_step, iter(range(1000))
+    original, steps = Task.training_step, iter(range(1000))
 
     def training_step(self, batch, batch_idx):
         loss = original(self, batch, batch_idx)
@@ -343,7 +344,7 @@ def spoil(monkeypatch, step, what):
             value[0, 0] = torch.inf
         return loss
 
-    monkeypatch.setattr(ClassificationTask, "training_step", training_step)
+    monkeypatch.setattr(Task, "training_step", training_step)
 
 
 @pytest.mark.parametrize(

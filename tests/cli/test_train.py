@@ -162,7 +162,7 @@ def test_what_is_typed_for_timm_is_left_out_of_the_file(vimamba, photos, tmp_pat
         (["--batch-size", "-4"], "--batch_size is -4; it must be at least 1"),
         (["--epohs", "3"], "--epohs: there is no such option; did you mean --epochs"),
         (["--lr", "-1"], "--lr is -1.0; it cannot be negative"),
-        (["--schedule", "cosinus"], "--schedule: expected cosine or constant, got cosinus"),
+        (["--schedule", "cosinus"], "--schedule: expected cosine or poly or constant, got cosinus"),
         (["--in_chans", "4"], "--in_chans is 4"),
         (["--img_size", "0"], "--img_size is 0"),
         (["--precision", "8-bit"], "--precision: expected 32-true or bf16-mixed or 16-mixed, got 8-bit"),
