@@ -20,6 +20,7 @@ from tests.dense import DETECT, SEGMENT, SIDE, scene, write_masks, write_objects
 from vimamba.inference import tiles
 from vimamba.inference.tiles import Tiling
 from vimamba.tasks.detection import DetectionTask
+from vimamba.tasks.results import Detections, Segmentation
 from vimamba.tasks.segmentation import SegmentationTask
 
 TASKS = ("segment", "detect")
@@ -378,6 +379,16 @@ def test_too_little_memory_is_said_with_what_needs_less(vimamba, run, images, ta
     assert "32 x 32 pixels; give " in err
     assert "a --tile of 1024 pixels or, if you did, of fewer" in err
     assert ("a smaller --batch_size than" in err) == (not how)
+
+
+def test_too_little_memory_for_a_picture_is_said(vimamba, run, images, task, tmp_path, monkeypatch):
+    def draw(result, image):
+        raise MemoryError
+
+    monkeypatch.setattr({"segment": Segmentation, "detect": Detections}[task], "draw", draw)
+    status, _, err = vimamba("predict", run, images, "--output", tmp_path)
+    assert status == 2
+    assert err.startswith("error: out of memory by 1 image of up to 32 x 32 pixels; give a --tile of 1024 pixels")
 
 
 @pytest.mark.parametrize("what", ["files", "folder"])

@@ -227,10 +227,11 @@ class Pictures:
         """Write the pictures of an image; their paths by what they show."""
         if isinstance(answer, UserError):
             return {}
-        name = self._name(Path(path).stem)
-        pictures = {"overlay": answer.draw(decode_image(path))}
-        if isinstance(answer, Segmentation):
-            pictures["mask"] = answer.mask_image()
+        name, image = self._name(Path(path).stem), decode_image(path)
+        with fitting(self.predictor.task, 1, [(image.height, image.width)]):
+            pictures = {"overlay": answer.draw(image)}
+            if isinstance(answer, Segmentation):
+                pictures["mask"] = answer.mask_image()
         if isinstance(answer, Detections):
             self.objects.append((path, answer))
         files = {what: self.folder / f"{name}-{what}.png" for what in pictures}

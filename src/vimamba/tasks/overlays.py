@@ -39,7 +39,7 @@ def with_classes(image: Image.Image, mask_HW: np.ndarray, names: Sequence[str]) 
     """A copy of an image in the colours of its pixels' classes, with outlines; what lies behind them stays as it is."""
     seen_HW = ~np.array([is_background(name) for name in names])[mask_HW]
     edge_HW = _edges(mask_HW, _pen(image.size))
-    return _tinted(image, colours(names)[mask_HW], np.where(edge_HW, 1.0, 0.6) * seen_HW)
+    return _tinted(image, colours(names)[mask_HW], _strength(edge_HW, seen_HW, 0.6))
 
 
 def with_boxes(
@@ -55,7 +55,7 @@ def with_boxes(
         place = (crop.left, crop.top, crop.left + crop.mask.shape[1], crop.top + crop.mask.shape[0])
         edge_HW = _edges(np.pad(crop.mask, pen), pen)[pen:-pen, pen:-pen]
         tint_HW3 = np.broadcast_to(colour, (*crop.mask.shape, 3))
-        picture.paste(_tinted(picture.crop(place), tint_HW3, np.where(edge_HW, 1.0, 0.5) * crop.mask), place[:2])
+        picture.paste(_tinted(picture.crop(place), tint_HW3, _strength(edge_HW, crop.mask, 0.5)), place[:2])
     draw, shades = ImageDraw.Draw(picture), [tuple(colour.tolist()) for colour in colours_N3]
     for box, shade in reversed([*zip(boxes_N4.tolist(), shades, strict=True)]):
         left, top, right, bottom = box
@@ -95,9 +95,14 @@ def _tinted(image: Image.Image, colours_HW3: np.ndarray, strength_HW: np.ndarray
     """A copy of an image with so much of other colours, 0 to 1."""
     pixels_HW3 = np.array(flatten(image).convert("RGB"))
     where_HW = strength_HW > 0
-    share_N1 = strength_HW[where_HW, None].astype(np.float32)
+    share_N1 = strength_HW[where_HW, None]
     pixels_HW3[where_HW] = np.round(pixels_HW3[where_HW] * (1 - share_N1) + colours_HW3[where_HW] * share_N1)
     return Image.fromarray(pixels_HW3)
+
+
+def _strength(edge_HW: np.ndarray, inside_HW: np.ndarray, tint: float) -> np.ndarray:
+    """1 at the edge of what is inside, `tint` within, 0 elsewhere; float32."""
+    return np.where(edge_HW, np.float32(1.0), np.float32(tint)) * inside_HW
 
 
 def _edges(values_HW: np.ndarray, width: int) -> np.ndarray:
