@@ -203,6 +203,16 @@ def test_few_pieces_are_kept(tmp_path, monkeypatch):
     assert image.cache[29] is last
 
 
+def test_rasterio_keeps_as_little(tmp_path, monkeypatch):
+    monkeypatch.delenv("GDAL_CACHEMAX", raising=False)
+    path = write(tmp_path / "image.tif", values(3), **RGB)
+    RasterioWindows(path)
+    assert os.environ["GDAL_CACHEMAX"] == str(windows.CACHE // 2**20)
+    monkeypatch.setenv("GDAL_CACHEMAX", "99")  # somebody's own choice
+    RasterioWindows(path)
+    assert os.environ["GDAL_CACHEMAX"] == "99"
+
+
 def test_tags_of_the_place_on_earth_are_kept(tmp_path):
     scale = (33550, "d", 3, (0.5, 0.5, 0.0), True)
     point = (33922, "d", 6, (0.0, 0.0, 0.0, 440720.0, 3751320.0, 0.0), True)

@@ -14,7 +14,7 @@ from PIL import Image
 from vimamba.data.decode import DecodeError, decode_image, flatten
 from vimamba.errors import one_line, require
 
-CACHE = 2**29  # bytes of decoded pieces that are kept: those of one row of windows are read again and again
+CACHE = 2**28  # bytes of decoded pieces that are kept: those of one row of windows are read again and again
 LARGEST_PIECE = 2**30  # bytes of one strip or tile of a file
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # with which a TIFF file begins; the last two over 4 GB
 GEOGRAPHY = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF's tags: where on earth the pixels lie
@@ -217,14 +217,13 @@ class RasterioWindows(TiffWindows):
     """A TIFF file whose values rasterio decodes, which knows more ways of compression."""
 
     def _open(self) -> None:
+        os.environ.setdefault("GDAL_CACHEMAX", str(CACHE // 2**20))  # read once; a twentieth of the memory otherwise
         import rasterio
 
         require(CHANNELS[self.photometric] != "CMYK", "rasterio makes other colours of inks than Pillow")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # most pictures are not of a place on earth
-            with rasterio.Env(GDAL_CACHEMAX=CACHE // 2**20):
-                self.raster = rasterio.open(self.path, driver="GTiff")
-                self._values(0, 0, 1, 1)  # the size of the cache is read once, by the first of its users
+            self.raster = rasterio.open(self.path, driver="GTiff")
 
     def _values(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         from rasterio.windows import Window
