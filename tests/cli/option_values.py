@@ -113,7 +113,10 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "repeated_augmentation": [Value("3")],
         "scale_jitter": [Value("'[0.9, 1.1]'", SEGMENT), Value("'[0.9, 1.1]'", DETECT)],
         "head": [Value("fpn", f"{SEGMENT} --head_args '{{width: 64}}'"), Value("faster_rcnn", DETECT)],
-        "head_args": [Value("'{dropout: 0.5}'", SEGMENT), Value(f"'{HEAD}'", f"--task detect --data $objects {SMALL}")],
+        "head_args": [
+            Value("'{dropout: 0.5}'", SEGMENT),
+            Value(f"'{HEAD.replace('box_width: 16', 'box_width: 24')}'", DETECT),
+        ],
         "short_side": [Value("24", SEGMENT), Value("24", DETECT)],
         "long_side": [Value("24", SEGMENT), Value("24", DETECT)],
         "ignore_index": [Value("2", f"{SEGMENT} --data $full")],

@@ -22,7 +22,7 @@ from vimamba.inference.joining import Frame, joined
 from vimamba.inference.predictor import Predictor
 from vimamba.inference.tiles import TileOptions, Tiling, detect, segment, spans, weights
 from vimamba.tasks.options import InferenceOptions
-from vimamba.tasks.results import Detections
+from vimamba.tasks.results import Crop, Detections
 from vimamba.tasks.weights import ModelCard
 
 # -- where tiles lie
@@ -410,15 +410,31 @@ def test_the_picture_of_objects_is_small(tmp_path, monkeypatch):
     assert (picture[20:65, 30:75].max(-1) > 60).all()  # the object, drawn over in its colour
 
 
+FRAMES = [Frame(0, 0, 64, 64), Frame(32, 0, 96, 64)]
+
+
+def found_in(boxes, labels=None, crops=None):
+    """What is found in a part, the surest first."""
+    scores = np.linspace(0.9, 0.5, len(boxes), dtype=np.float32)
+    labels = np.zeros(len(boxes), np.int64) if labels is None else np.int64(labels)
+    return Detections(np.float32(boxes), labels, scores, crops, ["a", "b"], (100, 100))
+
+
 def test_a_small_object_in_the_box_of_a_large_one_stays():
     """Of two that the overlap shows in both tiles, each goes with the one that is most like it."""
     large, small = [0.0, 0.0, 60.0, 60.0], [40.0, 40.0, 50.0, 50.0]
-
-    def part(*boxes):
-        count = len(boxes)
-        return Detections(np.float32(boxes), np.zeros(count, np.int64), np.linspace(0.9, 0.5, count, dtype=np.float32),
-                          None, ["a"], (100, 100))  # fmt: skip
-
-    frames = [Frame(0, 0, 64, 64), Frame(32, 0, 96, 64)]
-    result = joined([part(large, small), part(small, [32.0, 0.0, 60.0, 60.0])], frames, [(0, 1)])
+    result = joined([found_in([large, small]), found_in([small, [32.0, 0.0, 60.0, 60.0]])], FRAMES, [(0, 1)])
     assert found_boxes(result) == [(0, 0, 60, 60, 0), (40, 40, 50, 50, 0)]
+
+
+def test_objects_of_other_classes_in_the_same_place_stay():
+    box = [[40.0, 10.0, 60.0, 30.0]]
+    result = joined([found_in(box, [0]), found_in(box, [1])], FRAMES, [(0, 1)])
+    assert found_boxes(result) == [(40, 10, 60, 30, 0), (40, 10, 60, 30, 1)]
+
+
+def test_objects_in_the_same_box_whose_masks_lie_apart_stay():
+    box, lower = [[40.0, 10.0, 60.0, 30.0]], np.tri(20, k=-2, dtype=bool)
+    parts = [found_in(box, crops=[Crop(10, 40, mask)]) for mask in (lower, lower.T)]
+    assert len(joined(parts, FRAMES, [(0, 1)]).scores) == 2
+    assert len(joined([parts[0], parts[0]], FRAMES, [(0, 1)]).scores) == 1
