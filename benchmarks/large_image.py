@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=1024, help="of predict")
     parser.add_argument("--overlap", type=int, default=128, help="of predict")
     parser.add_argument("--model", default="vim_nano", help="the trunk")
-    parser.add_argument("--depth", type=int, default=2, help="its blocks: more take time, not memory")
+    parser.add_argument("--depth", type=int, default=2, help="its blocks: more take mostly time")
     parser.add_argument("--folder", type=Path, help="where the files go; a temporary one by default")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="PyTorch's own choice by default")
