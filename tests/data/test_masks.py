@@ -1,5 +1,6 @@
 """Folders of images and masks: every layout, every kind of mask, and what is wrong with them."""
 
+import dataclasses
 import json
 import os
 
@@ -37,7 +38,7 @@ def write(root, images="images", masks="masks", count=4, values=CLASSES, ending=
 
 
 def opened(root, opening=OPENING, **how):
-    return open_masks(str(root), opening, **how)
+    return open_masks(str(root), dataclasses.replace(opening, **how))
 
 
 @pytest.mark.parametrize("masks", ["masks", "mask", "annotations", "labels", "SegmentationClass", "gtFine"])
@@ -147,7 +148,7 @@ def test_colours_stand_for_classes(tmp_path, listed, given):
     path.write_text(TEXTS[listed])
     if not given:
         (tmp_path / "classes.txt").write_text("a\nb\nc")  # which has no colours
-    data = opened(tmp_path, classes_file=str(path) if given else None)
+    data = opened(tmp_path, class_names=str(path) if given else None)
     assert data.class_names == [*PALETTE]
     assert data.train.target(0).tolist() == CLASSES.tolist()
     image = Image.fromarray(COLOURS[CLASSES]).convert("RGBA")
@@ -423,7 +424,7 @@ def test_lists_of_classes_that_make_no_sense_are_refused(tmp_path, file, text, r
 def test_a_list_that_is_not_there_or_no_text_is_refused(tmp_path):
     write(tmp_path)
     with pytest.raises(UserError, match=r"none\.txt: is no file"):
-        opened(tmp_path, classes_file=str(tmp_path / "none.txt"))
+        opened(tmp_path, class_names=str(tmp_path / "none.txt"))
     (tmp_path / "classes.txt").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(UserError, match="cannot be read"):
         opened(tmp_path)

@@ -61,7 +61,7 @@ class Opening:
     draw: Draw
     kept: HeldOut | None
     class_names: str | None = None  # a file of them
-    ignore_index: int | None = None  # of a mask's pixels
+    ignore_index: int | None = None  # value of a mask's pixels that do not count; 255 if None
 
     def halve(self, name: str, samples: Any, class_names: list[str]) -> tuple[Any, Any]:
         if self.val_fraction == 1.0:

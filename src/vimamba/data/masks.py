@@ -92,19 +92,15 @@ def read_mask(path: str, of: Upright | None = None) -> np.ndarray:
         return pixels.astype(np.uint8 if pixels.dtype == bool else np.int32)
 
 
-def open_masks(
-    name: str, opening: Opening, classes_file: str | None = None, ignore_index: int | None = None
-) -> ImageData:
+def open_masks(name: str, opening: Opening) -> ImageData:
     """Images and masks of classes from a folder that has `images/` and `masks/` (or `annotations/`, `labels/`).
 
     Each of the two may hold halves, train/ and val/, or there may be two of them in each of train/ and val/; otherwise
     images are held out as `opening` says. Masks are 1, 8 or 16-bit numbers of classes, or colours. ADE20K is read as it
     comes.
 
-    Args:
-        classes_file: the names of the classes, and their colours; a list that lies in the folder if not given, and
-            without one the numbers that the masks have. Colours called ignore or void stand for no class.
-        ignore_index: the value of pixels that are left out; 255 if not given
+    The file `opening.class_names` has the names of the classes, and their colours; without it, it is a list that lies
+    in the folder, and without one the numbers that the masks have. Colours called ignore or void stand for no class.
 
     Raises:
         UserError: the folder has another layout, or many files have no partner.
@@ -117,9 +113,9 @@ def open_masks(
     )
     pairs = {half: _pairs(half_folders, left_out) for half, half_folders in folders.items()}
     everything = [mask for half in pairs.values() for mask in half.values()]
-    listed = Path(classes_file) if classes_file else find_class_list(root)
-    classes, binary, notes = _classes(root, listed, everything, ignore_index)
-    meaning = Meaning(classes, ignore_index, binary)
+    listed = Path(opening.class_names) if opening.class_names else find_class_list(root)
+    classes, binary, notes = _classes(root, listed, everything, opening.ignore_index)
+    meaning = Meaning(classes, opening.ignore_index, binary)
     halves = {half: MaskSamples(found, found.values(), meaning, str(root)) for half, found in pairs.items()}
     train = halves.get("train", MaskSamples([], [], meaning, str(root)))
     drawn = "val" not in halves or (opening.kept is not None and opening.kept.drawn)

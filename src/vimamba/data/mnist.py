@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vimamba.data.samples import ArraySamples
+from vimamba.data.samples import ArraySamples, write_images
 
 TRAIN_COUNT = 4000  # the archive is in a fixed shuffled order: 400 of each digit first, then 100 of each held out
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
@@ -27,12 +27,7 @@ def load_mnist() -> tuple[ArraySamples, ArraySamples]:
 def write_digits(folder: Path, count: int = 3) -> list[Path]:
     """Write held-out digits as PNG files named after what they show; returns the paths."""
     held_out = load_mnist()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index in range(count):
-        paths.append(folder / f"{index}-shows-a-{held_out.target(index)}.png")
-        held_out.image(index).save(paths[-1])
-    return paths
+    return write_images(held_out, [f"a-{held_out.target(index)}" for index in range(count)], folder)
 
 
 if __name__ == "__main__":

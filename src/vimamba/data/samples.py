@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -33,6 +34,15 @@ class Samples(Protocol):
     def image(self, index: int) -> Image.Image: ...
     def target(self, index: int) -> Any: ...
     def name(self, index: int) -> str: ...
+
+
+def write_images(samples: Samples, shown: Sequence[str], folder: Path) -> list[Path]:
+    """Write as many of some samples as PNG files named after what they are said to show; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{index}-shows-{name}.png" for index, name in enumerate(shown)]
+    for index, path in enumerate(paths):
+        samples.image(index).save(path)
+    return paths
 
 
 class LastingSamples(Samples, Protocol):

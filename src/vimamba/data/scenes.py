@@ -21,7 +21,7 @@ from torchvision import tv_tensors
 
 from vimamba.data.image_data import ImageData
 from vimamba.data.mnist import load_mnist
-from vimamba.data.samples import ArraySamples
+from vimamba.data.samples import ArraySamples, write_images
 from vimamba.data.steps import extents
 from vimamba.data.transforms import mix_seed
 from vimamba.errors import UserError, require
@@ -232,13 +232,7 @@ def _lightness(colour: np.ndarray) -> int:
 def write_scenes(folder: Path, count: int = 8) -> list[Path]:
     """Write held-out scenes as PNG files named after what they show; returns the paths."""
     held_out = open_scenes("scenes-det").val
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index in range(count):
-        shown = "-".join(map(str, held_out.scene(index).digits))
-        paths.append(folder / f"{index}-shows-{shown}.png")
-        held_out.image(index).save(paths[-1])
-    return paths
+    return write_images(held_out, ["-".join(map(str, held_out.scene(i).digits)) for i in range(count)], folder)
 
 
 if __name__ == "__main__":

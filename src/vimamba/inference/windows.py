@@ -114,17 +114,15 @@ class TiffWindows:
             raise DecodeError(path, f"cannot be decoded ({one_line(error)})") from error
 
     def _check(self) -> None:
-        page, wholes = (
-            self.page,
-            isinstance(self.bits, int) and 1 <= self.bits <= 16 and int(self.page.sampleformat) == 1,
-        )
+        page, bits = self.page, self.bits
+        wholes = isinstance(bits, int) and 1 <= bits <= 16 and int(page.sampleformat) == 1
         colours = CHANNELS.get(self.photometric)
         usual = wholes and colours is not None and self.samples >= len(colours) and page.imagedepth == 1
         for right, said in (
             (usual and min(self.size) >= 1, f"holds values of {page.dtype}, {page.photometric.name}"),
             (page.tags.valueof(274, 1) == 1, "is stored turned"),
             (
-                np.prod(self.piece) * self.samples * -(-self.bits // 8) <= LARGEST_PIECE or page.is_memmappable,
+                np.prod(self.piece) * self.samples * -(-bits // 8) <= LARGEST_PIECE or page.is_memmappable,
                 "is stored in one piece; store it in tiles",
             ),
         ):  # fmt: skip

@@ -141,6 +141,12 @@ def check_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
             raise UserError(f"{name} holds {found.dtype}, the model has {wanted.dtype}")
 
 
+def classifiers(model: Any) -> tuple[str, ...]:
+    """Names of a timm model's classifiers."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
     """Load a state dict, or say in one sentence why it cannot be.
 

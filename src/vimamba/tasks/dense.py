@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 from torch import nn
@@ -15,7 +15,7 @@ from vimamba.data.scenes import open_scenes
 from vimamba.data.sources import BUILT_IN
 from vimamba.data.transforms import AugmentOptions, Preprocessing, dense_eval_transform, dense_train_transform
 from vimamba.errors import require
-from vimamba.tasks.defaults import check_unused, choose_preprocessing, typical_side
+from vimamba.tasks.defaults import check_unused, choose_augmentation, choose_preprocessing, typical_side
 from vimamba.tasks.task import Choice, Task
 
 TRUNK = "backbone.trunk."  # where timm's model stands in one with a head
@@ -53,9 +53,8 @@ class DenseTask(Task):
         prep = dataclasses.replace(
             prep, crop_pct=1.0, crop_mode="center", short_side=dense.short_side, long_side=dense.long_side
         )
-        kind = augment.augment
-        kind = ("crop" if data.photographs else "affine") if kind == "auto" else kind
-        augment = dataclasses.replace(augment, augment=kind, scale_jitter=augment.scale_jitter or cls.jitter)
+        augment = choose_augmentation(augment, data)
+        augment = dataclasses.replace(augment, scale_jitter=augment.scale_jitter or cls.jitter)
         return Choice(prep, augment, {"head": cls.head(dense.head, data), **dense.head_args})
 
     @classmethod
@@ -68,23 +67,16 @@ class DenseTask(Task):
 
     @classmethod
     def build(cls, card: Any, pretrained: bool = False) -> nn.Module:
-        prep = card.preprocessing
-        return cls.builder()(
-            card.model,
-            card.model_args,
-            cls.outputs(card.class_names),
-            prep.in_chans,
-            prep.img_size,
-            card.head,
-            pretrained,
-        )
+        prep, classes = card.preprocessing, cls.outputs(card.class_names)
+        of_trunk = {"in_chans": prep.in_chans, "img_size": prep.img_size, "pretrained": pretrained}
+        return cls.builder()(card.model, card.model_args, classes, head_args=card.head, **of_trunk)
 
     @classmethod
     def trunk(cls, model: Any) -> tuple[nn.Module, str]:
         return model.backbone.trunk, TRUNK
 
 
-def chosen_head(task: str, given: str | None, heads: tuple[str, ...], default: str) -> str:
+def chosen_head(task: str, given: str | None, heads: Collection[str], default: str) -> str:
     """The head asked for, or the default.
 
     Raises:

@@ -16,11 +16,11 @@ from vimamba.data.image_data import ImageData, Source
 from vimamba.data.transforms import Preprocessing
 from vimamba.errors import require
 from vimamba.models.heads import build_detector, paste
+from vimamba.models.heads.detection import HEADS
 from vimamba.tasks.dense import DenseTask, chosen_head, scenes_or
 from vimamba.tasks.options import InferenceOptions
 from vimamba.tasks.results import Detections, Results
 
-HEADS = ("faster_rcnn", "mask_rcnn", "cascade_mask_rcnn")
 # COCO's thresholds; torchmetrics' own are rounded to float32, by which a recall of 3/5 misses 0.6.
 OVERLAPS, RECALLS = np.linspace(0.5, 0.95, 10).tolist(), np.linspace(0.0, 1.0, 101).tolist()
 KINDS = {"bbox": "", "segm": "mask_"}  # of overlap, and what the names of their numbers begin with

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassStatScores
 
-from vimamba.data.image_data import ImageData, Opening, Source
+from vimamba.data.image_data import ImageData, Source
 from vimamba.data.masks import open_masks
 from vimamba.data.samples import IGNORE
 from vimamba.data.transforms import Preprocessing
 from vimamba.models.heads import build_segmenter, enlarge
+from vimamba.models.heads.segmentation import PYRAMID_OF
 from vimamba.tasks.dense import DenseTask, chosen_head, scenes_or
 from vimamba.tasks.options import InferenceOptions
 from vimamba.tasks.results import Results, Segmentation
 
-HEADS = ("upernet", "fpn", "dpt", "linear")
 AT_ONCE = 8  # windows
 STRIDE = 2 / 3  # of the window: 341 of 512 pixels, as ADE20K is measured (arXiv 2401.09417)
 
@@ -38,7 +38,7 @@ class SegmentationTask(DenseTask):
 
     @classmethod
     def source(cls) -> Source:
-        return scenes_or("scenes-seg", open_folder)
+        return scenes_or("scenes-seg", open_masks)
 
     @classmethod
     def builder(cls) -> Callable[..., nn.Module]:
@@ -46,7 +46,7 @@ class SegmentationTask(DenseTask):
 
     @classmethod
     def head(cls, given: str | None, data: ImageData) -> str:
-        return chosen_head(cls.name, given, HEADS, "upernet")
+        return chosen_head(cls.name, given, PYRAMID_OF, "upernet")
 
     @classmethod
     def renumbered(cls, target: Tensor, order: list[int]) -> Tensor:
@@ -120,11 +120,6 @@ class SegmentationTask(DenseTask):
     @classmethod
     def sentence(cls, share: str) -> str:
         return f"mean IoU {share} on the held-out images"
-
-
-def open_folder(name: str, opening: Opening) -> ImageData:
-    """Images and masks below a folder."""
-    return open_masks(name, opening, opening.class_names, opening.ignore_index)
 
 
 def class_row(name: str, tp: int, fp: int, tn: int, fn: int, support: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from vimamba.data.transforms import Preprocessing
 from vimamba.errors import UserError, naming, nearest, one_line, require, showable, shown
 from vimamba.files import whole
 from vimamba.hub import from_cache_if_out_of_reach
-from vimamba.models.checkpoints import load_weights, read_checkpoint, state_dict_of
+from vimamba.models.checkpoints import classifiers, load_weights, read_checkpoint, state_dict_of
 from vimamba.models.description import MAX_TEXT, skeleton
 from vimamba.models.registry import convert_checkpoint
 from vimamba.tasks.find import find_task
@@ -62,7 +62,12 @@ class ModelCard:
 
     @classmethod
     def from_dict(cls, values: Any, tensors: dict[str, torch.Tensor]) -> ModelCard:
-        """A description that came with a file's tensors, held against them.
+        """A description that came with a file's tensors, held against them; see `with_skeleton`."""
+        return cls.with_skeleton(values, tensors)[0]
+
+    @classmethod
+    def with_skeleton(cls, values: Any, tensors: dict[str, torch.Tensor]) -> tuple[ModelCard, nn.Module]:
+        """The same, and the model that it describes, on the meta device.
 
         Raises:
             UserError: it is damaged, says what it may not, or is not of these tensors.
@@ -83,10 +88,9 @@ class ModelCard:
             value = values.get(name, "")
             require(isinstance(value, str) and len(value) <= MAX_TEXT, f"{name} is {shown(value)}; it must be a text")
         card = cls(**{"version": "0.1.0", **values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])})
-        card.skeleton(tensors)
-        return card
+        return card, card._skeleton(tensors)
 
-    def skeleton(self, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    def _skeleton(self, tensors: dict[str, torch.Tensor]) -> nn.Module:
         """The model without memory, held against a file's tensors.
 
         Raises:
@@ -259,11 +263,12 @@ def load_start(model: nn.Module, path: Path, task: str = "classification") -> st
 
     Returns a note on what was done.
     """
+    dense: Any = model  # if its trunk has a place in it
     with naming("`checkpoint`"):
         contents = read_checkpoint(path)
     with naming(f"`checkpoint` {path}"):
         tensors, described = described_weights(contents)
-        trunk, place = find_task(task).trunk(model)
+        trunk, place = find_task(task).trunk(dense)
         taken, kept, grid = _trunk_of(tensors, described)
         taken = convert_checkpoint({**contents, "model": taken}, trunk, grid)
     # timm's convention: a model's module adapts the names and sizes of its published checkpoints.
@@ -273,9 +278,9 @@ def load_start(model: nn.Module, path: Path, task: str = "classification") -> st
         except Exception as error:  # it trips over checkpoints of other models in many ways
             raise UserError(f"`checkpoint` {path}: is not of this model ({one_line(error)})") from error
     fresh, note = trunk.state_dict(), f"weights from {path}"
-    if place:  # whose features need neither a classifier nor the last layers
-        taken = {name: tensor for name, tensor in taken.items() if name in fresh}
-    head = [name for name in fresh if name.rsplit(".", 1)[0] in _classifiers(trunk)]
+    if place:
+        taken = dense.backbone.kept(taken)
+    head = [name for name in fresh if name.rsplit(".", 1)[0] in classifiers(trunk)]
     if any(name in taken and taken[name].shape != fresh[name].shape for name in head):
         taken = {**taken, **{name: fresh[name] for name in head}}
         note += ", with a new head for these classes"
@@ -289,8 +294,8 @@ def _trunk_of(tensors: dict[str, torch.Tensor], described: Any) -> tuple[dict, d
     """Of a file's tensors those of the trunk, the others if they are of a dense task, and the grid it was made for."""
     if not isinstance(described, dict) or "task" not in described:
         return tensors, {}, None
-    card = ModelCard.from_dict(described, tensors)
-    trunk, place = find_task(card.task).trunk(card.skeleton(tensors))
+    card, skeleton = ModelCard.with_skeleton(described, tensors)
+    trunk, place = find_task(card.task).trunk(skeleton)
     if not place:
         return tensors, {}, None
     inner = {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
@@ -306,8 +311,3 @@ def _load_head(model: nn.Module, place: str, kept: dict[str, torch.Tensor]) -> s
         return ", with a new head"
     model.load_state_dict(fitting, strict=False)
     return "" if fitting.keys() == fresh.keys() else ", with what of the head has other sizes new"
-
-
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    return (names,) if isinstance(names, str) else tuple(names)

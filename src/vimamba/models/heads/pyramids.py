@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from vimamba.errors import UserError, one_line, require, shown
 from vimamba.layers.options import check_choice, check_whole
+from vimamba.models.checkpoints import classifiers
 from vimamba.models.description import create
 
 STRIDES = (4, 8, 16, 32)
@@ -125,8 +126,7 @@ class Backbone(nn.Module):
 
     def kept(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A classifier's state dict without what this trunk dropped: its head, its norm, layers behind the last map."""
-        classifiers = (getattr(self.trunk, "pretrained_cfg", None) or {}).get("classifier") or "head"
-        heads = {classifiers} if isinstance(classifiers, str) else set(classifiers)
+        heads = classifiers(self.trunk)
         gone = self._whole - set(self.trunk.state_dict())
         return {k: v for k, v in tensors.items() if k not in gone and k.rpartition(".")[0] not in heads}
 
