@@ -47,12 +47,13 @@ def selective_scan(
     if delta_softplus:
         delta = F.softplus(delta)
     B_BDNL, C_BDNL = _per_channel(B, dim, length), _per_channel(C, dim, length)
+    # Taken apart once: the gradient of an index is as large as the whole, at every step.
+    inputs, deltas, Bs, Cs = (x.unbind(-1) for x in (delta * u, delta, B_BDNL, C_BDNL))
     h_BDN = u.new_zeros(batch, dim, A.shape[1])
     y_BD: list[Tensor] = [h_BDN[..., 0]] * length
     for t in reversed(range(length)) if reverse else range(length):
-        decay = torch.exp(delta[:, :, t, None] * A)
-        h_BDN = decay * h_BDN + (delta[:, :, t] * u[:, :, t])[..., None] * B_BDNL[..., t]
-        y_BD[t] = (h_BDN * C_BDNL[..., t]).sum(-1)
+        h_BDN = torch.exp(deltas[t][..., None] * A) * h_BDN + inputs[t][..., None] * Bs[t]
+        y_BD[t] = (h_BDN * Cs[t]).sum(-1)
     y = torch.stack(y_BD, dim=-1)
     if D_D is not None:
         y = y + widen(D_D)[:, None] * u
