@@ -118,20 +118,15 @@ def machine_code(cubin: bytes) -> tuple[list[tuple[int, str, str]], int, int, in
     return code, number["REG"], max(number["STACK"], number["LOCAL"], 4 * len(local)), number["SHARED"]
 
 
-def loops(code: list[tuple[int, str, str]]) -> tuple[list[str], list[str]]:
-    """The names of the instructions in loops that hold no other loop, and of those in loops but not in such a one."""
+def innermost(code: list[tuple[int, str, str]]) -> list[str]:
+    """The names of the instructions in loops that hold no other loop."""
     spans = []
     for address, name, rest in code:
         target = re.search(r"0x([0-9a-f]+)", rest)
         if name.startswith("BRA") and target and int(target[1], 16) < address:
             spans.append((int(target[1], 16), address))
-    innermost = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-
-    def inside(address: int, some: list[tuple[int, int]]) -> bool:
-        return any(low <= address <= high for low, high in some)
-
-    inner = [name for address, name, _ in code if inside(address, innermost)]
-    return inner, [name for address, name, _ in code if inside(address, spans) and not inside(address, innermost)]
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    return [name for address, name, _ in code if any(low <= address <= high for low, high in inner)]
 
 
 def unit_of(name: str) -> str:
@@ -157,13 +152,14 @@ def analyse(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dic
         "BLOCK_N",
         "CHANNELS",
         "LANES",
-        "TIME",
+        "SETS",
         "UNROLL",
         "ROWS",
         "BLOCK",
         "DIRECTIONS",
         "HAS_Z",
         "SAVE_STATES",
+        "SUMMARY",
     )
     shape = " ".join(f"{k.lower()}={int(kwargs[k])}" for k in names if k in kwargs)
     result = Launch(kernel.fn.__name__, grid[0], kwargs.get("num_warps", 4), shape)
@@ -175,16 +171,14 @@ def analyse(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dic
         result.spilled_bytes = 4 * sum(map(int, spills))
         return result
     code, result.registers, result.spilled_bytes, result.shared_bytes = machine_code(binary.asm["cubin"])
-    inner, around = loops(code)
-    # Of threads along time, a turn with its loop over the states; of others what the innermost loops do.
-    body = inner * kwargs["N"] + around if "TIME" in kwargs else inner
-    body = body or [name for _, name, _ in code]
+    inner = innermost(code)
+    body = inner or [name for _, name, _ in code]
     result.cycles = scheduler_cycles(body, CARD_OF[arch])
     result.mix = dict(Counter(name.split(".")[0] for name in body).most_common(12))
     bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     if "UNROLL" in kwargs:
         steps = min(bound.get("segment_length", bound["length"]), bound["length"])
-        result.trips = math.ceil(steps / (kwargs["UNROLL"] * kwargs.get("TIME", 1)))
+        result.trips = math.ceil(steps / kwargs["UNROLL"])
     elif inner and "WIDTH" in kwargs:
         result.trips = kwargs["ROWS"] + kwargs["WIDTH"] - 1
     elif inner and "count" in bound:

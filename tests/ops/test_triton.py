@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 import vimamba
 from tests.ops.triton_cases import ON_GPU, check_scan, error, kernels, scan_case
 from vimamba.ops import sizes, triton
-from vimamba.ops.triton import pack, tiling
+from vimamba.ops.triton import tiling
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,16 +135,17 @@ def test_refusals_name_the_way_out(monkeypatch):
 
 
 def test_tilings_fill_the_machine():
-    """Few channels get threads along time, many none, and every tiling fits in the registers."""
-    assert tiling.forward_tiling(2, 1, 384, 6085, 16, 132).time >= 8
-    assert tiling.forward_tiling(512, 1, 384, 6085, 16, 132).time == 1
+    """Few sequences are cut into segments of time, many are not, and every tiling fits in the registers."""
+    assert tiling.forward_tiling(2, 1, 384, 6085, 16, 132).segments(6085) > 8
+    assert tiling.forward_tiling(512, 1, 384, 6085, 16, 132).segments(6085) == 1
     for sequences in (1, 8, 64, 512):
         for length in (1, 197, 6085):
             for state in (1, 16, 64, 200):
                 forward = tiling.forward_tiling(sequences, 1, 384, length, state, 132)
                 assert forward.warps() <= 4
-                assert pack.PADDING.value % (forward.time * forward.unroll) == 0
+                assert sizes.CHUNK % forward.unroll == 0
                 backward = tiling.backward_tiling(sequences, 1, 384, length, state, 132)
                 assert backward.updates <= 32
-                assert backward.segment % sizes.CHUNK == 0 or backward.segments(length) == 1
+                for tile in (forward, backward):
+                    assert tile.segment % sizes.CHUNK == 0 or tile.segments(length) == 1
     assert tiling.backward_tiling(2, 1, 384, 6085, 16, 132).segments(6085) > 8

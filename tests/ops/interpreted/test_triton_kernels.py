@@ -40,19 +40,22 @@ CASES = {
 
 
 def forward_in(tile: tiling.ForwardTiling):
-    """Always chooses `tile`, with the blocks of states that the state at hand needs."""
+    """Always chooses `tile`, with the rows of states that the state at hand needs."""
 
     def choose(sequences, groups, group_dim, length, state, processors):
-        return tile._replace(block_n=tiling.power_of_two(state))
+        return tile._replace(block_n=tiling.padded_states(state))
 
     return choose
 
 
-@pytest.fixture(params=["channel", "time"])
+WHOLE = tiling.ForwardTiling(32, 1, 8, 0, 1 << 20)
+SEGMENTED = tiling.ForwardTiling(32, 2, 4, 0, 8)
+
+
+@pytest.fixture(params=[WHOLE, SEGMENTED], ids=["whole", "segmented"])
 def either_way(request, monkeypatch):
-    """A thread for each channel, and 4 threads a channel along time; 4 or 8 steps each."""
-    tile = tiling.ForwardTiling(32, 1, 8, 0) if request.param == "channel" else tiling.ForwardTiling(8, 4, 8, 0)
-    monkeypatch.setattr(tiling, "forward_tiling", forward_in(tile))
+    """One channel a thread and all of time, or two, and segments of 8 steps."""
+    monkeypatch.setattr(tiling, "forward_tiling", forward_in(request.param))
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -66,17 +69,18 @@ def test_scan_over_several_chunks(reverse, short_chunks, either_way):
     check_scan(scan_case(batch=2, dim=3, length=37, state=3), reverse=reverse)
 
 
-@pytest.mark.parametrize("time", [1, 2, 8, 16])
-def test_threads_along_time(time, monkeypatch):
-    """Turns of 16 to 256 steps, of which the states before every 64 are kept."""
-    monkeypatch.setattr(tiling, "forward_tiling", forward_in(tiling.ForwardTiling(32 // time, time, 16, 0)))
-    check_scan(scan_case(dim=3, length=150, state=3) | {"z": None})
+@pytest.mark.parametrize("unroll", [1, 2, 4, 8])
+@pytest.mark.parametrize("sets", [1, 2, 3])
+def test_turns_and_sets(sets, unroll, monkeypatch):
+    """Several turns, of which the states before every 64 steps are kept, and channels in some sets only."""
+    monkeypatch.setattr(tiling, "forward_tiling", forward_in(tiling.ForwardTiling(32, sets, unroll, 0, 64)))
+    check_scan(scan_case(dim=35, length=150, state=3) | {"z": None})
 
 
 @pytest.mark.parametrize("lanes_first", [False, True])
 def test_tiles_of_older_and_newer_compilers(lanes_first, monkeypatch, short_chunks):
     monkeypatch.setattr(scan, "LANES_FIRST", lanes_first)
-    monkeypatch.setattr(tiling, "forward_tiling", forward_in(tiling.ForwardTiling(32, 1, 8, 0)))
+    monkeypatch.setattr(tiling, "forward_tiling", forward_in(WHOLE))
     check_scan(scan_case(dim=41, length=19, state=3))
 
 
@@ -93,7 +97,7 @@ def test_nothing_passes_from_one_sequence_to_the_next():
     arguments = [u, delta, A, B, C, D, z, bias]
     for tensor in (u, delta, B, C, z):
         tensor[1] = float("nan")
-    for tile in (tiling.ForwardTiling(32, 1, 8, 4), tiling.ForwardTiling(8, 4, 8, 4)):
+    for tile in (WHOLE._replace(block_n=4), SEGMENTED._replace(block_n=4)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tiling, "forward_tiling", lambda *_, tile=tile: tile)
             for reverse in (False, True):
@@ -117,7 +121,7 @@ def test_scan_options(missing, either_way):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
 def test_scan_in_segments_of_time(gate, reverse, monkeypatch, short_chunks):
-    monkeypatch.setattr(tiling, "forward_tiling", forward_in(tiling.ForwardTiling(32, 1, 8, 0)))
+    monkeypatch.setattr(tiling, "forward_tiling", forward_in(WHOLE))
     choose = tiling.backward_tiling
     monkeypatch.setattr(tiling, "backward_tiling", lambda *args: choose(*args)._replace(segment=8))
     case = scan_case(dim=2, length=19, state=2)

@@ -1,10 +1,9 @@
 """B and C as the scan kernels read them, and their gradients as the caller wants them.
 
-Packed, they are one float32 tensor for each direction, batch element and group, with the steps in the order of the
-recurrence, so that a kernel walks them with constant offsets whichever way the direction runs, and with zeros past
-the end of the sequence, up to a multiple of PADDING steps, so that nothing has to be checked. In rows it is
-(steps, 2, BLOCK_N), for threads that take all states of a step, in columns (2, BLOCK_N, steps), for threads that take
-some steps of a state; either way what a thread takes is aligned for 16-byte loads. One launch, for all directions.
+Packed, they are one float32 tensor (steps, 2, BLOCK_N) for each direction, batch element and group, with the steps in
+the order of the recurrence, so that a kernel walks them with constant offsets whichever way the direction runs, and
+with zeros past the end of the sequence, up to a multiple of PADDING steps, so that nothing has to be checked; rows are
+aligned for 16-byte loads. One launch, for all directions.
 
 Layout: steps x states; a program owns ROWS steps of one sequence. Parallel axis: sequences x groups x steps.
 Bytes for one element: pack reads the input and writes 4; unpack reads 4 for each part and writes the output.
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vimamba.ops.triton.elementwise import PADDING, packed_matrices, position, row_of
-from vimamba.ops.triton.tiling import power_of_two
+from vimamba.ops.triton.tiling import padded_states
 
 ROWS = 64
 
@@ -41,25 +40,18 @@ def pack_kernel(
     B, C, packed, B_sr, B_sb, B_sg, B_sn, B_sl, C_sr, C_sb, C_sg, C_sn, C_sl,
     groups, B_share, C_share, length, batch, reverse_mask,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     step, token, exists, sequence, r, b, group = share_of_steps(groups, length, batch, reverse_mask, ROWS)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask = exists[:, None] & (n < N)[None, :]
-    here = packed_matrices(packed, sequence, groups, group, length, BLOCK_N)
-    if COLUMNS:
-        steps = tl.cdiv(length, PADDING) * PADDING
-        here = here + n[None, :] * steps + step[:, None]
-        of_C = here + BLOCK_N * steps
-    else:
-        here = here + step.to(tl.int64)[:, None] * (2 * BLOCK_N) + n[None, :]
-        of_C = here + BLOCK_N
+    rows = packed_matrices(packed, sequence, groups, group, length, BLOCK_N)
+    here = rows + step.to(tl.int64)[:, None] * (2 * BLOCK_N) + n[None, :]
     if HAS_B:
         given = B + r * B_sr + b * B_sb + (group // B_share) * B_sg + token[:, None] * B_sl + n[None, :] * B_sn
         tl.store(here, tl.load(given, mask=mask, other=0.0).to(tl.float32))
     if HAS_C:
         given = C + r * C_sr + b * C_sb + (group // C_share) * C_sg + token[:, None] * C_sl + n[None, :] * C_sn
-        tl.store(of_C, tl.load(given, mask=mask, other=0.0).to(tl.float32))
+        tl.store(here + BLOCK_N, tl.load(given, mask=mask, other=0.0).to(tl.float32))
 
 
 @triton.jit
@@ -85,15 +77,13 @@ def padded(length: int) -> int:
     return triton.cdiv(length, PADDING.value) * PADDING.value
 
 
-def pack(
-    B_RBGNL: Tensor | None, C_RBGNL: Tensor | None, groups: int, reverse_mask: int, columns: bool = False
-) -> Tensor | None:
+def pack(B_RBGNL: Tensor | None, C_RBGNL: Tensor | None, groups: int, reverse_mask: int) -> Tensor | None:
     """B and C packed for `groups` groups, a multiple of their own number; only one of them, or None without either."""
     given = B_RBGNL if B_RBGNL is not None else C_RBGNL
     if given is None:
         return None
     R, batch, _, state, length = given.shape
-    block_n = power_of_two(state)
+    block_n = padded_states(state)
     packed = given.new_empty((R, batch, groups, padded(length), 2, block_n), dtype=torch.float32)
     if packed.numel():
         matrices = {"B": B_RBGNL, "C": C_RBGNL}
@@ -107,7 +97,7 @@ def pack(
             pack_kernel[(R * batch * groups * padded(length) // ROWS,)](
                 **matrices, packed=packed, **strides, groups=groups, **shares, length=length, batch=batch,
                 reverse_mask=reverse_mask, N=state, BLOCK_N=block_n, ROWS=ROWS, HAS_B=B_RBGNL is not None,
-                HAS_C=C_RBGNL is not None, COLUMNS=columns, num_warps=4,
+                HAS_C=C_RBGNL is not None, num_warps=4,
             )  # fmt: skip
     return packed
 

@@ -20,6 +20,9 @@ from vimamba.ops.triton.scan_forward import scan_forward_kernel
 from vimamba.ops.triton.scan_segments import carry_kernel, segment_kernel
 
 CARRY_BLOCK = 128
+AHEAD = 2
+"""Steps before which the forward scan loads u and delta: the latency of memory is 700 cycles, a step of a warp 270, and
+more than one warp at work."""
 CONTIGUOUS = 1
 """A stride that the kernels take at run time all the same: known to be 1, it would change how they are compiled."""
 LANES_FIRST = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
@@ -87,21 +90,32 @@ def forward(scan: Scan, out_RBDL: Tensor, save_states: bool) -> tuple[Tensor, Te
         return last, states
     group_dim = dim // scan.groups
     tile = tiling.forward_tiling(R * batch, scan.groups, group_dim, length, state, processors(u.device))
-    channels, unroll = tile.channels, tile.unroll
-    if save_states and scan.z_RBDL is not None:
-        unroll //= 2  # both together would spill registers
-    blocks = triton.cdiv(group_dim, channels)
-    bc = pack.pack(scan.B_RBGNL, scan.C_RBGNL, scan.groups, scan.reverse_mask, columns=True)
-    with torch.cuda.device_of(u):
-        scan_forward_kernel[(R * batch * scan.groups * blocks,)](
+    segments = tile.segments(length)
+    blocks = triton.cdiv(group_dim, tile.lanes * tile.sets)
+    bc = pack.pack(scan.B_RBGNL, scan.C_RBGNL, scan.groups, scan.reverse_mask)
+    carry = last.new_empty((R, batch, segments, dim, state) if segments > 1 else (0,))
+    decay = last.new_empty((R, batch, segments, dim) if segments > 1 else (0,))
+
+    def run(chosen: int, summary: bool) -> None:
+        """The first `chosen` segments."""
+        save, has_z = (save_states, scan.z_RBDL is not None) if not summary else (False, False)
+        scan_forward_kernel[(R * batch * chosen * scan.groups * blocks,)](
             u=u, delta=scan.delta_RBDL, z=scan.z_RBDL, out=out_RBDL, A=scan.A_RDN, bc=bc, B_const=scan.B_DN,
-            C_const=scan.C_DN, D=scan.D_RD, bias=scan.bias_RD, states=states, last=last,
-            **strides(u=u, delta=scan.delta_RBDL, z=scan.z_RBDL, out=out_RBDL),
-            **_work(scan, group_dim, blocks), n_states=n_states, **_constants(scan), BLOCK_N=tile.block_n,
-            CHANNELS=channels, TIME=tile.time, UNROLL=unroll, CHUNK=sizes.CHUNK, HAS_D=scan.D_RD is not None,
-            CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None, EVEN=group_dim % channels == 0,
-            SAVE_STATES=save_states, num_warps=tile.warps(threads_of_warp(u.device)),
+            C_const=scan.C_DN, D=scan.D_RD, bias=scan.bias_RD, states=states, carry=carry, decay=decay, last=last,
+            **strides(u=u, delta=scan.delta_RBDL, z=scan.z_RBDL, out=out_RBDL), **_work(scan, group_dim, blocks),
+            segments=chosen, n_segments=segments, segment_length=tile.segment, n_states=n_states,
+            **_constants(scan) | {"HAS_Z": has_z}, BLOCK_N=tile.block_n, LANES=tile.lanes, SETS=tile.sets,
+            UNROLL=tile.unroll, AHEAD=max(1, AHEAD // tile.unroll), CHUNK=sizes.CHUNK, HAS_D=scan.D_RD is not None,
+            CONST_B=scan.B_DN is not None, CONST_C=scan.C_DN is not None,
+            EVEN=group_dim % (tile.lanes * tile.sets) == 0, SAVE_STATES=save, HAS_CARRY=segments > 1 and not summary,
+            SUMMARY=summary, num_warps=tile.warps(threads_of_warp(u.device)),
         )  # fmt: skip
+
+    with torch.cuda.device_of(u):
+        if segments > 1:
+            run(segments - 1, summary=True)
+            _pass_on(scan, carry, decay, None, forward=True)
+        run(segments, summary=False)
     return last, states
 
 
@@ -146,12 +160,19 @@ def _carries(
         **_work(scan, group_dim, blocks), state_stride=CONTIGUOUS, n_segments=segments, segment_length=tile.segment,
         **_constants(scan), **_tile(tile, group_dim), CONST_C=scan.C_DN is not None,
     )  # fmt: skip
-    total = R * batch * dim * state
-    carry_kernel[(triton.cdiv(total, CARRY_BLOCK),)](
-        summary=summary, decay=decay, A=scan.A_RDN, initial=dlast_RBDN, total=total, state_size=dim * state,
-        n_segments=segments, batch=batch, N=state, BLOCK=CARRY_BLOCK, HAS_INITIAL=dlast_RBDN is not None, num_warps=4,
-    )  # fmt: skip
+    _pass_on(scan, summary, decay, dlast_RBDN, forward=False)
     return summary
+
+
+def _pass_on(scan: Scan, summary_RBSDN: Tensor, decay_RBSD: Tensor, initial_RBDN: Tensor | None, forward: bool) -> None:
+    """Replace the segments' summaries with what enters them, from the first or from the last."""
+    _, batch, segments, dim, state = summary_RBSDN.shape
+    total = summary_RBSDN[:, :, 0].numel()
+    carry_kernel[(triton.cdiv(total, CARRY_BLOCK),)](
+        summary=summary_RBSDN, decay=decay_RBSD, A=scan.A_RDN, initial=initial_RBDN, total=total,
+        state_size=dim * state, n_segments=segments, batch=batch, N=state, BLOCK=CARRY_BLOCK,
+        HAS_INITIAL=initial_RBDN is not None, FORWARD=forward, num_warps=4,
+    )  # fmt: skip
 
 
 class Gradients(NamedTuple):

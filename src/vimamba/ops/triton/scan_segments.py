@@ -1,10 +1,11 @@
-"""Parallelism along time in the backward pass: what a segment of the sequence does to the gradient that enters it.
+"""Parallelism along time: what a segment of the sequence does to the state, or the gradient of one, that enters it.
 
 The gradient of the state, g = decay (g + C dy) from the last step to the first, is linear in what enters a segment at
 its end, so a segment is summarised by what it adds, starting from zero, and by the decay of what enters,
 exp(A sum(delta)): the product of all decays costs one exponential. Three launches: `segment_kernel` summarises every
 segment (all in parallel), `carry_kernel` passes gradients from segment to segment (short and sequential), and the
 backward kernel then runs on every segment from its true gradient. (The states are saved by the forward pass.)
+Forward it is the same with the state, from the first step to the last; there `scan_forward_kernel` summarises.
 
 Layout and parallel axis: as in scan_backward. Bytes: delta, dout and z once more. Operations for one element and
 state: 1 MUFU.EX2, 2 FMUL, 1 FFMA: a fraction of the backward kernel's own.
@@ -82,9 +83,11 @@ def segment_kernel(
 @triton.jit(do_not_specialize=["total", "state_size", "n_segments", "batch"])
 def carry_kernel(
     summary, decay, A, initial, total, state_size, n_segments, batch,
-    N: tl.constexpr, BLOCK: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, HAS_INITIAL: tl.constexpr, FORWARD: tl.constexpr,
 ):  # fmt: skip
-    """Replace every segment's summary with the gradient that enters it; one thread a state element."""
+    """Replace every segment's summary with the state (or its gradient) that enters it; one thread a state element. The
+    segment that is reached last has no summary.
+    """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = index < total
     sequence, element = index // state_size, index % state_size
@@ -94,9 +97,8 @@ def carry_kernel(
     else:
         g = tl.zeros([BLOCK], tl.float32)
     for k in range(0, n_segments):
-        segment = n_segments - 1 - k
-        slot = sequence * n_segments + segment
-        inside = both(exists, segment > 0)
+        slot = sequence * n_segments + (k if FORWARD else n_segments - 1 - k)
+        inside = both(exists, k < n_segments - 1)
         local = tl.load(summary + slot * state_size + element, mask=inside, other=0.0)
         spent = tl.load(decay + (slot * state_size + element) // N, mask=inside, other=0.0)
         tl.store(summary + slot * state_size + element, g, mask=exists)
