@@ -365,6 +365,10 @@ def test_a_run_starts_from_weights_of_any_task(data, tmp_path):
         ({"head_args": {"anchor_sizes": [8, 16]}}, "anchor_sizes must be 5 numbers"),
         (PYRAMID | {"head_args": {"pyramid": "simple"}}, "leave `pyramid` out"),
         ({"cutmix": 0.5}, "`cutmix` 0.5: is of no use to `task` detect"),
+        ({"dice": 2.0}, "`dice` 2.0: is of no use to `task` detect"),
+        ({"aux_weight": 1.0}, "`aux_weight` 1.0: is of no use to `task` detect"),
+        ({"ignore_index": 3}, "`ignore_index` 3: is of no use to `task` detect"),
+        ({"class_names": "names.txt"}, "`class_names` names.txt: is of no use to objects; the categories of"),
         ({"data": "scenes-seg"}, "`data` scenes-seg: is of another task; give scenes-det or a folder"),
     ],
 )  # fmt: skip

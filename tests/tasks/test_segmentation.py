@@ -247,6 +247,8 @@ def test_a_run_starts_from_weights_of_any_task(data, tmp_path):
         ({"auto_augment": "rand-m9-mstd0.5-inc1"}, "`auto_augment` .*is of no use to `task` segment"),
         ({"data": "scenes-det"}, "`data` scenes-det: is of another task; give scenes-seg or a folder"),
         ({"data": "mnist"}, "`data` mnist: is of another task"),
+        ({"data": "scenes-seg", "class_names": "names.txt"}, "`class_names` names.txt: is for masks of one's own"),
+        ({"data": "scenes-seg", "ignore_index": 3}, "`ignore_index` 3: is for masks of one's own"),
         ({"task": "classification", "data": "mnist", "head": "fpn"}, "`head` fpn: is of no use to `task` class"),
         ({"task": "classification", "data": "scenes-seg", "head": None}, "scenes-seg: is not for classification"),
         ({"ignore_index": 70000}, "`ignore_index` is 70000"),

@@ -106,6 +106,8 @@ def open_coco(name: str, opening: Opening) -> ImageData:
         UserError: no file of annotations is found or more than one may be meant, it is none of COCO's, more than a
             tenth of it cannot be used, or faster-coco-eval is missing, which draws masks.
     """
+    named = f"`class_names` {opening.class_names}: is of no use to objects; the categories of {name} have names"
+    require(opening.class_names is None, named)
     root = Path(name)
     files = find_annotations(root)
     require(

@@ -30,6 +30,7 @@ class DenseTask(Task):
     eval_batch = 8
     jitter: ClassVar[tuple[float, float]]  # by what images are scaled in training
     largest: ClassVar[int]  # pixels of the side of what it learns from, if no size is given
+    unused: ClassVar[tuple[str, ...]] = ()  # of the options of dense tasks
 
     @classmethod
     def builder(cls) -> Callable[..., nn.Module]:
@@ -45,6 +46,7 @@ class DenseTask(Task):
     def choose(cls, config: Any, data: ImageData, behind: Any) -> Choice:
         dense, augment = config.dense, config.augment
         check_unused(cls.name, augment, UNUSED)
+        check_unused(cls.name, dense, cls.unused)
         run = config.run
         if run.img_size is None:
             side = typical_side(data) or cls.largest
@@ -94,6 +96,9 @@ def scenes_or(scenes: str, folders: Source) -> Source:
 
 def _open(name: str, opening: Opening, scenes: str, folders: Source) -> ImageData:
     if name == scenes:
+        for option in ("class_names", "ignore_index"):
+            given = getattr(opening, option)
+            require(given is None, f"`{option}` {given}: is for masks of one's own; {name} says what its classes are")
         return open_scenes(name)
     require(name not in BUILT_IN, f"`data` {name}: is of another task; give {scenes} or a folder")
     return folders(name, opening)
