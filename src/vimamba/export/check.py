@@ -7,15 +7,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from vimamba.data.mnist import load_mnist
 from vimamba.data.samples import Samples
+from vimamba.data.transforms import eval_transform
 from vimamba.errors import UserError
-from vimamba.export.outputs import normalised
+from vimamba.export.outputs import WHITE, normalised
 from vimamba.export.source import Source
 
 IMAGES = 4
@@ -43,11 +43,17 @@ class Comparison:
 def example_images(source: Source, with_preprocessing: bool, samples: Samples | None = None) -> Tensor:
     """Real images as the exported graph takes them: some of `samples`, or built-in digits."""
     samples = load_mnist()[1] if samples is None else samples
-    height, width = source.preprocessing.img_size
-    pictures = [samples.image(i).convert("RGB") for i in range(min(IMAGES, len(samples)))]
-    arrays = [np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)) for picture in pictures]
-    rgb_BHWC = torch.from_numpy(np.stack(arrays))
-    return rgb_BHWC if with_preprocessing else normalised(rgb_BHWC, source.preprocessing)
+    return prepared(source, [samples.image(i) for i in range(min(IMAGES, len(samples)))], with_preprocessing)
+
+
+def prepared(source: Source, images: Sequence[Image.Image], with_preprocessing: bool) -> Tensor:
+    """Images at the model's size, as uint8 RGB (batch, height, width, 3) or normalised."""
+    prep = source.preprocessing
+    raw = dataclasses.replace(prep, mean=(0.0,) * prep.in_chans, std=(1.0,) * prep.in_chans)
+    transform = eval_transform(raw)
+    raw_BCHW = torch.stack([transform(image) for image in images]).mul(WHITE).round().to(torch.uint8)
+    rgb_BHWC = raw_BCHW.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
+    return rgb_BHWC if with_preprocessing else normalised(rgb_BHWC, prep)
 
 
 def compare(exported: Exported, model: nn.Module, batches: Sequence[Tensor], tolerance: float) -> Comparison:

@@ -34,6 +34,8 @@ class Source:
     preprocessing: Preprocessing
     license: str | None = None
     """Of the weights, where it is known."""
+    of_run: bool = False
+    """Whether it knows what it was trained on."""
 
     def sized(self, img_size: int | tuple[int, int] | None) -> Source:
         """The same for images of another size, pixels.
@@ -77,7 +79,7 @@ def load_source(
     if not contents or "vimamba" in contents:
         require(not given, "`model_args`: a run knows its own; leave it out")
         model, card = load_model(path)
-        return Source(model, card.model, card.task, card.class_names, card.preprocessing)
+        return Source(model, card.model, card.task, card.class_names, card.preprocessing, of_run=True)
     try:
         model = load_hustvl(path, **given)
     except UserError as error:
