@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,20 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from tests.cli.runs import write_photos
 from tests.clients.test_graphs import DESIGNS, SMALL
-from vimamba import VisionMamba
+from vimamba import VisionMamba, load_run, train
 from vimamba.data.transforms import Preprocessing
 from vimamba.errors import UserError
-from vimamba.export import Source, export_aoti, export_onnx, export_pt2, lowering
+from vimamba.export import Source, export_aoti, export_int8, export_onnx, export_pt2, load_source, lowering
 from vimamba.export.check import example_images
 from vimamba.export.outputs import Outputs
+from vimamba.inference.evaluation import open_for_eval
+from vimamba.models.heads import build_segmenter, enlarge
 from vimamba.ops.cpu import library
+from vimamba.tasks.find import find_task
 
 ROOT = Path(__file__).parents[2]
 built = pytest.mark.skipif(library.UNAVAILABLE is not None, reason=str(library.UNAVAILABLE))
@@ -45,6 +52,17 @@ def source_of(model: torch.nn.Module, side: int = 32, in_chans: int = 3) -> Sour
 def small(**options) -> Source:
     torch.manual_seed(0)
     return source_of(VisionMamba(**{**SMALL, **options}), in_chans=options.get("in_chans", 3))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run on three colours."""
+    root = tmp_path_factory.mktemp("trained")
+    return train(
+        data=write_photos(root / "photos"), model="vim_nano", model_args={"depth": 1, "embed_dim": 16, "d_state": 4},
+        img_size=16, num_workers=0, batch_size=6, epochs=6, lr=5e-3, augment="none", accelerator="cpu",
+        output=root / "run", progress=False,
+    ).folder  # fmt: skip
 
 
 def run(path: Path, images: torch.Tensor) -> torch.Tensor:
@@ -144,6 +162,75 @@ def test_weights_of_more_than_2_gb_lie_beside_the_file(tmp_path, monkeypatch):
     export_onnx(small(), tmp_path / "model.onnx")
     assert {entry.name for entry in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
     assert run(tmp_path / "model.onnx", torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_a_segmenters_logits_have_the_images_size(head, tmp_path):
+    torch.manual_seed(0)
+    args = dict(depth=2, embed_dim=16, d_state=4)
+    model = build_segmenter("vim_nano", args, 5, 3, (32, 32), {"head": head, "width": 8})
+    source = dataclasses.replace(source_of(model), task="segment")
+    images = example_images(source.sized((40, 48)), False)
+    for export in (export_onnx, export_pt2):
+        export(source, tmp_path / "model.pt2", img_size=(40, 48))
+        exported = run if export is export_onnx else lambda path, x: torch.export.load(path).module()(x)
+        with torch.inference_mode():
+            wanted = enlarge(source.model(images), (40, 48))
+        assert wanted.shape == (4, 5, 40, 48)
+        torch.testing.assert_close(exported(tmp_path / "model.pt2", images), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_tells_the_accuracy_before_and_after(trained, tmp_path):
+    data = open_for_eval(trained, find_task("classification"), str(trained.parent / "photos"))[0]
+    export_onnx(trained, tmp_path / "float.onnx")
+    found = export_int8(trained, tmp_path / "model.onnx", data)
+    assert (found.images, found.top1_before) == (12, load_run(trained).evaluate().numbers["top1"])
+    assert found.top1 >= found.top1_before - 0.1
+    assert 0 < found.difference < 1
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name != "float.onnx"] == ["model.onnx"]
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear", "LinearAttention"} <= kinds
+    with pytest.raises(UserError, match="`int8`: is for models that classify"):
+        export_int8(dataclasses.replace(small(), task="segment"), tmp_path / "x.onnx", data)
+
+
+def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
+    source, path = small(), tmp_path / "model.onnx"
+    with pytest.raises(UserError, match="`task` detect: is not exported yet"):
+        export_pt2(dataclasses.replace(source, task="detect"), path)
+    with pytest.raises(UserError, match="`img_size` 4 x 4: the model cannot take it"):
+        export_pt2(source, path, img_size=4)
+    with pytest.raises(UserError, match="cannot be written"):
+        export_pt2(source, tmp_path / "no" / "model.pt2")
+    with pytest.raises(UserError, match="is a folder; give a file"):
+        export_pt2(source, tmp_path)
+    with pytest.raises(UserError, match="packages are called something"):
+        export_aoti(source, path)
+    monkeypatch.setattr("vimamba.export.onnx.find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(UserError, match=r"needs the package onnxscript: pip install 'vimamba\[export\]'"):
+        export_onnx(source, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_with_a_checkpoint_and_a_checkpoint_of_the_official_code(tmp_path):
+    args = dict(depth=1, embed_dim=16, d_state=4, num_classes=3)
+    model = timm.create_model("vim_nano", **args)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    source = load_source("vim_nano", tmp_path / "model.safetensors", args)
+    assert (source.name, source.class_names) == ("vim_nano", ["0", "1", "2"])
+    assert source.preprocessing.img_size == (28, 28)
+    assert all(torch.equal(a, b) for a, b in zip(source.model.parameters(), model.parameters(), strict=True))
+    official = timm.create_model("vim_tiny_patch16_224", depth=1).state_dict()
+    torch.save({"model": official, "args": Namespace(model="vim_tiny_patch16_midclstok")}, tmp_path / "official.pth")
+    source = load_source(tmp_path / "official.pth", model_args={"if_divide_out": False})
+    assert source.model.layers[0].mixer.merge == "sum"
+    assert (len(source.class_names), source.class_names[0]) == (1000, "tench, Tinca tinca")
+    assert source.license == "apache-2.0"
+
+
+def test_a_run_knows_its_own_arguments(trained):
+    with pytest.raises(UserError, match="a run knows its own"):
+        load_source(trained, model_args={"depth": 1})
 
 
 @built

@@ -68,7 +68,8 @@ def export_int8(
         rows = range(0, len(learned), every)[:CALIBRATION]
         _quantise(whole, partial, (batch for batch, _ in _batches(source, learned, rows, with_preprocessing)))
         found = [_top1(session(file), source, held_out, with_preprocessing) for file in (whole, partial)]
-        whole.unlink()
+        for file in partial.parent.glob(f"{whole.name}*"):  # with the weights beside it
+            file.unlink()
         images = example_images(source, with_preprocessing, data.val)
         module = Outputs(source, with_preprocessing).eval()
         compared = compare(session(partial), module, [images], tolerance=float("inf"))

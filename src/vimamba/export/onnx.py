@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from vimamba.data.samples import Samples
-from vimamba.errors import require
+from vimamba.errors import UserError, one_line, require
 from vimamba.export import lowering
 from vimamba.export.check import Comparison
 from vimamba.export.source import Source
@@ -62,10 +62,18 @@ def export_onnx(
 
 
 def session(path: Path) -> Any:
-    """A function from images to the output of an ONNX file, in ONNX Runtime on as many threads as PyTorch has."""
+    """A function from images to the output of an ONNX file, in ONNX Runtime on as many threads as PyTorch has.
+
+    Raises:
+        UserError: this version of ONNX Runtime cannot run it.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    running = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        running = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base but this
+        found = f"onnxruntime {onnxruntime.__version__} cannot run the file ({one_line(error)})"
+        raise UserError(f"`format` onnx: {found}; upgrade it, or give `portable`") from error
     return lambda images: torch.from_numpy(running.run(None, {"images": images.contiguous().numpy()})[0])

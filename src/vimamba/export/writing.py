@@ -83,11 +83,12 @@ def export(
     Raises:
         UserError: the model cannot be exported like that, the file cannot be written, or the outputs differ.
     """
-    source = (source if isinstance(source, Source) else load_source(source)).sized(graph.img_size)
+    source = source if isinstance(source, Source) else load_source(source)
     require(
         source.task in TASKS, f"`task` {source.task}: is not exported yet; export a model that classifies or segments"
     )
     with placed(Path(path)) as partial:
+        source = source.sized(graph.img_size)
         module = Outputs(source, graph.with_preprocessing).eval()
         images = example_images(source, graph.with_preprocessing, samples)
         write(graph.trace(module, images), _metadata(source, graph), partial)
