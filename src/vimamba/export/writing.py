@@ -69,9 +69,10 @@ class Graph:
                 raise UserError(f"the model cannot be exported ({one_line(error)}){way_out}") from error
 
     def smaller(self, images: Tensor) -> Tensor:
-        """Images of another size: a part of them."""
+        """Images of another size: a part of them, in order, as AOTInductor's packages take for granted."""
         height, width = (images.shape[axis] for axis in self.sides)
-        return images.narrow(self.sides[0], 0, height - height // 4).narrow(self.sides[1], 0, width - width // 5)
+        part = images.narrow(self.sides[0], 0, height - height // 4).narrow(self.sides[1], 0, width - width // 5)
+        return part.contiguous()
 
 
 def export(

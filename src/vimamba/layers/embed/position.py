@@ -22,10 +22,10 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, ...], new: tuple[int, ..
         return pos_embed
     patches, classes = split_tokens(pos_embed, class_positions(class_token, math.prod(old)))
     maps = patches.float().transpose(1, 2).unflatten(2, old)
-    # PyTorch interpolates images only; 2.15 gives wrong numbers where the result is one column wide and in packages of
-    # AOTInductor, and cannot compile the derivative for sizes that vary.
+    # PyTorch interpolates images only; 2.15 gives wrong numbers where the result is one column wide, and cannot compile
+    # the derivative for sizes that vary.
     image = len(old) == 2 and not statically_known_true(new[1] == 1)
-    if image and not torch.compiler.is_compiling():
+    if image and not (torch.compiler.is_compiling() and not torch.compiler.is_exporting()):
         maps = F.interpolate(maps, size=new, mode="bicubic", antialias=True)
     else:
         for axis, (o, n) in enumerate(zip(old, new, strict=True), start=2):
@@ -39,8 +39,7 @@ def _bicubic(old: int, new: int, device: torch.device) -> Tensor:
     scale = old / new
     centres = (torch.arange(new, device=device, dtype=torch.float32) + 0.5) * scale
     places = torch.arange(old, device=device, dtype=torch.float32) + 0.5
-    reach = (torch.ones((), device=device) * scale).clamp(min=1.0)  # max() would fix a graph to larger or smaller sizes
-    t = ((places - centres[:, None]) / reach).abs()  # Keys' kernel, a = -0.5
+    t = ((places - centres[:, None]) / max(scale, 1.0)).abs()  # Keys' kernel, a = -0.5
     near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
     weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
     return weights / weights.sum(1, keepdim=True)
