@@ -46,12 +46,18 @@ ASKS = {**HELP, "print_config": [SWITCH]}
 
 BENCH = "--models vim_nano --sizes 32 --repeats 5 --seconds 0"
 
+# A model by its name, whose weights are those of $trained.
+UNNAMED = "vim_nano --checkpoint $trained/model.safetensors --format onnx --output $out/model.onnx"
+NAMED = "vim_nano --model_args '{depth: 1, embed_dim: 16, d_state: 4, num_classes: 3, img_size: 16}' --format onnx"
+NAMED += " --output $out/model.onnx"
+
 # What each command is given beside the value.
 GIVEN = {
     "train": "--data $photos --model vim_nano --model_args '{depth: 1, embed_dim: 16, d_state: 4}' --output $out/run "
     "--img_size 16 --num_workers 0 --batch_size 6 --epochs 2 --accelerator cpu",
     "eval": "$trained --output $out",
     "predict": "$trained $photos/val",
+    "export": "$trained --format onnx --output $out/model.pt2",
     "bench": f"{BENCH} --against test_vit --memory false --json $out/bench.json",
     "models": "nano",
     "ablate": "--data digits --model_args '{depth: 1, embed_dim: 16, d_state: 4}' --designs [none] --seeds 1 "
@@ -60,7 +66,13 @@ GIVEN = {
 }
 
 # What --config names.
-CONFIGS = {"train": "epochs: 1", "eval": "split: all", "predict": "top: 1", "bench": "sizes: [48]"}
+CONFIGS = {
+    "train": "epochs: 1",
+    "eval": "split: all",
+    "predict": "top: 1",
+    "export": "dynamic_size: true",
+    "bench": "sizes: [48]",
+}
 
 DEVICE = {
     "device": [same("cpu")],
@@ -160,6 +172,22 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "overlap": [Value("20", "$segmented $large/val/images --output $out --json --tile 48", bare=True)],
         "window": [Value("whole", "$segmented $large/val/images --json", bare=True)],
         "flip": [Value("true", "$segmented $large/val/images --json", bare=True)],
+        **ASKS,
+    },
+    "export": {
+        "config": [Value("$config")],
+        "format": [Value("pt2"), Value("aoti")],
+        "output": [Value("$out/elsewhere.onnx")],
+        "checkpoint": [Value("$trained/model.safetensors", NAMED, bare=True)],
+        "model_args": [
+            Value("'{depth: 1, embed_dim: 16, d_state: 4, num_classes: 3, img_size: 16}'", UNNAMED, bare=True)
+        ],
+        "img_size": [Value("24"), Value("'[16, 24]'")],
+        "dynamic_size": [Value("true")],
+        "with_preprocessing": [Value("true")],
+        "portable": [Value("true")],
+        "int8": [Value("true", "--data $photos")],
+        "data": [same("$other")],
         **ASKS,
     },
     "bench": {

@@ -49,7 +49,7 @@ def of_wrong_kind() -> list[tuple[str, str]]:
     found = []
     for command in COMMANDS:
         given = TRAIN if command == "train" else command
-        given += " run" if command in ("eval", "predict") else ""
+        given += " run" if command in ("eval", "predict", "export") else ""
         given += " image.png" if command == "predict" else ""
         for name, action in parsing._options(parser_of(command)).items():
             kind = parsing.kind_of(action)
@@ -98,6 +98,16 @@ OTHERS = {
     "eval /dev/null": "/dev/null",
     "predict nowhere image.png": "nowhere: there is no such run",
     "predict /etc/hostname image.png": "/etc/hostname",
+    "export run": "--format: required but not given",
+    "export run --format onnx": "--output: required but not given",
+    "export nowhere --format onnx --output x.onnx": "nowhere: there is no such run",
+    "export /etc --format onnx --output x.onnx": "/etc: holds no model.safetensors",
+    "export vim_nano --format onnx --output x.onnx": "vim_nano: is a model's name; give its weights with --checkpoint",
+    "export vim_nano --checkpoint x.pth --format onnx --output x.onnx": "x.pth: no such checkpoint file",
+    "export run --format onnx --output x.onnx --img_size 0": "--img_size is 0",
+    "export run --format pt2 --output x.pt2 --portable": "--portable: is for --format onnx",
+    "export run --format onnx --output x.onnx --int8": "--int8: give --data",
+    "export run --format onnx --output x.onnx --int8 --portable": "--int8: goes without --portable",
     "bench --sizes 0": "--sizes 0: it must be at least 1",
     "bench --threads 100000": "--threads 100000",
     "bench --seconds -1": "--seconds",

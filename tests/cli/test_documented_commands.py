@@ -25,7 +25,7 @@ from vimamba.data import scenes
 from vimamba.models import checkpoints
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+README, EXPORT = ((ROOT / name).read_text() for name in ("README.md", "docs/export.md"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 OFFICIAL, OFFICIAL_SMALL = "vim_t_midclstok_76p1acc.pth", "vim_s_midclstok_80p5acc.pth"
 SMALLER = {
@@ -34,6 +34,7 @@ SMALLER = {
     "train --resume": "",
     "eval": "",
     "predict": "",
+    "export": "",
     "bench": "--models vim_nano --against test_vit --sizes 32 --repeats 1 --seconds 0 --memory false",
     "models": "",
     "ablate": "--model_args.depth 1 --model_args.embed_dim 16 --designs [none] --seeds 1 --epochs 1 --batch_size 1000 "
@@ -67,6 +68,7 @@ def commands_in(text: str) -> list[str]:
 
 DOCUMENTS = {
     "README.md": commands_in("".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))),
+    "export.md": commands_in(EXPORT),
     **{path.name: commands_in(path.read_text()) for path in RECIPES},
     "help": [line for lines in EXAMPLES.values() for line in lines],
 }
@@ -151,3 +153,13 @@ def test_the_readmes_make_targets_are_there():
     targets = re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)
     assert targets
     assert all(f"\n{target}: " in (ROOT / "Makefile").read_text() for target in targets)
+
+
+def test_the_python_of_the_page_on_export_runs(vimamba, workplace):
+    lines = DOCUMENTS["export.md"]
+    run = ["train", "--data", "photos", "--model", "vim_nano", "--output", "runs/photos", *smaller(["train"])]
+    assert vimamba(*run)[0] == 0
+    assert vimamba(*shlex.split(next(line for line in lines if "photos-rgb.onnx" in line))[1:])[0] == 0
+    names: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", EXPORT, re.DOTALL)[0], names)
+    assert names["probabilities"].sum() == pytest.approx(1.0, abs=1e-5)

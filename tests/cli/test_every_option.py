@@ -81,7 +81,7 @@ class Caller:
             except SystemExit as asked:  # --help and --print_config
                 status = int(str(asked.code))
         files = {name_of(path, out): content(path) for path in out.rglob("*") if path.is_file()}
-        tells_times = command in ("train", "bench", "ablate") and files
+        tells_times = command in ("train", "export", "bench", "ablate") and files
         text = "" if tells_times else printed.getvalue().replace(str(out), "$out")
         return Outcome(status, text, error.getvalue().replace(str(out), "$out"), files)
 
@@ -110,7 +110,7 @@ def content(path: Path) -> Any:
             ([row[name] for name in kept], len(row["times_s"]), row["peak_extra_bytes"] is None)
             for row in measured["results"]
         ]
-    return path.read_bytes() if path.suffix in (".safetensors", ".json") else None
+    return path.read_bytes() if path.suffix in (".safetensors", ".json", ".onnx", ".pt2") else None
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_every_option_acts(caller, case):
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "print_config" in VALUES[command]])
 def test_config_takes_what_print_config_prints(caller, tmp_path, command):
-    needed = {"eval": "$trained", "predict": "$trained $photos/val"}.get(command, "")
+    needed = {"eval": "$trained", "predict": "$trained $photos/val", "export": "$trained"}.get(command, "")
     for typed_out in (f"{GIVEN[command]}", f"{needed} --config {tmp_path}/printed.yaml"):
         found = caller.outcome(command, f"{typed_out} --print_config", False)
         assert (found.status, found.error) == (0, "")

@@ -19,6 +19,10 @@ EXAMPLES = {
         "vimamba predict runs/scenes-seg new/ --output pictures/",
         "vimamba predict runs/scenes-seg large.tif --tile 1024 --overlap 128 --output pictures/",
     ),
+    "export": (
+        "vimamba export runs/photos --format onnx --output photos.onnx",
+        "vimamba export vim_t_midclstok_76p1acc.pth --format onnx --output vim_tiny.onnx --img_size 256",
+    ),
     "bench": (
         "vimamba bench --sizes 224 512 1248 --attention fused eager",
         "vimamba bench --models vim_tiny_patch16_224 --passes train --plot bench.png",

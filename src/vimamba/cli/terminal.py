@@ -46,7 +46,8 @@ def quiet_libraries() -> None:
     """Leave the terminal to our own lines: no tips, hints or advice of the libraries."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero",
                  "lightning.fabric.utilities.rank_zero", "timm", "torch.distributed",
-                 "torch.utils.cpp_extension", "tifffile", "rasterio"):  # fmt: skip
+                 "torch.utils.cpp_extension", "tifffile", "rasterio",
+                 "onnxscript", "onnx_ir", "torch.onnx"):  # fmt: skip
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|torchmetrics|timm)(\.|$)")
 

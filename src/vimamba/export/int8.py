@@ -1,0 +1,108 @@
+"""ONNX files whose matrix products are of 8-bit integers, by ONNX Runtime's quantiser."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vimamba.data.image_data import ImageData
+from vimamba.data.samples import Samples
+from vimamba.errors import require
+from vimamba.export.check import Comparison, Exported, compare, example_images, prepared
+from vimamba.export.onnx import export_onnx, session
+from vimamba.export.outputs import Outputs
+from vimamba.export.source import Source, load_source
+from vimamba.export.writing import placed
+from vimamba.inference.evaluation import RenamedClasses
+from vimamba.tasks.find import find_task
+
+CALIBRATION = 128  # images from which the ranges of activations are taken
+BATCH = 32
+QUANTISED = ("MatMul", "Gemm")  # the products with weights; scans and convolutions stay in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantised(Comparison):
+    """With the share of the images that are named right before and after, and how many they are."""
+
+    top1_before: float
+    top1: float
+    images: int
+
+    def __str__(self) -> str:
+        shares = f"top-1 {self.top1:.2%} of {self.images} images, {self.top1_before:.2%} in float32"
+        return f"{shares}; {super().__str__()}"
+
+
+def export_int8(
+    source: Source | str | os.PathLike[str], path: str | os.PathLike[str], data: ImageData, *,
+    img_size: int | tuple[int, int] | None = None, dynamic_size: bool = False, with_preprocessing: bool = False,
+) -> Quantised:  # fmt: skip
+    """Write a classifier as an ONNX file in 8 bits, once its float32 form has been held against PyTorch's.
+
+    Args:
+        source, path, img_size, dynamic_size, with_preprocessing: as of `export_onnx`.
+        data: the ranges of activations are taken from its training images, or its held-out ones where there are none,
+            and the accuracy from the held-out ones.
+
+    Raises:
+        UserError: as of `export_onnx`, or the model is no classifier, or does not know a class of the data.
+    """
+    source = source if isinstance(source, Source) else load_source(source)
+    require(source.task == "classification", "`int8`: is for models that classify")
+    options = dict(img_size=img_size, dynamic_size=dynamic_size, with_preprocessing=with_preprocessing)
+    task = find_task(source.task)
+    held_out = RenamedClasses(data.val, task, data.class_names, source.class_names)
+    with placed(Path(path)) as partial:
+        whole = partial.with_name("float32.onnx")
+        export_onnx(source, whole, **options, samples=data.val)  # type: ignore[arg-type]
+        source = source.sized(img_size)
+        learned = data.train if len(data.train) else data.val
+        every = max(1, len(learned) // CALIBRATION)
+        rows = range(0, len(learned), every)[:CALIBRATION]
+        _quantise(whole, partial, (batch for batch, _ in _batches(source, learned, rows, with_preprocessing)))
+        found = [_top1(session(file), source, held_out, with_preprocessing) for file in (whole, partial)]
+        for file in partial.parent.glob(f"{whole.name}*"):  # with the weights beside it
+            file.unlink()
+        images = example_images(source, with_preprocessing, data.val)
+        module = Outputs(source, with_preprocessing).eval()
+        compared = compare(session(partial), module, [images], tolerance=float("inf"))
+    return Quantised(**dataclasses.asdict(compared), top1_before=found[0], top1=found[1], images=len(held_out))
+
+
+def _batches(
+    source: Source, samples: Samples, rows: Iterable[int], with_preprocessing: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images as the exported graph takes them, and their classes."""
+    rows = list(rows)
+    for first in range(0, len(rows), BATCH):
+        some = rows[first : first + BATCH]
+        images = prepared(source, [samples.image(row) for row in some], with_preprocessing)
+        yield images, torch.tensor([samples.target(row) for row in some])
+
+
+def _top1(exported: Exported, source: Source, samples: Samples, with_preprocessing: bool) -> float:
+    right = 0
+    for images, targets in _batches(source, samples, range(len(samples)), with_preprocessing):
+        right += int((exported(images).argmax(1) == targets).sum())
+    return right / len(samples)
+
+
+def _quantise(given: Path, path: Path, batches: Iterator[Tensor]) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> Any:
+            batch = next(batches, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    quantize_static(
+        given, path, Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=list(QUANTISED), per_channel=True,
+        weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
+    )  # fmt: skip

@@ -1,0 +1,105 @@
+"""The operators vimamba::* as PyTorch code of which torch.onnx knows every step.
+
+Layouts: B batch, L length, D dim, N state, T steps of a chunk, K chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._higher_order_ops.scan import scan_op
+
+from vimamba.ops.direction import Direction, directions_of
+
+CHUNK = 16
+"""Steps of the scan that stand in the graph one by one; a loop goes over such chunks."""
+
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""u (B, L, D), delta (B, L, D), A (D, N), B and C (B, L, N) to the states read by C, (B, L, D)."""
+
+
+def linear_attention(u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
+    """The scan by ONNX Runtime's LinearAttention with the update rule "gated": every channel is a head that decays."""
+    batch, _, dim = u_BLD.shape
+    decay = (delta_BLD[..., None] * A_DN).flatten(2)
+    return torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::LinearAttention", (C_BLN, B_BLN, delta_BLD * u_BLD, None, decay),
+        {"q_num_heads": 1, "kv_num_heads": dim, "scale": 1.0, "update_rule": "gated"},
+        dtypes=(u_BLD.dtype,) * 2, shapes=(u_BLD.shape, (batch, dim, A_DN.shape[1], 1)), version=1,
+    )[0]  # fmt: skip
+
+
+def chunked(u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
+    """The scan in standard operators: a loop over chunks, of which all decays and inputs are computed at once."""
+    batch, length, dim = u_BLD.shape
+
+    def in_chunks(x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 0, 0, -length % CHUNK))  # steps of size 0 leave the state as it is
+        return padded.transpose(0, 1).reshape(-1, CHUNK, batch, x.shape[-1])
+
+    def chunk(h_1BDN: Tensor, u_TBD: Tensor, delta_TBD: Tensor, B_TBN: Tensor, C_TBN: Tensor, A_DN: Tensor) -> Any:
+        decay_TBDN = (delta_TBD[..., None] * A_DN).exp()
+        inputs_TBDN = (delta_TBD * u_TBD)[..., None] * B_TBN[..., None, :]
+        states = []
+        for decay_1BDN, input_1BDN in zip(decay_TBDN.split(1), inputs_TBDN.split(1), strict=True):
+            h_1BDN = h_1BDN * decay_1BDN + input_1BDN
+            states.append(h_1BDN)
+        y_TBD = (torch.cat(states) @ C_TBN[..., None])[..., 0]
+        return h_1BDN.clone(), y_TBD
+
+    start = u_BLD.new_zeros(1, batch, dim, A_DN.shape[1])
+    _, y_KTBD = scan_op(chunk, [start], [in_chunks(x) for x in (u_BLD, delta_BLD, B_BLN, C_BLN)], [A_DN])
+    return y_KTBD.flatten(0, 1).transpose(0, 1)[:, :length]
+
+
+def decompositions(scan: Scan) -> dict[Any, Callable[..., Any]]:
+    """For `torch.export.ExportedProgram.run_decompositions`: the operators that a model's graph has."""
+
+    def mixer(xz_BLE, weights, reverse, scale, gates, save_states, backend):
+        x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
+        total = None
+        for r, direction in enumerate(directions_of(weights, reverse)):
+            y = _one_direction(scan, x_BLD, direction)
+            y = y if gates is None else y * gates[..., r : r + 1]
+            total = y if total is None else total + y
+        assert total is not None
+        return (total if scale == 1.0 else total * scale) * F.silu(z_BLD), xz_BLE.new_empty(0)
+
+    return {torch.ops.vimamba.mixer.default: mixer, torch.ops.vimamba.rms_norm.default: _rms_norm}
+
+
+def _one_direction(scan: Scan, x_BLD: Tensor, direction: Direction) -> Tensor:
+    """Convolution, projections and scan; where it runs backwards the sequence is turned once, and turned back."""
+    turned = direction.conv_reverse and direction.scan_reverse
+    c_BLD = _conv(x_BLD.flip(1) if turned else x_BLD, direction, direction.conv_reverse and not turned)
+    if direction.scan_reverse and not turned:
+        c_BLD = c_BLD.flip(1)
+    rank, state = direction.dt_proj_weight.shape[1], direction.A_log.shape[1]
+    dt_BLR, B_BLN, C_BLN = F.linear(c_BLD, direction.x_proj_weight).split([rank, state, state], dim=-1)
+    delta_BLD = _softplus(F.linear(dt_BLR, direction.dt_proj_weight, direction.dt_bias))
+    y_BLD = scan(c_BLD, delta_BLD, direction.decay_rates, B_BLN, C_BLN) + direction.D * c_BLD
+    return y_BLD.flip(1) if direction.scan_reverse else y_BLD
+
+
+def _conv(x_BLD: Tensor, direction: Direction, reverse: bool) -> Tensor:
+    """The causal convolution and SiLU; (B, L, D)."""
+    weight_D1W = direction.conv_weight.flatten(1)[:, None]
+    dim, _, width = weight_D1W.shape
+    padded = F.pad(x_BLD.transpose(1, 2), (0, width - 1) if reverse else (width - 1, 0))
+    weight_D1W = weight_D1W.flip(-1) if reverse else weight_D1W
+    return F.silu(F.conv1d(padded, weight_D1W, direction.conv_bias, groups=dim)).transpose(1, 2)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """ONNX's operator, which does not overflow: torch.onnx would add PyTorch's threshold to it."""
+    return torch.onnx.ops.symbolic("Softplus", (x,), dtype=x.dtype, shape=x.shape)
+
+
+def _rms_norm(x, weight, residual, eps, out_dtype, backend):
+    total = x if residual is None else x + residual
+    rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
+    return total * rstd * weight, total, rstd[..., 0]

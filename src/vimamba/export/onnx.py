@@ -1,0 +1,79 @@
+"""ONNX files that stock ONNX Runtime runs, or any runtime."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from vimamba.data.samples import Samples
+from vimamba.errors import UserError, one_line, require
+from vimamba.export import lowering
+from vimamba.export.check import Comparison
+from vimamba.export.source import Source
+from vimamba.export.writing import Graph, export
+
+OPSET, PORTABLE_OPSET = 21, 18  # of the default domain
+TOLERANCE = 1e-4
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export_onnx(
+    source: Source | str | os.PathLike[str], path: str | os.PathLike[str], *,
+    img_size: int | tuple[int, int] | None = None, dynamic_size: bool = False, with_preprocessing: bool = False,
+    portable: bool = False, samples: Samples | None = None,
+) -> Comparison:  # fmt: skip
+    """Write a model as an ONNX file, once its outputs have been held against PyTorch's.
+
+    The graph's input is `images` and its output `logits`, or `probabilities`. The batch may be of any size.
+
+    Args:
+        source: what `load_source` gives or takes.
+        path: of the file; weights of more than 2 GB lie beside it under its name with ".data" at the end.
+        img_size, dynamic_size, with_preprocessing: as of `Graph`.
+        portable: use standard operators only, no operator of ONNX Runtime's own.
+        samples: images to check with; built-in digits if not given.
+
+    Raises:
+        UserError: a package is missing, the model cannot be exported like that, the file cannot be written, or the
+            outputs differ.
+    """
+    for name in PACKAGES:
+        require(find_spec(name) is not None, f"`format` onnx needs the package {name}: pip install 'vimamba[export]'")
+    scan, opset = (lowering.chunked, PORTABLE_OPSET) if portable else (lowering.linear_attention, OPSET)
+
+    def write(program: ExportedProgram, metadata: dict[str, str], partial: Path) -> None:
+        with torch.no_grad():
+            lowered = program.run_decompositions(lowering.decompositions(scan))
+            found = torch.onnx.export(
+                lowered, (), dynamo=True, verbose=False, opset_version=opset, input_names=["images"],
+                output_names=["probabilities" if with_preprocessing else "logits"],
+            )  # fmt: skip
+        assert found is not None
+        found.model.metadata_props.update(metadata)
+        found.save(partial)
+
+    graph = Graph(img_size, dynamic_size, with_preprocessing)
+    return export(source, path, graph, write, session, TOLERANCE, samples)
+
+
+def session(path: Path) -> Any:
+    """A function from images to the output of an ONNX file, in ONNX Runtime on as many threads as PyTorch has.
+
+    Raises:
+        UserError: this version of ONNX Runtime cannot run it.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        running = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base but this
+        found = f"onnxruntime {onnxruntime.__version__} cannot run the file ({one_line(error)})"
+        raise UserError(f"`format` onnx: {found}; upgrade it, or give `portable`") from error
+    return lambda images: torch.from_numpy(running.run(None, {"images": images.contiguous().numpy()})[0])

@@ -1,0 +1,127 @@
+"""What every format has in common: from a source to a traced graph, to a file that is checked and put in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from vimamba.data.samples import Samples
+from vimamba.data.transforms import MAX_SIDE
+from vimamba.errors import UserError, one_line, require
+from vimamba.export.check import Comparison, Exported, compare, example_images
+from vimamba.export.outputs import Outputs
+from vimamba.export.source import Source, load_source
+from vimamba_command import package_version
+
+TASKS = ("classification", "segment")
+
+Write = Callable[[ExportedProgram, dict[str, str], Path], None]
+"""A traced graph and what must be known of it to a file."""
+Load = Callable[[Path], Exported]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """What an exported graph takes and gives; its batch may be of any size.
+
+    Args:
+        img_size: height and width of the images, pixels; the model's own if None.
+        dynamic_size: take images of any size from half of that up.
+        with_preprocessing: take uint8 RGB (batch, height, width, 3) that has its size, and give probabilities.
+    """
+
+    img_size: int | tuple[int, int] | None = None
+    dynamic_size: bool = False
+    with_preprocessing: bool = False
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The axes of the images' height and width."""
+        return (1, 2) if self.with_preprocessing else (2, 3)
+
+    def trace(self, module: nn.Module, images: Tensor) -> ExportedProgram:
+        """
+        Raises:
+            UserError: what the module computes depends on the size in a way that no graph can hold.
+        """
+        sizes: dict[int, Any] = {0: Dim("batch")}
+        if self.dynamic_size:
+            for axis, name in zip(self.sides, ("height", "width"), strict=True):
+                sizes[axis] = Dim(name, min=max(2, images.shape[axis] // 2), max=MAX_SIDE)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return torch.export.export(module, (images[:2],), dynamic_shapes=(sizes,))
+            except (ValueError, RuntimeError) as error:
+                way_out = "; leave `dynamic_size` out" if self.dynamic_size else ""
+                raise UserError(f"the model cannot be exported ({one_line(error)}){way_out}") from error
+
+    def smaller(self, images: Tensor) -> Tensor:
+        """Images of another size: a part of them, in order, as AOTInductor's packages take for granted."""
+        height, width = (images.shape[axis] for axis in self.sides)
+        part = images.narrow(self.sides[0], 0, height - height // 4).narrow(self.sides[1], 0, width - width // 5)
+        return part.contiguous()
+
+
+def export(
+    source: Source | str | os.PathLike[str], path: str | os.PathLike[str], graph: Graph, write: Write, load: Load,
+    tolerance: float, samples: Samples | None = None,
+) -> Comparison:  # fmt: skip
+    """Write a model and hold the outputs of what was written against PyTorch's.
+
+    Raises:
+        UserError: the model cannot be exported like that, the file cannot be written, or the outputs differ.
+    """
+    source = source if isinstance(source, Source) else load_source(source)
+    require(
+        source.task in TASKS, f"`task` {source.task}: is not exported yet; export a model that classifies or segments"
+    )
+    with placed(Path(path)) as partial:
+        source = source.sized(graph.img_size)
+        module = Outputs(source, graph.with_preprocessing).eval()
+        images = example_images(source, graph.with_preprocessing, samples)
+        write(graph.trace(module, images), _metadata(source, graph), partial)
+        batches = [images, images[:1], *([graph.smaller(images)] if graph.dynamic_size else [])]
+        return compare(load(partial), module, batches, tolerance)
+
+
+def _metadata(source: Source, graph: Graph) -> dict[str, str]:
+    """What a user of the file must know of the model; all but the names are JSON."""
+    known = {
+        "vimamba": package_version(), "model": source.name, "task": source.task, "license": source.license,
+        "class_names": source.class_names, "preprocessing": dataclasses.asdict(source.preprocessing),
+        "with_preprocessing": graph.with_preprocessing,
+    }  # fmt: skip
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in known.items() if value}
+
+
+@contextlib.contextmanager
+def placed(path: Path) -> Iterator[Path]:
+    """A path to write to, in a folder of its own; what lies there takes its place when the block ends, or is gone.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    require(not path.is_dir(), f"`output` {path}: is a folder; give a file")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield folder / path.name
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # the model itself last
+                os.replace(file, path.parent / file.name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"`output` {path}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,252 @@
+"""Exported models beside PyTorch's: every design, both kinds of ONNX file, programs and packages, and a C++ program."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.cli.runs import write_photos
+from tests.clients.test_graphs import DESIGNS, SMALL
+from vimamba import VisionMamba, load_run, train
+from vimamba.data.transforms import Preprocessing
+from vimamba.errors import UserError
+from vimamba.export import Source, export_aoti, export_int8, export_onnx, export_pt2, load_source, lowering
+from vimamba.export.check import example_images
+from vimamba.export.outputs import Outputs
+from vimamba.inference.evaluation import open_for_eval
+from vimamba.models.heads import build_segmenter, enlarge
+from vimamba.ops.cpu import library
+from vimamba.tasks.find import find_task
+
+ROOT = Path(__file__).parents[2]
+built = pytest.mark.skipif(library.UNAVAILABLE is not None, reason=str(library.UNAVAILABLE))
+CLASSES = ["one", "two", "three", "four", "five"]
+MODES = [dict(bidirectional="none"), dict(bidirectional="layer"), dict(bidirectional="ssm"), dict(merge="sum")]
+PYRAMID = dict(dims=[8, 8, 16, 16], depths=[1, 1, 2, 1], head_dim=8, d_state=4, num_classes=5)
+
+
+def source_of(model: torch.nn.Module, side: int = 32, in_chans: int = 3) -> Source:
+    """Weights that tell the directions and the channels apart: fresh ones are all alike."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    prep = Preprocessing((side, side), in_chans, (0.4,) * in_chans, (0.3,) * in_chans)
+    return Source(model.eval(), "small", "classification", CLASSES, prep, "mit")
+
+
+def small(**options) -> Source:
+    torch.manual_seed(0)
+    return source_of(VisionMamba(**{**SMALL, **options}), in_chans=options.get("in_chans", 3))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run on three colours."""
+    root = tmp_path_factory.mktemp("trained")
+    return train(
+        data=write_photos(root / "photos"), model="vim_nano", model_args={"depth": 1, "embed_dim": 16, "d_state": 4},
+        img_size=16, num_workers=0, batch_size=6, epochs=6, lr=5e-3, augment="none", accelerator="cpu",
+        output=root / "run", progress=False,
+    ).folder  # fmt: skip
+
+
+def run(path: Path, images: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["stock", "portable"])
+@pytest.mark.parametrize("options", [*DESIGNS, *MODES, "pyramid"], ids=str)
+def test_onnx_gives_pytorchs_logits(options, portable, tmp_path):
+    pyramid = options == "pyramid"
+    source = source_of(timm.create_model("vim_pyramid_nano", **PYRAMID)) if pyramid else small(**options)
+    path = tmp_path / "model.onnx"
+    assert export_onnx(source, path, portable=portable).difference <= 1e-4
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted = source.model(images)
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(run(path, images), wanted, rtol=1e-4, atol=1e-4)
+    opsets = {entry.domain: entry.version for entry in onnx.load(path).opset_import}
+    assert opsets == ({"": 18} if portable else {"": 21, "com.microsoft": 1})
+
+
+def test_a_chunk_that_is_not_full_and_a_length_of_several():
+    u, delta = torch.randn(2, 2, 2 * lowering.CHUNK + 3, 4).abs()
+    B, C = torch.randn(2, 2, 2 * lowering.CHUNK + 3, 3)
+    A = -torch.rand(4, 3)
+    states, h = [], torch.zeros(2, 4, 3)
+    for t in range(u.shape[1]):
+        h = h * (delta[:, t, :, None] * A).exp() + (delta * u)[:, t, :, None] * B[:, t, None]
+        states.append((h * C[:, t, None]).sum(-1))
+    torch.testing.assert_close(lowering.chunked(u, delta, A, B, C), torch.stack(states, 1))
+
+
+def test_a_portable_file_runs_in_openvino(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    source, path = small(merge="gate"), tmp_path / "model.onnx"
+    export_onnx(source, path, portable=True)
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    images = example_images(source, False)
+    with torch.inference_mode():
+        found = torch.from_numpy(compiled({"images": images.numpy()})[0])
+        torch.testing.assert_close(found, source.model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_pt2, export_aoti])
+def test_any_size_and_preprocessing(export, tmp_path):
+    """One channel and another size too: a file that takes colour bytes and gives probabilities."""
+    source = small(in_chans=1)
+    path = tmp_path / "model.pt2"
+    found = export(source, path, img_size=(40, 48), dynamic_size=True, with_preprocessing=True)
+    assert found.difference <= 1e-5
+    assert found.seconds > 0
+    rgb = np.random.RandomState(0).randint(0, 256, (1, 33, 57, 3), np.uint8)
+    grey = np.asarray(Image.fromarray(rgb[0]).convert("L"))
+    with torch.inference_mode():
+        logits = source.model((torch.tensor(grey)[None, None] / 255 - 0.4) / 0.3)
+    images = torch.from_numpy(rgb)
+    if export is export_onnx:
+        found = run(path, images)
+    elif export is export_pt2:
+        found = torch.export.load(path).module()(images)
+    else:
+        found = torch._inductor.aoti_load_package(str(path))(images)
+    torch.testing.assert_close(found, logits.softmax(1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_file_tells_what_it_is(tmp_path):
+    export_onnx(small(), tmp_path / "model.onnx")
+    told = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert (told["model"], told["task"], told["license"]) == ("small", "classification", "mit")
+    assert json.loads(told["class_names"]) == CLASSES
+    assert Preprocessing.from_dict(json.loads(told["preprocessing"])) == small().preprocessing
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_pt2])
+def test_a_difference_leaves_nothing_behind(export, tmp_path, monkeypatch):
+    forward, calls = Outputs.forward, []
+
+    def another(self, images):
+        if not torch.compiler.is_exporting():
+            calls.append(images)
+        return forward(self, images) + (0.0 if torch.compiler.is_exporting() else 2e-4)
+
+    monkeypatch.setattr(Outputs, "forward", another)
+    path = tmp_path / "model.pt2"
+    path.write_text("an earlier one")
+    with pytest.raises(UserError, match="differs from PyTorch's by 2"):
+        export(small(), path)
+    assert calls
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt2"]
+    assert path.read_text() == "an earlier one"
+
+
+def test_weights_of_more_than_2_gb_lie_beside_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    export_onnx(small(), tmp_path / "model.onnx")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert run(tmp_path / "model.onnx", torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_a_segmenters_logits_have_the_images_size(head, tmp_path):
+    torch.manual_seed(0)
+    args = dict(depth=2, embed_dim=16, d_state=4)
+    model = build_segmenter("vim_nano", args, 5, 3, (32, 32), {"head": head, "width": 8})
+    source = dataclasses.replace(source_of(model), task="segment")
+    images = example_images(source.sized((40, 48)), False)
+    for export in (export_onnx, export_pt2):
+        export(source, tmp_path / "model.pt2", img_size=(40, 48))
+        exported = run if export is export_onnx else lambda path, x: torch.export.load(path).module()(x)
+        with torch.inference_mode():
+            wanted = enlarge(source.model(images), (40, 48))
+        assert wanted.shape == (4, 5, 40, 48)
+        torch.testing.assert_close(exported(tmp_path / "model.pt2", images), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_tells_the_accuracy_before_and_after(trained, tmp_path):
+    data = open_for_eval(trained, find_task("classification"), str(trained.parent / "photos"))[0]
+    export_onnx(trained, tmp_path / "float.onnx")
+    found = export_int8(trained, tmp_path / "model.onnx", data)
+    assert (found.images, found.top1_before) == (12, load_run(trained).evaluate().numbers["top1"])
+    assert found.top1 >= found.top1_before - 0.1
+    assert 0 < found.difference < 1
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name != "float.onnx"] == ["model.onnx"]
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear", "LinearAttention"} <= kinds
+    with pytest.raises(UserError, match="`int8`: is for models that classify"):
+        export_int8(dataclasses.replace(small(), task="segment"), tmp_path / "x.onnx", data)
+
+
+def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
+    source, path = small(), tmp_path / "model.onnx"
+    with pytest.raises(UserError, match="`task` detect: is not exported yet"):
+        export_pt2(dataclasses.replace(source, task="detect"), path)
+    with pytest.raises(UserError, match="`img_size` 4 x 4: the model cannot take it"):
+        export_pt2(source, path, img_size=4)
+    with pytest.raises(UserError, match="cannot be written"):
+        export_pt2(source, tmp_path / "no" / "model.pt2")
+    with pytest.raises(UserError, match="is a folder; give a file"):
+        export_pt2(source, tmp_path)
+    with pytest.raises(UserError, match="packages are called something"):
+        export_aoti(source, path)
+    monkeypatch.setattr("vimamba.export.onnx.find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(UserError, match=r"needs the package onnxscript: pip install 'vimamba\[export\]'"):
+        export_onnx(source, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_with_a_checkpoint_and_a_checkpoint_of_the_official_code(tmp_path):
+    args = dict(depth=1, embed_dim=16, d_state=4, num_classes=3)
+    model = timm.create_model("vim_nano", **args)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    source = load_source("vim_nano", tmp_path / "model.safetensors", args)
+    assert (source.name, source.class_names) == ("vim_nano", ["0", "1", "2"])
+    assert source.preprocessing.img_size == (28, 28)
+    assert all(torch.equal(a, b) for a, b in zip(source.model.parameters(), model.parameters(), strict=True))
+    official = timm.create_model("vim_tiny_patch16_224", depth=1).state_dict()
+    torch.save({"model": official, "args": Namespace(model="vim_tiny_patch16_midclstok")}, tmp_path / "official.pth")
+    source = load_source(tmp_path / "official.pth", model_args={"if_divide_out": False})
+    assert source.model.layers[0].mixer.merge == "sum"
+    assert (len(source.class_names), source.class_names[0]) == (1000, "tench, Tinca tinca")
+    assert source.license == "apache-2.0"
+
+
+def test_a_run_knows_its_own_arguments(trained):
+    with pytest.raises(UserError, match="a run knows its own"):
+        load_source(trained, model_args={"depth": 1})
+
+
+@built
+def test_a_cpp_program_runs_a_package(tmp_path):
+    cmake, root = shutil.which("cmake"), torch.__path__[0]
+    if cmake is None:
+        pytest.skip("needs cmake")
+    source, package, picture = small(), tmp_path / "model.pt2", tmp_path / "image.ppm"
+    export_aoti(source, package, with_preprocessing=True)
+    rgb = np.random.RandomState(0).randint(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(rgb).save(picture)
+    subprocess.run([cmake, "-S", ROOT / "examples/cpp", "-B", tmp_path, f"-DTORCH_ROOT={root}"], check=True)
+    subprocess.run([cmake, "--build", tmp_path], check=True)
+    command = [tmp_path / "classify", package, library.PATH, picture]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": os.defpath})
+    names, *lines = done.stdout.splitlines()
+    assert json.loads(names) == CLASSES
+    wanted = Outputs(source, with_preprocessing=True)(torch.from_numpy(rgb)[None])[0].tolist()
+    assert [float(line.split()[1]) for line in lines] == pytest.approx(wanted, abs=1e-5)
