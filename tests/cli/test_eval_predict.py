@@ -322,7 +322,7 @@ def test_a_spoilt_checkpoint_is_not_resumed(vimamba, trained, tmp_path, monkeypa
         (["predict", "RUN"], "required"),
         (["predict", "RUN", "x.png", "--csv", "--json"], "--json and --csv: choose one"),
         (["eval", "RUN", "--split", "test"], "--split: expected auto or val or all, got test"),
-        (["prdict", "RUN"], "did you mean predict?"),
+        (["prdict", "RUN"], "did you mean predict"),
     ],
 )
 def test_wrong_calls_are_refused(vimamba, trained, arguments, message):
