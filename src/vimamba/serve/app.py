@@ -125,7 +125,8 @@ def create_app(predictor: Predictor, options: ServeOptions) -> Watched:
         redirect_slashes=False,
     )  # fmt: skip
     _add_errors(app)
-    text = page(predictor)
+    card = predictor.card
+    text = page(card.model, card.task, card.class_names)
 
     @app.get("/", response_class=HTMLResponse, summary="A page to try the model on")
     async def root() -> Response:
