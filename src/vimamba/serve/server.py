@@ -42,7 +42,7 @@ def serve(run: str, options: ServeOptions, how: InferenceOptions, ready: Callabl
     host = f"[{options.host}]" if ":" in options.host else options.host
     allow_connections(options.max_connections)
     config = uvicorn.Config(
-        functools.partial(application, run, options, how), factory=True, interface="asgi3", lifespan="on", ws="none",
+        functools.partial(process, run, options, how), factory=True, interface="asgi3", lifespan="on", ws="none",
         http=protocol(options.max_connections, options.timeout_s), log_config=None, access_log=False,
         server_header=False, timeout_keep_alive=round(options.timeout_s) or 1, workers=options.workers,
         timeout_graceful_shutdown=round(2 * options.timeout_s) or 1, backlog=BACKLOG,
@@ -58,13 +58,19 @@ def serve(run: str, options: ServeOptions, how: InferenceOptions, ready: Callabl
         Multiprocess(config, [listening]).run()
 
 
-def application(run: str, options: ServeOptions, how: InferenceOptions) -> Any:
-    """What a process serves."""
-    from vimamba.serve.app import create_app
+def process(run: str, options: ServeOptions, how: InferenceOptions) -> Any:
+    """The same of a process that does nothing else: with its share of the cores, and a log in JSON."""
     from vimamba.serve.watch import start_logging
 
     torch.set_num_threads(max(1, cores() // options.workers))
     start_logging()
+    return application(run, options, how)
+
+
+def application(run: str, options: ServeOptions, how: InferenceOptions) -> Any:
+    """What a process serves."""
+    from vimamba.serve.app import create_app  # which needs to know first whether processes count together
+
     predictor = load_run(run, options.device, options.precision, how.window, how.flip)
     predictor.task.check_inference(how)
     return create_app(predictor, options)

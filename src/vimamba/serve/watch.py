@@ -33,14 +33,14 @@ class JsonLines(logging.Formatter):
 
 
 def start_logging() -> None:
-    """Every line of the server, and of uvicorn, as JSON on stderr."""
+    """Every line of the process, whichever library it is from, as JSON on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (("vimamba.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
-    logging.getLogger("asyncio").handlers = [handler]
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    LOG.setLevel(logging.INFO)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what is wrong in a form is the sender's to know
 
 
 class Numbers:
