@@ -5,7 +5,7 @@ import io
 import pytest
 from PIL import Image
 
-from tests.cli.conftest import detected, segmented, trained  # noqa: F401 - fixtures
+from tests.cli.conftest import detected, segmented, trained, vimamba  # noqa: F401 - fixtures
 from tests.serve.servers import Server
 
 
