@@ -159,15 +159,6 @@ def photo_folder(tmp_path_factory):
     return root
 
 
-def test_a_folder_finds_the_classes_of_pixels(segmented, tmp_path):
-    web(segmented, tmp_path / "page")
-    path = segmented.parent / "data" / "val/images/10.png"
-    with served(tmp_path / "page") as address:
-        seen = visit(address, tmp_path / "page.png", path)
-    check_whole(seen, 1)
-    check_scores(seen["found"], load_run(segmented), [path])
-
-
 def test_the_runtime_of_the_cdn_is_the_one_that_was_tried():
     assert json.loads((RUNTIME.parent / "package.json").read_text())["version"] == VERSION
     assert {SCRIPT: integrity(RUNTIME / SCRIPT), WASM: integrity(RUNTIME / WASM)} == INTEGRITY

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.serve.servers import Server, form
+from tests.serve.servers import START_S, Server, form
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -32,6 +32,9 @@ def test_stopping_answers_what_is_in_work(trained, tmp_path, photograph, number)
 
 def test_several_workers_count_together(trained, tmp_path, photograph):
     with Server(trained, "--workers", "2", log=tmp_path / "log") as server:
+        until = time.monotonic() + START_S
+        while server.log.read_text().count('"serving"') < 2 and time.monotonic() < until:
+            time.sleep(0.1)
         for _ in range(40):
             assert server.predict(photograph).status == 200
         assert server.number("vimamba_images_total") == 40

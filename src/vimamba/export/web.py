@@ -36,7 +36,7 @@ def export_web(
 ) -> Comparison:  # fmt: skip
     """Write a page, index.html, and the model that it runs, model.onnx; any server of static files can serve them.
 
-    A segmenter looks at images of any size, a classifier at the middle of an image, as `vimamba predict` does.
+    Images are prepared as `vimamba predict` does it.
 
     Args:
         source: what `load_source` gives or takes.
@@ -46,7 +46,8 @@ def export_web(
             if not given.
 
     Raises:
-        UserError: the runtime is not there, the folder cannot be written, or as of `export_onnx`.
+        UserError: the model is no classifier, the runtime is not there, the folder cannot be written, or as of
+            `export_onnx`.
     """
     files = [Path(runtime) / name for name in (SCRIPT, WASM)] if runtime is not None else []
     for file in files:
@@ -54,14 +55,15 @@ def export_web(
     folder = Path(folder)
     require(not folder.exists() or folder.is_dir(), f"`output` {folder}: is a file; give a folder")
     source = (source if isinstance(source, Source) else load_source(source)).sized(img_size)
+    classifies = source.task == "classification"
+    require(
+        classifies, f"`format` web: is for models that classify, not of task {source.task}; `vimamba serve` has a page"
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         require(False, f"`output` {folder}: cannot be made ({error.strerror})")
-    dense = source.task == "segment"
-    found = export_onnx(
-        source, folder / "model.onnx", dynamic_size=dense, with_preprocessing=True, samples=samples
-    )  # fmt: skip
+    found = export_onnx(source, folder / "model.onnx", with_preprocessing=True, samples=samples)
     for file in files:
         shutil.copyfile(file, folder / file.name)
     web: dict[str, Any] = {

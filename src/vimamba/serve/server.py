@@ -19,7 +19,7 @@ from uvicorn.supervisors import Multiprocess
 from vimamba.errors import UserError
 from vimamba.inference.predictor import load_run
 from vimamba.processes import cores
-from vimamba.serve.connections import protocol
+from vimamba.serve.connections import Config
 from vimamba.serve.options import ServeOptions
 from vimamba.tasks.options import InferenceOptions
 
@@ -41,11 +41,10 @@ def serve(run: str, options: ServeOptions, how: InferenceOptions, ready: Callabl
     listening = listen(options)
     host = f"[{options.host}]" if ":" in options.host else options.host
     allow_connections(options.max_connections)
-    config = uvicorn.Config(
-        functools.partial(process, run, options, how), factory=True, interface="asgi3", lifespan="on", ws="none",
-        http=protocol(options.max_connections, options.timeout_s), log_config=None, access_log=False,
-        server_header=False, timeout_keep_alive=round(options.timeout_s) or 1, workers=options.workers,
-        timeout_graceful_shutdown=round(2 * options.timeout_s) or 1, backlog=BACKLOG,
+    config = Config(
+        functools.partial(process, run, options, how), options, factory=True, interface="asgi3", lifespan="on",
+        ws="none", log_config=None, access_log=False, server_header=False, workers=options.workers, backlog=BACKLOG,
+        timeout_keep_alive=round(options.timeout_s) or 1, timeout_graceful_shutdown=round(2 * options.timeout_s) or 1,
     )  # fmt: skip
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn sends itself again what it was stopped by
         signal.signal(number, lambda *_: None)
@@ -86,7 +85,8 @@ def listen(options: ServeOptions) -> socket.socket:
     try:
         return socket.create_server((options.host, options.port), family=family, backlog=BACKLOG)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        known = error.errno is not None and error.errno > 0  # not of a name that nobody knows
+        reason = (os.strerror(error.errno) if known else error.strerror or str(error)).lower()
         raise UserError(f"`port` {options.port} on {options.host}: {reason}; give another `port` or `host`") from error
 
 
