@@ -75,7 +75,17 @@ class Server:
 
     def lines(self) -> list[dict[str, Any]]:
         """The log, which is one JSON object a line."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        return [json.loads(line) for line in self.log.read_text().split("\n")[:-1]]  # the last may be half written
+
+    def line(self, answer: Answer) -> dict[str, Any]:
+        """The line on a request, which comes after its answer."""
+        until = time.monotonic() + START_S
+        while time.monotonic() < until:
+            for line in self.lines():
+                if line.get("id") == answer.headers["x-request-id"]:
+                    return line
+            time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
 
     def number(self, name: str) -> float:
         """A number of /metrics."""

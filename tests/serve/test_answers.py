@@ -148,7 +148,7 @@ def test_the_other_paths(server, trained):
 def test_the_log_tells_of_requests_and_not_of_images(server, photograph):
     body, kind = form(("secret-name.png", photograph))
     answer = server.predict(body, content_type=kind)
-    (line,) = [line for line in server.lines() if line.get("id") == answer.headers["x-request-id"]]
+    line = server.line(answer)
     assert (line["method"], line["path"], line["status"], line["images"]) == ("POST", "/predict", 200, 1)
     assert line["bytes"] == len(body)
     assert "secret-name" not in server.log.read_text()

@@ -23,6 +23,7 @@ from vimamba.serve.connections import Config
 from vimamba.serve.options import ServeOptions
 from vimamba.tasks.options import InferenceOptions
 
+STARTING = 300  # seconds that a worker may be silent: it imports PyTorch before it says anything
 BACKLOG = 4096  # connections that the system keeps until they are taken
 
 
@@ -45,6 +46,7 @@ def serve(run: str, options: ServeOptions, how: InferenceOptions, ready: Callabl
         functools.partial(process, run, options, how), options, factory=True, interface="asgi3", lifespan="on",
         ws="none", log_config=None, access_log=False, server_header=False, workers=options.workers, backlog=BACKLOG,
         timeout_keep_alive=round(options.timeout_s) or 1, timeout_graceful_shutdown=round(2 * options.timeout_s) or 1,
+        timeout_worker_healthcheck=STARTING,
     )  # fmt: skip
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn sends itself again what it was stopped by
         signal.signal(number, lambda *_: None)
