@@ -87,8 +87,8 @@ def listen(options: ServeOptions) -> socket.socket:
     try:
         return socket.create_server((options.host, options.port), family=family, backlog=BACKLOG)
     except OSError as error:
-        known = error.errno is not None and error.errno > 0  # not of a name that nobody knows
-        reason = (os.strerror(error.errno) if known else error.strerror or str(error)).lower()
+        known = error.errno or 0  # below 0 of a name that nobody knows
+        reason = (os.strerror(known) if known > 0 else error.strerror or str(error)).lower()
         raise UserError(f"`port` {options.port} on {options.host}: {reason}; give another `port` or `host`") from error
 
 
