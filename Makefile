@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: install demo demo-dense test test-sanitized test-timm lint types bench clean
+.PHONY: install demo demo-dense test test-sanitized test-browser test-timm lint types bench clean
 
 install: $(VENV)/installed
 
@@ -46,6 +46,13 @@ test-sanitized: install
 	$(BIN)/cmake --build build/sanitized
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 VIMAMBA_CPU_LIBRARY=build/sanitized/_kernels.so FUZZ_CASES=400 \
 	  $(BIN)/python -m pytest tests/ops/test_cpu_kernels.py tests/ops/test_fuzz.py
+
+# The page in headless Chromium, of a server and of a folder that runs the model by onnxruntime-web.
+BROWSER := build/browser
+test-browser: install
+	which chromium || apt-get install -y --no-install-recommends chromium
+	mkdir -p $(BROWSER) && cp tests/serve/package.json $(BROWSER)/ && npm install --silent --no-audit --no-fund --prefix $(BROWSER)
+	BROWSER_MODULES=$(abspath $(BROWSER))/node_modules OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/serve/test_page.py
 
 # timm's own tests of a model, from its source distribution, for every model of ours; about ten minutes.
 TIMM := 1.0.31

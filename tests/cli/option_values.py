@@ -58,6 +58,7 @@ GIVEN = {
     "eval": "$trained --output $out",
     "predict": "$trained $photos/val",
     "export": "$trained --format onnx --output $out/model.pt2",
+    "serve": "$trained",
     "bench": f"{BENCH} --against test_vit --memory false --json $out/bench.json",
     "models": "nano",
     "ablate": "--data digits --model_args '{depth: 1, embed_dim: 16, d_state: 4}' --designs [none] --seeds 1 "
@@ -71,6 +72,7 @@ CONFIGS = {
     "eval": "split: all",
     "predict": "top: 1",
     "export": "dynamic_size: true",
+    "serve": "max_batch: 3",
     "bench": "sizes: [48]",
 }
 
@@ -176,7 +178,7 @@ VALUES: dict[str, dict[str, list[Value]]] = {
     },
     "export": {
         "config": [Value("$config")],
-        "format": [Value("pt2"), Value("aoti")],
+        "format": [Value("pt2"), Value("aoti"), Value("web", "--output $out/page")],
         "output": [Value("$out/elsewhere.onnx")],
         "checkpoint": [Value("$trained/model.safetensors", NAMED, bare=True)],
         "model_args": [
@@ -188,6 +190,27 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "portable": [Value("true")],
         "int8": [Value("true", "--data $photos")],
         "data": [same("$other")],
+        "runtime": [Value("$out", "--format web", refused="--runtime $out: has no ort.wasm.bundle.min.mjs; ")],
+        **ASKS,
+    },
+    # With a server that tells what it was given; tests/serve has each option at work.
+    "serve": {
+        "config": [Value("$config")],
+        "host": [Value("0.0.0.0")],
+        "port": [Value("0")],
+        "workers": [Value("2")],
+        "max_batch": [Value("2")],
+        "max_wait_ms": [Value("0")],
+        "max_queue": [Value("3")],
+        "max_upload_mb": [Value("1")],
+        "max_megapixels": [Value("0.5")],
+        "max_memory_mb": [Value("100")],
+        "max_connections": [Value("10")],
+        "timeout_s": [Value("1.5")],
+        "device": [Value("cpu")],
+        "precision": [Value("bf16-mixed")],
+        "window": [Value("whole")],
+        "flip": [Value("true")],
         **ASKS,
     },
     "bench": {

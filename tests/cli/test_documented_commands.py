@@ -23,6 +23,7 @@ from vimamba.cli import COMMANDS
 from vimamba.cli.examples import EXAMPLES
 from vimamba.data import scenes
 from vimamba.models import checkpoints
+from vimamba.serve import server
 
 ROOT = Path(__file__).parents[2]
 README, EXPORT = ((ROOT / name).read_text() for name in ("README.md", "docs/export.md"))
@@ -35,6 +36,7 @@ SMALLER = {
     "eval": "",
     "predict": "",
     "export": "",
+    "serve": "",  # by a server that ends at once: tests/serve/test_documented.py has one that serves
     "bench": "--models vim_nano --against test_vit --sizes 32 --repeats 1 --seconds 0 --memory false",
     "models": "",
     "ablate": "--model_args.depth 1 --model_args.embed_dim 16 --designs [none] --seeds 1 --epochs 1 --batch_size 1000 "
@@ -97,6 +99,7 @@ def _there(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("VIMAMBA_CACHE", str(workplace / "cache"))
     monkeypatch.setattr(checkpoints, "hf_hub_download", lambda *arguments: str(workplace / OFFICIAL))
+    monkeypatch.setattr(server, "serve", lambda run, what, how, ready: server.application(run, what, how))
     monkeypatch.setattr(scenes, "COUNTS", {"train": 8, "val": 4})
 
 

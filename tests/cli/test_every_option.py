@@ -33,6 +33,7 @@ from tests.cli.test_bad_commands import parser_of
 from tests.data.test_shards import write_shards
 from tests.dense import write_masks
 from vimamba.cli import COMMANDS, ablate, main, parsing
+from vimamba.serve import server
 
 CASES = [(command, name, value) for command in VALUES for name in VALUES[command] for value in VALUES[command][name]]
 
@@ -151,9 +152,10 @@ def with_masks(root, change, which="masks"):
 
 @pytest.fixture
 def _as_it_was(monkeypatch):
-    """Threads, processes and environment are afterwards as before; there is no GPU to round otherwise, and the page of
-    a study goes without the times of large models."""
+    """Threads, processes and environment are afterwards as before; there is no GPU to round otherwise, the page of
+    a study goes without the times of large models, and a server tells what it was given."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr(server, "serve", lambda run, what, how, ready: print(what, how))
     monkeypatch.setattr(ablate, "design_costs", lambda: {"ssm_conv": 1.0, "none": 0.75})
     threads = torch.get_num_threads()
     with mock.patch.dict(os.environ):
@@ -196,7 +198,9 @@ def test_every_option_acts(caller, case):
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "print_config" in VALUES[command]])
 def test_config_takes_what_print_config_prints(caller, tmp_path, command):
-    needed = {"eval": "$trained", "predict": "$trained $photos/val", "export": "$trained"}.get(command, "")
+    needed = {"eval": "$trained", "predict": "$trained $photos/val", "export": "$trained", "serve": "$trained"}.get(
+        command, ""
+    )
     for typed_out in (f"{GIVEN[command]}", f"{needed} --config {tmp_path}/printed.yaml"):
         found = caller.outcome(command, f"{typed_out} --print_config", False)
         assert (found.status, found.error) == (0, "")

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "vimamba":
             raise
-        message = f"the command needs the package {error.name}; run pip install 'vimamba[train]'"
+        extra = "train,serve" if arguments[0] == "serve" else "train"
+        message = f"the command needs the package {error.name}; run pip install 'vimamba[{extra}]'"
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -23,6 +23,10 @@ EXAMPLES = {
         "vimamba export runs/photos --format onnx --output photos.onnx",
         "vimamba export vim_t_midclstok_76p1acc.pth --format onnx --output vim_tiny.onnx --img_size 256",
     ),
+    "serve": (
+        "vimamba serve runs/photos",
+        "vimamba serve runs/photos --host 0.0.0.0 --port 80 --workers 4",
+    ),
     "bench": (
         "vimamba bench --sizes 224 512 1248 --attention fused eager",
         "vimamba bench --models vim_tiny_patch16_224 --passes train --plot bench.png",

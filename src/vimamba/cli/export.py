@@ -13,7 +13,7 @@ from vimamba.cli.parsing import add_options, take
 from vimamba.data.image_data import ImageData
 from vimamba.data.sources import open_data
 from vimamba.errors import require
-from vimamba.export import Source, export_aoti, export_int8, export_onnx, export_pt2, load_source
+from vimamba.export import Source, export_aoti, export_int8, export_onnx, export_pt2, export_web, load_source
 from vimamba.export.check import Comparison
 from vimamba.inference.evaluation import open_for_eval
 from vimamba.tasks.find import find_task
@@ -24,8 +24,9 @@ class ExportOptions:
     """What to write, and of what.
 
     Args:
-        format: onnx (ONNX Runtime and others), pt2 (a program of torch.export) or aoti (AOTInductor's machine code)
-        output: file to write
+        format: onnx (ONNX Runtime and others), pt2 (a program of torch.export), aoti (AOTInductor's machine code) or
+            web (a folder of a page that runs the model in the browser)
+        output: file to write, of web a folder
         checkpoint: weights of the model, where it is given by its name: .safetensors or a PyTorch file
         model_args: keyword arguments of that model, or of vimamba.load_hustvl for a checkpoint of the official code
         img_size: height and width of the images, or one number; the model's own if not given
@@ -34,9 +35,10 @@ class ExportOptions:
         portable: of onnx, use standard operators only, for other runtimes than ONNX Runtime
         int8: of onnx, multiply matrices in 8-bit integers; --data says what is measured before and after
         data: images to check with, as eval takes them; built-in digits if not given
+        runtime: of web, folder with onnxruntime-web's files, to be copied; the page loads them from a CDN if not given
     """
 
-    format: Literal["onnx", "pt2", "aoti"]
+    format: Literal["onnx", "pt2", "aoti", "web"]
     output: str
     checkpoint: str | None = None
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -46,6 +48,7 @@ class ExportOptions:
     portable: bool = False
     int8: bool = False
     data: str | None = None
+    runtime: str | None = None
 
     def __post_init__(self) -> None:
         sides = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or (1,)
@@ -54,6 +57,10 @@ class ExportOptions:
             require(self.format == "onnx" or not getattr(self, name), f"--{name}: is for --format onnx")
         require(not (self.portable and self.int8), "--int8: goes without --portable")
         require(self.data is not None or not self.int8, "--int8: give --data, images with their classes")
+        web = self.format == "web"
+        require(web or self.runtime is None, f"--runtime: is for --format web, not {self.format}")
+        for name in ("dynamic_size", "with_preprocessing"):
+            require(not (web and getattr(self, name)), f"--{name}: --format web chooses it; leave it out")
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -69,7 +76,8 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     data = None if what.data is None else images_of(source, options.source, what.data)
     with terminal.console(stderr=True).status("exporting"):
         found = write(source, what, data)
-    size = Path(what.output).stat().st_size
+    output = Path(what.output)
+    size = sum(file.stat().st_size for file in ([*output.iterdir()] if output.is_dir() else [output]))
     terminal.console().print(f"{what.output} ({size / 1e6:.1f} MB): {found}", markup=False)
     return 0
 
@@ -92,4 +100,6 @@ def write(source: Source, what: ExportOptions, data: ImageData | None) -> Compar
     samples = None if data is None else data.val
     if what.format == "onnx":
         return export_onnx(source, what.output, **graph, portable=what.portable, samples=samples)
+    if what.format == "web":
+        return export_web(source, what.output, img_size=what.img_size, runtime=what.runtime, samples=samples)
     return {"pt2": export_pt2, "aoti": export_aoti}[what.format](source, what.output, **graph, samples=samples)

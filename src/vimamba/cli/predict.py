@@ -26,6 +26,7 @@ from vimamba.data.decode import DecodeError, decode_image
 from vimamba.data.walk import LeftOut, find_images
 from vimamba.errors import UserError, escaped, require
 from vimamba.files import whole
+from vimamba.inference.answers import MIN_SCORE, Asked
 from vimamba.inference.predictor import Predictor, load_run
 from vimamba.inference.runner import DeviceOptions, fitting
 from vimamba.inference.tiles import TileOptions, Tiling, detect, segment
@@ -55,7 +56,7 @@ class PredictOptions:
 
     output: str | None = None
     top: int | None = None
-    min_score: float = 0.5
+    min_score: float = MIN_SCORE
     json: bool = False
     csv: bool = False
 
@@ -84,7 +85,7 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     predictor = load_run(options.run, device.device, device.precision, how.window, how.flip)
     predictor.task.check_inference(how)
     detects = issubclass(predictor.task, DetectionTask)
-    require(detects or what.min_score == PredictOptions().min_score, "--min_score: is for runs that detect objects")
+    require(detects or what.min_score == MIN_SCORE, "--min_score: is for runs that detect objects")
     paths = list_images(options.images)
     if tiles.tile is not None:
         alone = device.batch_size is None and device.num_workers is None
@@ -93,26 +94,25 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     workers = device.num_workers
     if workers is None:
         workers = 0 if len(paths) <= FEW else default_workers()
-    top = what.top or (100 if detects else min(5, len(predictor.class_names)))
-    top = top if detects else min(top, len(predictor.class_names))
+    asked = Asked.by(predictor, what.top, what.min_score)
     out = terminal.console()
     # One console for lines and bar where both go to the terminal: the lines then appear above the bar.
     shown_on = out if out.is_terminal else terminal.console(stderr=True)
     pictures = Pictures(Path(what.output), predictor) if what.output else None
     failed = 0
     if what.csv:
-        print_row(out, ["image", *predictor.task.result.columns(top), "error"])
+        print_row(out, ["image", *predictor.task.result.columns(asked.top), "error"])
     with terminal.progress_bar(shown_on) as bar, pictures or contextlib.nullcontext():
         task = bar.add_task("predicting", total=len(paths))
         for path, answer in zip(paths, predictor.stream(paths, device.batch_size, workers), strict=True):
             failed += isinstance(answer, UserError)
-            answer = answer.above(what.min_score) if isinstance(answer, Detections) else answer
+            answer = asked.of(answer)
             files = pictures.add(path, answer) if pictures else {}
             if what.csv:
-                for row in rows_of(path, answer, top, predictor.task.result):
+                for row in rows_of(path, answer, asked.top, predictor.task.result):
                     print_row(out, row)
             else:
-                print_answer(out, path, answer, top, what.json, files)
+                print_answer(out, path, answer, asked, what.json, files)
             bar.advance(task)
     return told(failed, len(paths))
 
@@ -123,7 +123,7 @@ def run_tiled(predictor: Predictor, paths: list[str], what: PredictOptions, tile
     require(what.output is not None, "--tile: give --output, a folder for what is found")
     require(not what.csv, "--csv: goes without --tile; --json prints what was found")
     out = terminal.console()
-    top = what.top or (100 if issubclass(predictor.task, DetectionTask) else 5)
+    asked = Asked.by(predictor, what.top, what.min_score)
     failed = 0
     with Pictures(Path(what.output or ""), predictor) as pictures:
         try:
@@ -131,7 +131,7 @@ def run_tiled(predictor: Predictor, paths: list[str], what: PredictOptions, tile
                 for path in paths:
                     answer, files = pictures.add_tiled(path, tiles, what.min_score, bar)
                     failed += isinstance(answer, UserError)
-                    print_answer(out, path, answer, top, what.json, files)
+                    print_answer(out, path, answer, asked, what.json, files)
         except KeyboardInterrupt:
             done = pictures.tilings[-1:] and f" at {pictures.tilings[-1].progress()}"
             print(f"\nstopped{done or ''}; the same command goes on there", file=sys.stderr)
@@ -168,15 +168,14 @@ def list_images(given: list[str]) -> list[str]:
     return list(found)
 
 
-def print_answer(out: Console, path: str, answer: Any, top: int, as_json: bool, files: dict[str, str]) -> None:
+def print_answer(out: Console, path: str, answer: Any, asked: Asked, as_json: bool, files: dict[str, str]) -> None:
     """One line: on stdout what the image shows, on stderr what is wrong with it."""
     if as_json:
-        body = {"error": str(answer)} if isinstance(answer, UserError) else {**answer.to_dict(top), **files}
-        out.out(json.dumps({"image": path, **body}))
+        out.out(json.dumps({"image": path, **asked.body(answer), **files}))
     elif isinstance(answer, UserError):
         terminal.warn(str(answer))
     else:
-        found = [(escape(name), f"{100 * p:.1f}%") for name, p in answer.top(min(top, LISTED))]
+        found = [(escape(name), f"{100 * p:.1f}%") for name, p in answer.top(min(asked.top, LISTED))]
         first, *others = found or [("nothing", "")]
         rest = "  ".join(f"{name} {share}" for name, share in others)
         out.print(f"{escape(escaped(path))}  [bold green]{first[0]}[/] {first[1]}  [dim]{rest}[/]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vimamba.data.decode import DecodeError, decode_image, flatten
-from vimamba.data.loaders import Batch, ImageDataset, collate
+from vimamba.data.loaders import ImageDataset, Item, collate
 from vimamba.data.transforms import AugmentOptions, Transform
 from vimamba.errors import UserError, escaped, require, shown
 from vimamba.inference.evaluation import evaluate, open_for_eval
@@ -83,7 +84,7 @@ class Predictor:
         """Where it computes."""
         return self.runner.device
 
-    @property
+    @functools.cached_property
     def transform(self) -> Transform:
         """From an image and its target to what the model takes, and the target."""
         return self.task.transforms(self.card.preprocessing, AugmentOptions(augment="none")).eval
@@ -127,10 +128,16 @@ class Predictor:
         dataset = PictureDataset(Pictures(images), self.transform)
         for items in DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list):
             good = [item for item in items if not isinstance(item, UserError)]
-            results = self._results(collate(good)) if good else iter(())
+            results = self.results(good) if good else iter(())
             yield from (item if isinstance(item, UserError) else next(results) for item in items)
 
-    def _results(self, batch: Batch) -> Iterator[Any]:
+    def item(self, image: Image.Image) -> Item:
+        """An upright 8-bit image as the model takes it; `results` says what it shows."""
+        return Item(self.transform(image, 0)[0], 0, (image.height, image.width))
+
+    def results(self, items: list[Item]) -> Iterator[Any]:
+        """What images show, all looked at together."""
+        batch = collate(items)
         for outputs, _ in self.runner(batch.images, batch.sizes):
             yield from self.task.predictions(outputs, self.class_names)
 

@@ -1,0 +1,192 @@
+"""A server under load: time of a request, throughput beside the predictor in a loop, lost and mixed answers, memory.
+
+`python benchmarks/serve.py [--seconds 600]` serves a model in a process of its own, and asks it from threads of this
+one, each with one request after the other. A share of the requests is bad, in five ways. The model is untrained and its
+images are noise, of which each has another answer. Memory is what the kernel counts as the server's own (RssAnon).
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import io
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vimamba import load_run
+from vimamba.benchmark import machine, report
+from vimamba.data.transforms import Preprocessing
+from vimamba.tasks.weights import ModelCard, save_model
+
+CLASSES, IMAGES = 10, 64
+WARM_S = 20.0  # after which memory and times count
+CLOSE = 2e-5  # of a probability: the same model in batches of other sizes
+TARGETS = {"p99 / p50": 5.0, "throughput / loop": 0.8, "growth MB": 50.0}
+BAD = {b"": 422, b"not an image": 422, b"\x89PNG\r\n\x1a\n" + bytes(200): 422, b"\0" * 2_000_000: 413}
+
+
+class Asked(NamedTuple):
+    """A request that was answered: when, how long it took, how many images, and what was wrong."""
+
+    when: float
+    seconds: float
+    good: bool
+    fault: str
+
+
+def main() -> None:
+    """Serve, ask, print, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vim_nano", help="a model's name")
+    parser.add_argument("--size", type=int, default=56, help="height and width of its images, pixels")
+    parser.add_argument("--clients", type=int, default=32, help="that ask at once")
+    parser.add_argument("--bad", type=float, default=0.05, help="share of bad requests")
+    parser.add_argument("--seconds", type=float, default=60.0, help="after the first, which count nothing")
+    parser.add_argument("--max_batch", type=int, default=16, help="of serve, and of the predictor")
+    parser.add_argument("--max_wait_ms", type=float, default=5.0, help="of serve")
+    parser.add_argument("--workers", type=int, default=1, help="of serve")
+    parser.add_argument("--json", type=Path, help="file to write")
+    options = parser.parse_args()
+    if options.json:
+        report.check_writable(options.json, "--json")
+    facts = machine.describe("cpu")
+    print(machine.heading(facts) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "model.safetensors"
+        write_model(run, options.model, options.size)
+        files = noise(options.size)
+        loop, expected = in_a_loop(run, files, options.max_batch)
+        row = under_load(run, files, expected, options)
+    row |= {"loop images/s": loop, "throughput / loop": row["images/s"] / loop}
+    for name, value in row.items():
+        target = f" (target {TARGETS[name]:g})" if name in TARGETS else ""
+        print(f"{name:18} {value if isinstance(value, int | dict) else format(value, '.4g')}{target}")
+    if options.json:
+        asked = {name: value for name, value in vars(options).items() if name != "json"}
+        options.json.write_text(json.dumps({"machine": facts, "results": [asked | row]}, indent=1) + "\n")
+
+
+def write_model(path: Path, name: str, size: int) -> None:
+    """An untrained model."""
+    torch.manual_seed(0)
+    prep = Preprocessing((size, size), 3, (0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
+    card = ModelCard(name, {}, [f"class {i}" for i in range(CLASSES)], prep)
+    model = card.build()
+    with torch.no_grad():  # logits of an untrained model hardly differ
+        model.get_classifier().weight.mul_(50)
+    save_model(path, model, card)
+
+
+def noise(size: int) -> list[bytes]:
+    """Pictures of other statistics each, in files."""
+    drawn, files = np.random.RandomState(0), []
+    for _ in range(IMAGES):
+        low, high = sorted(drawn.randint(0, 256, 2))
+        pixels = drawn.randint(low, high + 1, (size, size, 3)) * drawn.rand(3)
+        file = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(file, "jpeg")
+        files.append(file.getvalue())
+    return files
+
+
+def in_a_loop(run: Path, files: list[bytes], batch: int) -> tuple[float, list[dict[str, float]]]:
+    """Images a second of the predictor alone, decoding included, and what it says."""
+    predictor = load_run(run)
+    opened = [Image.open(io.BytesIO(file)) for file in files]
+    expected = [dict(result.top(CLASSES)) for result in predictor.predict(opened, batch)]
+    count, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < 10:
+        predictor.predict([Image.open(io.BytesIO(file)) for file in files], batch)
+        count += len(files)
+    return count / passed, expected
+
+
+def under_load(run: Path, files: list[bytes], expected: list[dict[str, float]], options: Any) -> dict[str, Any]:
+    """What clients saw, and what it took."""
+    words = [f"--{name}={getattr(options, name)}" for name in ("max_batch", "max_wait_ms", "workers")]
+    command = [sys.executable, "-m", "vimamba", "serve", str(run), "--port", "0", "--max_upload_mb", "1", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        port = int(re.findall(r":(\d+) ", process.stdout.readline())[0])
+        asked: list[Asked] = []
+        start = time.monotonic()
+        until = start + WARM_S + options.seconds
+        clients = [
+            threading.Thread(target=ask, args=(port, files, expected, options.bad, until, i, asked))
+            for i in range(options.clients)
+        ]
+        for client in clients:
+            client.start()
+        time.sleep(WARM_S)
+        warm = memory(process.pid)
+        for client in clients:
+            client.join()
+        grown = memory(process.pid) - warm
+        process.send_signal(signal.SIGTERM)
+    counted = [one for one in asked if one.when > start + WARM_S]
+    times = np.array([one.seconds for one in counted if one.good])
+    faults = [one.fault for one in asked if one.fault]
+    p50, p99 = np.percentile(times, [50, 99])
+    return {
+        "requests": len(asked), "bad requests": sum(not one.good for one in asked), "faults": len(faults),
+        "kinds of fault": {fault: faults.count(fault) for fault in {*faults}},
+        "p50 ms": 1000 * p50, "p99 ms": 1000 * p99, "p99 / p50": p99 / p50, "images/s": len(times) / options.seconds,
+        "growth MB": grown / 1e6, "exit status": process.returncode,
+    }  # fmt: skip
+
+
+def ask(
+    port: int, files: list[bytes], expected: list[dict[str, float]], bad: float, until: float, seed: int,
+    asked: list[Asked],
+) -> None:  # fmt: skip
+    """One client: a request after the other on one connection, again on a new one where that ended."""
+    draw, connection = random.Random(seed), http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    while time.monotonic() < until:
+        good, which = draw.random() >= bad, draw.randrange(len(files))
+        body = files[which] if good else draw.choice([*BAD, files[which][: len(files[which]) // 2]])
+        start, fault = time.monotonic(), ""
+        try:
+            connection.request("POST", f"/predict?top={CLASSES}", body)
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+            if response.status != (200 if good else BAD.get(body, 422)):
+                fault = f"status {response.status}"
+            elif good and mixed(answer, expected[which]):
+                fault = "mixed"
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            connection.close()
+            fault = f"lost ({type(error).__name__})"
+        asked.append(Asked(start, time.monotonic() - start, good, fault))
+
+
+def mixed(answer: dict[str, Any], expected: dict[str, float]) -> bool:
+    """Whether an answer is not that of its image."""
+    found = {one["class"]: one["probability"] for one in answer["predictions"]}
+    return found.keys() != expected.keys() or any(abs(found[name] - expected[name]) > CLOSE for name in found)
+
+
+def memory(pid: int) -> int:
+    """Bytes of a process and of those that it started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    total = 0
+    for one in (str(pid), *children):
+        found = re.findall(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{one}/status").read_text())
+        total += 1024 * int(found[0])
+    return total
+
+
+if __name__ == "__main__":
+    main()

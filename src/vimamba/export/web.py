@@ -1,0 +1,82 @@
+"""A folder of a page that runs a model in the browser, by onnxruntime-web."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vimamba.data.samples import Samples
+from vimamba.data.steps import MAX_ASPECT
+from vimamba.errors import require
+from vimamba.export.check import Comparison
+from vimamba.export.onnx import export_onnx
+from vimamba.export.source import Source, load_source
+from vimamba.files import write_text
+from vimamba.serve.page import page, with_rules
+
+VERSION = "1.30.0"
+CDN = "https://cdn.jsdelivr.net"
+SCRIPT, WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
+# Of that version's files in the package onnxruntime-web: a browser refuses any others.
+INTEGRITY = {
+    SCRIPT: "sha384-PLWz+nHEVHpjwBsO0YVdvQj6n5814Iv8E3b8FG0Rp/uIAtjFMCKOpP66iPzedrIG",
+    WASM: "sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM",
+}
+
+
+def export_web(
+    source: Source | str | os.PathLike[str], folder: str | os.PathLike[str], *,
+    img_size: int | tuple[int, int] | None = None, runtime: str | os.PathLike[str] | None = None,
+    samples: Samples | None = None,
+) -> Comparison:  # fmt: skip
+    """Write a page, index.html, and the model that it runs, model.onnx; any server of static files can serve them.
+
+    Images are prepared as `vimamba predict` does it.
+
+    Args:
+        source: what `load_source` gives or takes.
+        folder: to write to.
+        img_size, samples: as of `export_onnx`.
+        runtime: folder with onnxruntime-web's files, of which two are copied; the page fetches them from a CDN
+            if not given.
+
+    Raises:
+        UserError: the model is no classifier, the runtime is not there, the folder cannot be written, or as of
+            `export_onnx`.
+    """
+    files = [Path(runtime) / name for name in (SCRIPT, WASM)] if runtime is not None else []
+    for file in files:
+        require(file.is_file(), f"`runtime` {runtime}: has no {file.name}; give node_modules/onnxruntime-web/dist")
+    folder = Path(folder)
+    require(not folder.exists() or folder.is_dir(), f"`output` {folder}: is a file; give a folder")
+    source = (source if isinstance(source, Source) else load_source(source)).sized(img_size)
+    classifies = source.task == "classification"
+    require(
+        classifies, f"`format` web: is for models that classify, not of task {source.task}; `vimamba serve` has a page"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        require(False, f"`output` {folder}: cannot be made ({error.strerror})")
+    found = export_onnx(source, folder / "model.onnx", with_preprocessing=True, samples=samples)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    web: dict[str, Any] = {
+        "model": "model.onnx", "script": SCRIPT, "wasm": WASM, "max_aspect": MAX_ASPECT,
+        "preprocessing": dataclasses.asdict(source.preprocessing),
+        "runtime": "./" if files else f"{CDN}/npm/onnxruntime-web@{VERSION}/dist/",
+        "integrity": {file.name: integrity(file) for file in files} or INTEGRITY,
+    }  # fmt: skip
+    text = page(source.name, source.task, source.class_names, web=web)
+    write_text(folder / "index.html", with_rules(text, "" if files else CDN))
+    return found
+
+
+def integrity(file: Path) -> str:
+    """By what a browser knows a file."""
+    return f"sha384-{base64.b64encode(hashlib.sha384(file.read_bytes()).digest()).decode()}"

@@ -1,0 +1,114 @@
+"""Images of many requests, looked at together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from vimamba.errors import UserError
+from vimamba.serve.options import Refused
+
+
+class Waiting(NamedTuple):
+    """An image before the model, and who waits for what it shows."""
+
+    item: Any
+    answer: asyncio.Future
+    since: float
+
+
+class Batcher:
+    """A queue before one model that one thread runs.
+
+    A batch begins when the first image waits and the model is free, and is looked at when it is full or the first has
+    waited long enough; images whose request has gone are left out.
+
+    Args:
+        results: what the model says of items, one result each; called in a thread of its own.
+        max_batch: items in a call.
+        max_wait_s: seconds that the first waits for others.
+        max_queue: items that may wait.
+        done: told the size of each batch and its seconds.
+    """
+
+    def __init__(
+        self, results: Callable[[list[Any]], list[Any]], max_batch: int, max_wait_s: float, max_queue: int,
+        done: Callable[[int, float], None] = lambda size, seconds: None,
+    ):  # fmt: skip
+        self.results, self.done = results, done
+        self.max_batch, self.max_wait_s, self.max_queue = max_batch, max_wait_s, max_queue
+        self.queue: deque[Waiting] = deque()
+        self.arrived = asyncio.Event()
+        self.thread = ThreadPoolExecutor(1, "model")
+
+    def check_room(self, count: int) -> None:
+        """Refuse what there is no room for.
+
+        Raises:
+            Refused: the queue is full, or could never take so many.
+        """
+        if count > self.max_queue:
+            raise Refused(413, f"{count} images in one request are too many; send at most {self.max_queue}")
+        if len(self.queue) + count > self.max_queue:
+            raise Refused(429, f"{len(self.queue)} images are waiting already; try again in a moment")
+
+    async def answers(self, items: list[Any]) -> list[Any]:
+        """What the model says of some items, in their order; a UserError for one of which it can say nothing.
+
+        Raises:
+            Refused: the queue is full.
+        """
+        self.check_room(len(items))
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        waiting = [Waiting(item, loop.create_future(), now) for item in items]
+        self.queue.extend(waiting)
+        self.arrived.set()
+        return await asyncio.gather(*(one.answer for one in waiting))
+
+    async def run(self) -> None:
+        """Answer until cancelled."""
+        while True:
+            batch = await self._next_batch()
+            if not batch:
+                continue
+            start = time.monotonic()
+            call = asyncio.get_running_loop().run_in_executor(self.thread, self._looked_at, [w.item for w in batch])
+            for one, answer in zip(batch, await call, strict=True):
+                if not one.answer.done():
+                    one.answer.set_result(answer)
+            self.done(len(batch), time.monotonic() - start)
+
+    async def _next_batch(self) -> list[Waiting]:
+        while not self.queue:
+            self.arrived.clear()
+            await self.arrived.wait()
+        until = self.queue[0].since + self.max_wait_s
+        while len(self.queue) < self.max_batch and (left := until - time.monotonic()) > 0:
+            self.arrived.clear()
+            try:
+                await asyncio.wait_for(self.arrived.wait(), left)
+            except asyncio.TimeoutError:
+                break
+        taken = [self.queue.popleft() for _ in range(min(self.max_batch, len(self.queue)))]
+        return [one for one in taken if not one.answer.done()]
+
+    def _looked_at(self, items: list[Any]) -> list[Any]:
+        """Each item's result, or what went wrong with it: one that spoils a batch is found by itself."""
+        try:
+            return self.results(items)
+        except Exception as error:
+            if len(items) > 1:
+                return [answer for item in items for answer in self._looked_at([item])]
+            return [error if isinstance(error, UserError) else Failed(error)]
+
+
+class Failed(Exception):  # noqa: N818 - holds one
+    """What went wrong with an item and is not the sender's to mend."""
+
+    def __init__(self, cause: Exception):
+        super().__init__(str(cause))
+        self.__cause__ = cause

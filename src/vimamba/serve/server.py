@@ -1,0 +1,102 @@
+"""Processes that serve."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import signal
+import socket
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from vimamba.errors import UserError
+from vimamba.inference.predictor import load_run
+from vimamba.processes import cores
+from vimamba.serve.connections import Config
+from vimamba.serve.options import ServeOptions
+from vimamba.tasks.options import InferenceOptions
+
+STARTING = 300  # seconds that a worker may be silent: it imports PyTorch before it says anything
+BACKLOG = 4096  # connections that the system keeps until they are taken
+
+
+def serve(run: str, options: ServeOptions, how: InferenceOptions, ready: Callable[[str], None]) -> None:
+    """Serve a run until SIGTERM or SIGINT; requests that are in work then are answered.
+
+    Args:
+        run: as of `load_run`.
+        options, how: how.
+        ready: told the address once it listens.
+
+    Raises:
+        UserError: there is no run, or the address cannot be had.
+    """
+    application(run, options, how)  # whatever is wrong with the run is said here, once
+    listening = listen(options)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    allow_connections(options.max_connections)
+    config = Config(
+        functools.partial(process, run, options, how), options, factory=True, interface="asgi3", lifespan="on",
+        ws="none", log_config=None, access_log=False, server_header=False, workers=options.workers, backlog=BACKLOG,
+        timeout_keep_alive=round(options.timeout_s) or 1, timeout_graceful_shutdown=round(2 * options.timeout_s) or 1,
+        timeout_worker_healthcheck=STARTING,
+    )  # fmt: skip
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn sends itself again what it was stopped by
+        signal.signal(number, lambda *_: None)
+    ready(f"http://{host}:{listening.getsockname()[1]}")
+    if options.workers == 1:
+        uvicorn.Server(config).run([listening])
+        return
+    with tempfile.TemporaryDirectory(prefix="vimamba-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        Multiprocess(config, [listening]).run()
+
+
+def process(run: str, options: ServeOptions, how: InferenceOptions) -> Any:
+    """The same of a process that does nothing else: with its share of the cores, and a log in JSON."""
+    from vimamba.serve.watch import start_logging
+
+    torch.set_num_threads(max(1, cores() // options.workers))
+    start_logging()
+    return application(run, options, how)
+
+
+def application(run: str, options: ServeOptions, how: InferenceOptions) -> Any:
+    """What a process serves."""
+    from vimamba.serve.app import create_app  # which needs to know first whether processes count together
+
+    predictor = load_run(run, options.device, options.precision, how.window, how.flip)
+    predictor.task.check_inference(how)
+    return create_app(predictor, options)
+
+
+def listen(options: ServeOptions) -> socket.socket:
+    """A socket at the address.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        return socket.create_server((options.host, options.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        known = error.errno or 0  # below 0 of a name that nobody knows
+        reason = (os.strerror(known) if known > 0 else error.strerror or str(error)).lower()
+        raise UserError(f"`port` {options.port} on {options.host}: {reason}; give another `port` or `host`") from error
+
+
+def allow_connections(count: int) -> None:
+    """Have the system allow as many open files as that takes, as far as it lets itself be asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(soft, 2 * count + 256)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
