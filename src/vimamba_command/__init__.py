@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "teach a model the classes of your images",
     "eval": "measure a trained model on held-out images",
     "predict": "name what is in images",
+    "explain": "show what in images the answers rest on",
     "bench": "measure time and memory of models side by side",
     "models": "list the models, with their size and cost",
     "ablate": "compare the bidirectional designs under one budget",

@@ -52,6 +52,7 @@ GIVEN = {
     "--img_size 16 --num_workers 0 --batch_size 6 --epochs 2 --accelerator cpu",
     "eval": "$trained --output $out",
     "predict": "$trained $photos/val",
+    "explain": "$trained $photos/val --output $out",
     "bench": f"{BENCH} --against test_vit --memory false --json $out/bench.json",
     "models": "nano",
     "ablate": "--data digits --model_args '{depth: 1, embed_dim: 16, d_state: 4}' --designs [none] --seeds 1 "
@@ -60,7 +61,13 @@ GIVEN = {
 }
 
 # What --config names.
-CONFIGS = {"train": "epochs: 1", "eval": "split: all", "predict": "top: 1", "bench": "sizes: [48]"}
+CONFIGS = {
+    "train": "epochs: 1",
+    "eval": "split: all",
+    "predict": "top: 1",
+    "explain": "curves: false",
+    "bench": "sizes: [48]",
+}
 
 DEVICE = {
     "device": [same("cpu")],
@@ -160,6 +167,15 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "overlap": [Value("20", "$segmented $large/val/images --output $out --json --tile 48", bare=True)],
         "window": [Value("whole", "$segmented $large/val/images --json", bare=True)],
         "flip": [Value("true", "$segmented $large/val/images --json", bare=True)],
+        **ASKS,
+    },
+    "explain": {
+        "config": [Value("$config")],
+        "output": [Value("$out/further")],
+        "method": [Value("[gradcam, integrated_gradients]")],
+        "target": [Value("red")],
+        "curves": [Value("false")],
+        "device": [same("cpu:0")],
         **ASKS,
     },
     "bench": {

@@ -19,6 +19,10 @@ EXAMPLES = {
         "vimamba predict runs/scenes-seg new/ --output pictures/",
         "vimamba predict runs/scenes-seg large.tif --tile 1024 --overlap 128 --output pictures/",
     ),
+    "explain": (
+        "vimamba explain runs/photos new/*.jpg --output explained/",
+        "vimamba explain runs/photos new/ --method '[gradcam, integrated_gradients]' --output explained/",
+    ),
     "bench": (
         "vimamba bench --sizes 224 512 1248 --attention fused eager",
         "vimamba bench --models vim_tiny_patch16_224 --passes train --plot bench.png",

@@ -1,6 +1,6 @@
 """A model with what chooses held constant, so that its mixers are linear in what they carry, and what each one carries.
 
-A selective scan is y_i = sum_j C_i (prod_k exp(delta_k A)) delta_j B_j u_j: an attention over u, once delta, B and C are
+A selective scan is y_i = sum_j C_i (prod_k exp(delta_k A)) delta_j B_j u_j: an attention over u, if delta, B and C are
 constants (arXiv 2403.01590). Gates, SiLUs and the scales of norms are held likewise, as in MambaLRP (arXiv 2406.07592).
 """
 
@@ -139,7 +139,7 @@ def _merged_of(mixer: BidirectionalMixer, seen: list[Layer]) -> Callable[..., Te
             y_BLD = y_BLD * F.silu(u.chunk(2, dim=-1)[1]).detach()
             total = y_BLD if total is None else total + y_BLD
             parts.append(F.linear(y_BLD.detach(), mixer.out_proj.weight).norm(dim=(1, 2)))
-            directions.append(Carried(*(v.detach() if isinstance(v, Tensor) else v for v in carried)))
+            directions.append(carried._replace(u_BDL=carried.u_BDL.detach()))
         shares_BG = torch.stack(parts, 1)
         pooled_at = (u.shape[1] - 1 if directions[0].reverse else 0) if mixer.pooled_token else None
         seen.append(Layer(directions, shares_BG / shares_BG.sum(1, keepdim=True), layout, pooled_at))
@@ -161,7 +161,7 @@ def _carried(
     x_BDL = u.chunk(2, dim=-1)[0][:, order].transpose(1, 2)
     if mixer.conv2d is None:
         way = _conv_reverse(scan, reverse)
-        x_BDL = causal_conv1d(x_BDL, direction.conv_weight.flatten(1), direction.conv_bias, reverse=way)  # type: ignore[assignment]
+        x_BDL = causal_conv1d(x_BDL, direction.conv_weight.flatten(1), direction.conv_bias, reverse=way)
     u_BDL = x_BDL * x_BDL.detach().sigmoid()
     with torch.no_grad():
         rank_of_dt, state = direction.dt_proj_weight.shape[1], direction.A_log.shape[1]
@@ -172,5 +172,3 @@ def _carried(
         u_BDL, delta.transpose(1, 2), direction.decay_rates.detach(), B_BLN.transpose(1, 2), C_BLN.transpose(1, 2),
         direction.D.detach(), direction.scan_reverse, order, rank, weight, scan.path.name,
     )  # fmt: skip
-
-
