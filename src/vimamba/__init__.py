@@ -14,6 +14,7 @@ from vimamba.ops import causal_conv1d, rms_norm, selective_scan
 from vimamba_command import package_version
 
 if TYPE_CHECKING:
+    from vimamba.inference.explain.maps import explain
     from vimamba.inference.predictor import load_run
     from vimamba.tasks.training import train
 
@@ -25,6 +26,7 @@ __all__ = [
     "VisionMambaPyramid",
     "causal_conv1d",
     "create_model",
+    "explain",
     "list_models",
     "load_hustvl",
     "load_run",
@@ -34,7 +36,11 @@ __all__ = [
 ]
 
 # These need Lightning and others, which models and ops do without: imported when they are asked for.
-_LAZY = {"train": "vimamba.tasks.training", "load_run": "vimamba.inference.predictor"}
+_LAZY = {
+    "explain": "vimamba.inference.explain.maps",
+    "load_run": "vimamba.inference.predictor",
+    "train": "vimamba.tasks.training",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ COMMANDS = {
     "predict": "name what is in images",
     "export": "write a trained model for use without Python",
     "serve": "answer over HTTP what is in images, with a page to try it on",
+    "explain": "show what in images the answers rest on",
     "bench": "measure time and memory of models side by side",
     "models": "list the models, with their size and cost",
     "ablate": "compare the bidirectional designs under one budget",

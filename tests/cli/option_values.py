@@ -59,6 +59,7 @@ GIVEN = {
     "predict": "$trained $photos/val",
     "export": "$trained --format onnx --output $out/model.pt2",
     "serve": "$trained",
+    "explain": "$trained $photos/val --output $out",
     "bench": f"{BENCH} --against test_vit --memory false --json $out/bench.json",
     "models": "nano",
     "ablate": "--data digits --model_args '{depth: 1, embed_dim: 16, d_state: 4}' --designs [none] --seeds 1 "
@@ -73,6 +74,7 @@ CONFIGS = {
     "predict": "top: 1",
     "export": "dynamic_size: true",
     "serve": "max_batch: 3",
+    "explain": "curves: false",
     "bench": "sizes: [48]",
 }
 
@@ -211,6 +213,15 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "precision": [Value("bf16-mixed")],
         "window": [Value("whole")],
         "flip": [Value("true")],
+        **ASKS,
+    },
+    "explain": {
+        "config": [Value("$config")],
+        "output": [Value("$out/further")],
+        "method": [Value("[gradcam, integrated_gradients]")],
+        "target": [Value("red")],
+        "curves": [Value("false")],
+        "device": [same("cpu:0")],
         **ASKS,
     },
     "bench": {

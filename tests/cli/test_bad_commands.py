@@ -49,8 +49,8 @@ def of_wrong_kind() -> list[tuple[str, str]]:
     found = []
     for command in COMMANDS:
         given = TRAIN if command == "train" else command
-        given += " run" if command in ("eval", "predict", "export") else ""
-        given += " image.png" if command == "predict" else ""
+        given += " run" if command in ("eval", "predict", "explain", "export") else ""
+        given += " image.png" if command in ("predict", "explain") else ""
         for name, action in parsing._options(parser_of(command)).items():
             kind = parsing.kind_of(action)
             if kind is None or name == "--print_config":
@@ -97,6 +97,9 @@ OTHERS = {
     "eval /etc/hostname": "/etc/hostname",
     "eval /dev/null": "/dev/null",
     "predict nowhere image.png": "nowhere: there is no such run",
+    "explain nowhere image.png --output out": "nowhere: there is no such run",
+    "explain nowhere image.png": "--output: required",
+    "explain run image.png --output out --method [gradcan]": "did you mean gradcam",
     "predict /etc/hostname image.png": "/etc/hostname",
     "export run": "--format: required but not given",
     "export run --format onnx": "--output: required but not given",

@@ -37,6 +37,7 @@ SMALLER = {
     "predict": "",
     "export": "",
     "serve": "",  # by a server that ends at once: tests/serve/test_documented.py has one that serves
+    "explain": "",
     "bench": "--models vim_nano --against test_vit --sizes 32 --repeats 1 --seconds 0 --memory false",
     "models": "",
     "ablate": "--model_args.depth 1 --model_args.embed_dim 16 --designs [none] --seeds 1 --epochs 1 --batch_size 1000 "

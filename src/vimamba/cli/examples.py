@@ -27,6 +27,10 @@ EXAMPLES = {
         "vimamba serve runs/photos",
         "vimamba serve runs/photos --host 0.0.0.0 --port 80 --workers 4",
     ),
+    "explain": (
+        "vimamba explain runs/photos new/*.jpg --output explained/",
+        "vimamba explain runs/photos new/ --method '[gradcam, integrated_gradients]' --output explained/",
+    ),
     "bench": (
         "vimamba bench --sizes 224 512 1248 --attention fused eager",
         "vimamba bench --models vim_tiny_patch16_224 --passes train --plot bench.png",

@@ -1,0 +1,131 @@
+"""Explanations that are measured: digits on canvases, and the time of a hidden attention at 1248 px.
+
+`python benchmarks/explain.py` trains a small model on digits that stand anywhere on a canvas, prints how often each
+method's largest value lies in the digit (the pointing game), the areas under deletion and insertion beside those of a
+random map, and the time of a map of one large picture in forward passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vimamba import VisionMamba, create_model
+from vimamba.data.mnist import load_mnist
+from vimamba.inference.explain.faithful import curves, random_map
+from vimamba.inference.explain.maps import METHODS, explain
+
+SIDE, DIGIT, PATCH = 56, 28, 8  # pixels of a canvas, of a digit on it and of a patch
+METHODS_OF_LARGE = ("attention", "rollout", "attribution")
+
+
+digits = functools.cache(load_mnist)
+
+
+def canvases(half: int, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Digits at random places: images (count, 1, SIDE, SIDE) from -1 to 1, classes, and the box (top, left) of each."""
+    samples = digits()[half]
+    random = np.random.RandomState(seed)
+    images, labels, corners = torch.full((count, 1, SIDE, SIDE), -1.0), [], []
+    for i, which in enumerate(random.randint(len(samples), size=count)):
+        top, left = random.randint(0, SIDE - DIGIT + 1, 2)
+        images[i, 0, top : top + DIGIT, left : left + DIGIT] = torch.from_numpy(samples.images[which] / 127.5 - 1)
+        labels.append(samples.target(which))
+        corners.append((top, left))
+    return images, torch.tensor(labels), torch.tensor(corners)
+
+
+def train(steps: int, seed: int = 0) -> nn.Module:
+    """A small model that names digits wherever they stand."""
+    torch.manual_seed(seed)
+    model = VisionMamba(
+        img_size=SIDE, patch_size=PATCH, stem="conv", in_chans=1, embed_dim=48, depth=3, num_classes=10, d_state=8
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for step in range(steps):
+        images, labels, _ = canvases(0, 64, step + 1)
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    return model.eval()
+
+
+def inside(map_hw: Tensor, digit_HW: Tensor) -> bool:
+    """Whether the patch of the largest value touches the digit."""
+    patches = F.adaptive_max_pool2d(digit_HW[None].float(), map_hw.shape)[0]
+    return bool(patches.flatten()[map_hw.argmax()] > -0.5)
+
+
+def judge(model: nn.Module, count: int) -> None:
+    """Print the table of methods."""
+    images, labels, _ = canvases(1, count, 12345)
+    with torch.no_grad():
+        right = model(images).argmax(1) == labels
+    print(f"top-1 {right.float().mean():.3f} of {count}; of those that are right:")
+    images, labels = images[right], labels[right]
+    blank = torch.full_like(images[0], -1.0)
+    print(f"{'method':<22}{'pointing':>9}{'deletion':>10}{'insertion':>11}")
+    for method in [*METHODS, "random"]:
+        hits, deletion, insertion = [], [], []
+        for i in range(len(images)):
+            if method == "random":
+                found = random_map(torch.empty(SIDE // PATCH, SIDE // PATCH), i)
+            else:
+                found = explain(model, images[i : i + 1], method, [int(labels[i])])[0]
+            judged = curves(model, images[i], found, int(labels[i]), blank)
+            hits.append(inside(found, images[i]))
+            deletion.append(judged.deletion_area)
+            insertion.append(judged.insertion_area)
+        means = [statistics.mean(values) for values in (hits, deletion, insertion)]
+        print(f"{method:<22}{means[0]:>9.3f}{means[1]:>10.3f}{means[2]:>11.3f}", flush=True)
+
+
+def time_large(side: int) -> None:
+    """Print the time of each method for one picture, in forward passes."""
+    model = create_model("vim_tiny_patch16_224", img_size=side).eval()
+    image = torch.randn(1, 3, side, side)
+
+    def seconds(run) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(image)
+
+    forward()
+    once = min(seconds(forward) for _ in range(3))
+    print(f"forward pass at {side} px: {once:.2f} s")
+    for method in METHODS_OF_LARGE:
+        spent = seconds(lambda method=method: explain(model, image, method, [0]))
+        print(f"{method}: {spent:.2f} s, {spent / once:.2f} forward passes", flush=True)
+
+
+def main() -> None:
+    """Train, judge, time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=600, help="of training")
+    parser.add_argument("--images", type=int, default=100, help="that are judged")
+    parser.add_argument("--large", type=int, default=1248, help="side of the large picture, pixels; 0 for none")
+    options = parser.parse_args()
+    if options.images:
+        judge(train(options.steps), options.images)
+    if options.large:
+        time_large(options.large)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Maps over an image of what a classifier's answer rests on: `vimamba.explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vimamba.errors import UserError, nearest, require
+from vimamba.inference.explain.attention import attention, grid_layout, look, rollout, to_grid
+from vimamba.inference.explain.frozen import frozen, require_tokens
+from vimamba.layers.grid import split_tokens, token_layout
+from vimamba.models.token_model import TokenModel
+
+IG_STEPS = 32  # points of the integral; captum's 50 changes a map's order of pixels little
+
+
+def explain(
+    model: nn.Module, images: Tensor, method: str = "attribution", target: Sequence[int] | None = None
+) -> Tensor:
+    """What in images a classifier's answer rests on.
+
+    Args:
+        model: a classifier in evaluation mode; "gradcam" takes any VisionMamba, "integrated_gradients" any model at
+            all, the others a VisionMamba over the recurrence mamba.
+        images: preprocessed, (batch, in_chans, height, width), of any size that the model takes.
+        method: "attribution" (tokens times their gradient, with delta, B, C, gates and norms held constant: what each
+            patch adds to the logit), "attention" (the hidden attention of the token that is read, mean of the layers),
+            "rollout" (the same through all layers), "gradcam" or "integrated_gradients".
+        target: the class of each image that is asked about; the likeliest if not given. Attention asks about none.
+
+    Returns:
+        (batch, rows, columns), a value for each patch; for "integrated_gradients" one for each pixel.
+
+    Raises:
+        UserError: there is no such method, it does not fit the model, its package is missing, or a class is unknown.
+    """
+    require(method in METHODS, f"`method` {method}: give {', '.join(METHODS)}{nearest(method, METHODS)}")
+    require(images.dim() == 4, f"`images`: give (batch, channels, height, width), got {tuple(images.shape)}")
+    needs_target = method not in ("attention", "rollout")
+    classes = _classes(model, images, target) if needs_target else torch.zeros(len(images), dtype=torch.long)
+    return METHODS[method](model, images, classes).detach()
+
+
+def reshape_transform(model: TokenModel, size: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """For pytorch-grad-cam: the tokens (batch, length, dim) of images of this height and width to maps of patches.
+
+    It knows where class and register tokens stand, and leaves them out.
+    """
+    layout = token_layout(model.class_token, model.patch_embed.grid_size(tuple(size)), model.num_registers)
+
+    def to_map(tokens: Tensor) -> Tensor:
+        return split_tokens(tokens, layout.extras)[0].transpose(1, 2).unflatten(2, layout.grid)
+
+    return to_map
+
+
+def _classes(model: nn.Module, images: Tensor, target: Sequence[int] | None) -> Tensor:
+    if target is None:
+        with torch.no_grad():
+            return model(images).argmax(1)
+    count = getattr(model, "num_classes", None)
+    for number in target:
+        require(
+            0 <= number < (count or number + 1), f"`target` {number}: the model has the classes 0 to {(count or 1) - 1}"
+        )
+    require(len(target) == len(images), f"`target`: {len(target)} classes for {len(images)} images; give one for each")
+    return torch.tensor(list(target), device=images.device)
+
+
+def _attribution(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    tokens_model, kept = require_tokens(model), []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        kept.append(output.detach().requires_grad_())
+        return kept[-1]
+
+    handle = tokens_model.patch_embed.register_forward_hook(keep)
+    try:
+        with torch.enable_grad(), frozen(tokens_model) as layers:
+            logits = tokens_model(images)
+            score = logits.gather(1, classes[:, None]).sum() - logits.mean(1).sum()
+            (gradient,) = torch.autograd.grad(score, kept[0])
+    finally:
+        handle.remove()
+    return (kept[0].detach() * gradient).sum(-1).unflatten(1, grid_layout(layers[0]).grid)
+
+
+def _attention(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    found = require_tokens(model)
+    layers = look(found, images)
+    rows = [row[:, -1] / row[:, -1].sum(-1, keepdim=True) for row in attention(found, layers)]
+    return to_grid(torch.stack(rows).mean(0), grid_layout(layers[0]))
+
+
+def _rollout(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    found = require_tokens(model)
+    layers = look(found, images)
+    return to_grid(rollout(found, layers), grid_layout(layers[0]))
+
+
+def _gradcam(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    if not isinstance(model, TokenModel):
+        raise UserError(
+            f"`method` gradcam: takes a VisionMamba, not a {type(model).__name__}; give integrated_gradients"
+        )
+    try:
+        from pytorch_grad_cam import GradCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    except ModuleNotFoundError as error:
+        raise UserError("`method` gradcam: needs the package grad-cam; run pip install 'vimamba[explain]'") from error
+    # The last block's input to its mixer: of what comes behind it, a class token would read nothing but itself.
+    layer = model.layers[-1].norm
+    to_map = reshape_transform(model, images.shape[2:])
+    targets = [ClassifierOutputTarget(int(number)) for number in classes]
+    with GradCAM(model, [layer], reshape_transform=to_map) as cam, torch.enable_grad():
+        shown = torch.from_numpy(cam(images, targets))
+    grid = token_layout(model.class_token, model.patch_embed.grid_size(tuple(images.shape[2:]))).grid
+    return torch.nn.functional.interpolate(shown[:, None], grid, mode="area")[:, 0]
+
+
+def _integrated_gradients(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    try:
+        from captum.attr import IntegratedGradients
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "`method` integrated_gradients: needs the package captum; run pip install 'vimamba[explain]'"
+        ) from error
+    with torch.enable_grad():
+        found = IntegratedGradients(model).attribute(
+            images, target=classes, n_steps=IG_STEPS, internal_batch_size=len(images)
+        )
+    return found.sum(1)
+
+
+METHODS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "attribution": _attribution,
+    "attention": _attention,
+    "rollout": _rollout,
+    "gradcam": _gradcam,
+    "integrated_gradients": _integrated_gradients,
+}
+"""By name: (model, images, classes) to maps (batch, rows, columns)."""

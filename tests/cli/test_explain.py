@@ -1,0 +1,71 @@
+"""vimamba explain: what it leaves, and what it says of bad input."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.runs import write_photos
+from vimamba.inference.explain import report
+
+
+def test_it_leaves_overlays_a_sheet_a_page_and_numbers(vimamba, trained, photos, tmp_path):
+    given = sorted((photos / "val" / "red").glob("*.png"))[:2]
+    output = tmp_path / "out"
+    status, out, err = vimamba("explain", trained, *given, "--output", output)
+    assert status == 0, err
+    assert "red" in out
+    names = {path.name for path in output.iterdir()}
+    assert {"report.html", "sheet.png", "explain.npz", "000-0-attribution.png", "001-1-token-norms.png"} <= names
+    page = (output / "report.html").read_text()
+    assert len(re.findall('src="data:image/png;base64,', page)) == 12  # three maps, the image, norms and colours
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "deletion" in page
+    assert "row forward" in page
+    with np.load(output / "explain.npz") as numbers:
+        assert numbers["1/attention"].shape == numbers["1/token norms"].shape
+        assert numbers["0/random deletion"].shape == numbers["0/attribution insertion"].shape
+
+
+def test_a_class_is_asked_about_and_curves_are_left_out(vimamba, trained, photos, tmp_path):
+    arguments = ("explain", trained, photos / "val" / "red" / "0.png", "--method", "[attribution]", "--curves", "false")
+    status, out, _ = vimamba(*arguments, "--target", "blue", "--output", tmp_path / "blue")
+    assert status == 0
+    assert "blue" in out
+    assert "insertion" not in (tmp_path / "blue" / "report.html").read_text()
+    status, _, err = vimamba(*arguments, "--target", "bleu", "--output", tmp_path / "none")
+    assert status == 2
+    assert "--target bleu: the run knows no such class; did you mean blue?" in err
+
+
+def test_bad_images_and_runs_are_said(vimamba, trained, segmented, tmp_path):
+    good = write_photos(tmp_path / "more") / "val" / "red" / "0.png"
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    status, _, err = vimamba("explain", trained, tmp_path / "bad.png", good, "--output", tmp_path / "out")
+    assert status == 1
+    assert "1 of 2 images could not be read" in err
+    assert (tmp_path / "out" / "report.html").exists()
+    status, _, err = vimamba("explain", segmented, good, "--output", tmp_path / "out")
+    assert status == 2
+    assert "does not classify" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("label", ["", "$x_2$", "\u732b\u306e\u5199\u771f", "<script>alert(1)</script>", "long " * 60])
+def test_any_class_name_stands_in_the_page_as_it_is(label):
+    picture = Image.new("L", (28, 28))
+    page = report.page("run", [report.Explained("a<b.png", label, 0.5, picture, {}, {})], [])
+    assert "<script>" not in page
+    assert "a&lt;b.png" in page
+    assert (label or "(no name)") in page or "&lt;script&gt;" in page
+
+
+def test_a_map_of_nothing_leaves_the_image_as_it_is():
+    picture = Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28))
+    for nothing in (np.zeros((7, 7)), -np.ones((7, 7)), np.full((7, 7), np.nan)):
+        np.testing.assert_array_equal(
+            np.asarray(report.overlay(picture, nothing)), np.asarray(report.enlarged(picture))
+        )

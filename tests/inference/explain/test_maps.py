@@ -1,0 +1,119 @@
+"""Maps: what they are of, sizes, classes, and that they point at what decides."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+import vimamba
+from tests.inference.explain.test_attention import DESIGNS, images, small
+from vimamba.errors import UserError
+from vimamba.inference.explain.faithful import STEPS, curves, random_map
+from vimamba.inference.explain.maps import METHODS, reshape_transform
+from vimamba.inference.explain.tokens import principal_colours, receptive_field, token_norms
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [(64, 64), (40, 96)])
+def test_every_method_gives_a_map_of_any_size(method, size):
+    pytest.importorskip("captum"), pytest.importorskip("pytorch_grad_cam")
+    model = small(class_token="middle", num_registers=2)
+    found = vimamba.explain(model, torch.randn(2, 3, *size), method, [1, 2])
+    by = 1 if method == "integrated_gradients" else 8
+    assert found.shape == (2, size[0] // by, size[1] // by)
+    assert found.isfinite().all()
+    assert found.std() > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(class_token="double"), dict(class_token="none", num_registers=3)], ids=str
+)
+def test_reshape_transform_leaves_class_and_register_tokens_out(options):
+    model = small(**options)
+    taps = model.forward_intermediates(images(), norm=False, intermediates_only=True, indices=1)
+    seen = []
+    model.layers[-1].register_forward_hook(lambda m, args, out: seen.append(out))
+    model(images())
+    torch.testing.assert_close(reshape_transform(model, (64, 64))(seen[0]), taps[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", DESIGNS, ids=str)
+def test_attribution_is_of_what_the_class_changes(options):
+    model = small(**options)
+    one, other = (vimamba.explain(model, images(), "attribution", [target] * 2) for target in (0, 3))
+    assert one.shape == (2, 8, 8)
+    assert not torch.allclose(one, other)
+    likeliest = model(images()).argmax(1).tolist()
+    assert torch.equal(vimamba.explain(model, images()), vimamba.explain(model, images(), "attribution", likeliest))
+
+
+def brightness_model() -> torch.nn.Module:
+    """Class 1 is likelier the brighter the image's upper left corner."""
+
+    class Corner(torch.nn.Module):
+        def forward(self, x):
+            bright = 4 * x[:, :, :8, :8].mean((1, 2, 3))
+            return torch.stack([-bright, bright], 1)
+
+    return Corner()
+
+
+def test_a_right_map_beats_a_random_and_a_wrong_one_under_both_curves():
+    model, image = brightness_model(), torch.zeros(3, 32, 32)
+    image[:, :8, :8] = 1.0
+    right = torch.zeros(4, 4)
+    right[0, 0] = 1.0
+    blank = torch.zeros_like(image)
+    good, chance, wrong = (curves(model, image, m, 1, blank) for m in (right, random_map(right), -right))
+    assert good.deletion_area < chance.deletion_area < wrong.deletion_area
+    assert good.insertion_area > chance.insertion_area > wrong.insertion_area
+    assert len(good.deletion) == STEPS + 1
+    assert good.deletion[0] == good.insertion[-1]  # the whole image
+    assert good.deletion[-1] == good.insertion[0] == 0.5  # none of it
+
+
+def test_what_tokens_hold():
+    model = small()
+    assert token_norms(model, images()).shape == (2, 8, 8)
+    colours = principal_colours(model, images())
+    assert colours.shape == (2, 8, 8, 3)
+    assert (colours.amin((1, 2)) == 0).all()
+    assert (colours.amax((1, 2)) == 1).all()
+
+
+def test_the_receptive_field_of_one_direction_stops_at_the_patch():
+    one_way = receptive_field(small(bidirectional="none", depth=1), images())
+    assert (one_way[40:] == 0).all()  # rows of patches after the middle one's, the fifth
+    assert (one_way[:32] > 0).any()
+    both = receptive_field(small(depth=1), images())
+    assert (both[40:] > 0).any()
+    assert receptive_field(timm.create_model("test_vit"), torch.randn(1, 3, 160, 160)).shape == (160, 160)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(method="attributon"), "did you mean attribution"),
+        (dict(target=[1]), "1 classes for 2 images"),
+        (dict(target=[1, 9]), "`target` 9: the model has the classes 0 to 4"),
+        (dict(images=torch.zeros(3, 64, 64)), "`images`: give"),
+        (dict(model=timm.create_model("test_vit")), "the model is a VisionTransformer"),
+        (dict(model=timm.create_model("test_vit"), method="gradcam"), "takes a VisionMamba"),
+    ],
+)
+def test_what_cannot_be_explained_is_said(change, words):
+    given = dict(model=small(), images=images(), method="attribution", target=[1, 2])
+    if "model" in change:
+        given["images"] = torch.zeros(2, 3, 160, 160)
+    with pytest.raises(UserError, match=words):
+        vimamba.explain(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("package", "method"), [("captum.attr", "integrated_gradients"), ("pytorch_grad_cam", "gradcam")]
+)
+def test_a_missing_package_is_named(package, method, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(UserError, match=r"pip install 'vimamba\[explain\]'"):
+        vimamba.explain(small(), images(), method, [0, 0])
