@@ -218,7 +218,7 @@ VALUES: dict[str, dict[str, list[Value]]] = {
     "explain": {
         "config": [Value("$config")],
         "output": [Value("$out/further")],
-        "method": [Value("[gradcam, integrated_gradients]")],
+        "method": [Value("'[gradcam, integrated_gradients]'")],
         "target": [Value("red")],
         "curves": [Value("false")],
         "device": [same("cpu:0")],

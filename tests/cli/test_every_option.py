@@ -111,7 +111,7 @@ def content(path: Path) -> Any:
             ([row[name] for name in kept], len(row["times_s"]), row["peak_extra_bytes"] is None)
             for row in measured["results"]
         ]
-    return path.read_bytes() if path.suffix in (".safetensors", ".json", ".onnx", ".pt2") else None
+    return path.read_bytes() if path.suffix in (".safetensors", ".json", ".onnx", ".pt2", ".npz") else None
 
 
 @pytest.fixture(scope="module")
