@@ -6,6 +6,8 @@ outputs; for those of the backward passes this file does, and sums partial gradi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -135,6 +137,22 @@ class CPU(Backend):
 
     def mixer_forward(self, *arguments):
         return torch.ops.vimamba_cpu.mixer_forward(*arguments)
+
+    def mixer_backward(
+        self,
+        dout_BLD: Tensor,
+        xz_BLE: Tensor,
+        weights: Sequence[Tensor],
+        reverse: Sequence[int],
+        states: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Fused, unless the sequences are so few that half of the threads would wait, or the convolution is too wide."""
+        narrow = weights[0].shape[-1] <= torch.ops.vimamba_cpu.max_width()
+        if narrow and 2 * len(xz_BLE) * len(reverse) >= torch.get_num_threads() and dout_BLD.numel():
+            dxz_SBLE, grads = torch.ops.vimamba_cpu.mixer_backward(dout_BLD, xz_BLE, weights, reverse, states, scale)
+            return dxz_SBLE[0] if len(dxz_SBLE) == 1 else dxz_SBLE.sum(0), grads
+        return super().mixer_backward(dout_BLD, xz_BLE, weights, reverse, states, scale)
 
 
 BACKEND = CPU()

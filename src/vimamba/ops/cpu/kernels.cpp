@@ -4,6 +4,7 @@
 #include "conv.h"
 #include "linear.h"
 #include "mixer.h"
+#include "mixer_backward.h"
 #include "norm.h"
 #include "scan.h"
 #include "scan_backward.h"
@@ -44,6 +45,12 @@ const Kernels& VIMAMBA_TABLE() {
       .mixer_columns = mixer_columns,
       .mixer_project = mixer_project,
       .mixer_scan = mixer_scan,
+      .mixer_backward_packed = mixer_backward_packed,
+      .mixer_backward_pack = mixer_backward_pack,
+      .mixer_backward_sums = mixer_backward_sums,
+      .mixer_backward_scratch = mixer_backward_scratch,
+      .mixer_backward = mixer_backward,
+      .mixer_backward_unpack = mixer_backward_unpack,
   };
   return table;
 }

@@ -96,6 +96,14 @@ struct Mixer {
   int64_t gate_batch_stride, gate_time_stride;  // the latter 0 for one gate an image
 };
 
+struct MixerGradients {
+  Rows dout, dx, dz;
+};
+
+struct DirectionGradients {  // of the weights of a Direction
+  float *conv_weight, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A_log, *D;
+};
+
 // A block is one vector of channels that share a group; a group's last block may be short.
 static inline int64_t blocks_of(int64_t dim, int64_t groups, int lanes) {
   return groups * ((dim / groups + lanes - 1) / lanes);
@@ -139,6 +147,15 @@ struct Kernels {
   void (*mixer_scan)(const Mixer&, const Direction&, float* packed, int64_t b, int64_t step_begin,
                      int64_t step_end, int64_t begin, int64_t end, const float* projected, float* state,
                      bool first, bool last, float* scratch);
+
+  // Its gradients: see mixer_backward.h.
+  int64_t (*mixer_backward_packed)(const Mixer&);
+  void (*mixer_backward_pack)(const Mixer&, const Direction&, float* packed);
+  int64_t (*mixer_backward_sums)(const Mixer&);
+  int64_t (*mixer_backward_scratch)(const Mixer&);
+  void (*mixer_backward)(const Mixer&, const Direction&, const MixerGradients&, float* packed, int64_t b,
+                         bool first, float* sums, float* scratch);
+  void (*mixer_backward_unpack)(const Mixer&, float* packed, float* sums, const DirectionGradients&);
 };
 
 const Kernels& kernels_portable();

@@ -52,6 +52,20 @@ void linear_pack(const float* weight, int64_t N, int64_t K, int64_t begin, int64
   }
 }
 
+// The same from the weight's transpose (K, N).
+void linear_pack_transposed(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end,
+                            float* packed) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int vectors = vectors_of(panel, N);
+    for (int64_t k = 0; k < K; ++k)
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t n = panel * kPanel + v * W, left = N - n;
+        store(packed + (panel - begin) * kPanel * K + (k * vectors + v) * W,
+              load(weight + k * N + n, left < W ? (int)left : W));
+      }
+  }
+}
+
 template <int rows, int vectors>
 inline void multiply_block(const Product& p, int64_t m, int64_t n, const float* weight) {
   const float* x = p.x + m * p.x_stride;

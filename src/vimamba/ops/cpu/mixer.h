@@ -15,8 +15,9 @@
 
 namespace {
 
-// Floats of a step's projection: dt, B and C, up to whole vectors.
-int64_t mixer_columns(const Mixer& m) { return blocks_of(m.dt_rank + 2 * m.state, 1, W) * W; }
+// Numbers of a step's projection: dt, B and C; and their floats, up to whole vectors.
+inline int64_t mixer_projected(const Mixer& m) { return m.dt_rank + 2 * m.state; }
+int64_t mixer_columns(const Mixer& m) { return blocks_of(mixer_projected(m), 1, W) * W; }
 
 // A direction's weights, laid out for the kernels: for each block its vectors, then x_proj in panels.
 struct PackedDirection {
@@ -54,7 +55,7 @@ void mixer_pack(const Mixer& m, const Direction& direction, float* memory) {
     pack_decay_of_log(direction.A_log + d * m.state, m.state, block.lanes, packed.decay + i * m.state * W);
     store(packed.skip + i * W, load(direction.D + d, block.lanes));
   }
-  const int64_t projected = m.dt_rank + 2 * m.state;
+  const int64_t projected = mixer_projected(m);
   linear_pack(direction.x_proj, projected, m.dim, 0, linear_panels(projected), packed.x_proj);
 }
 
@@ -71,12 +72,11 @@ struct MixerScratch {
 
 int64_t mixer_scratch(const Mixer& m) { return MixerScratch::floats(m); }
 
-// c = SiLU(conv(x)) for the tile's steps and the blocks [begin, end).
-template <class T>
-void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
-                   int64_t step, int steps, int64_t begin, int64_t end, float* c) {
-  const int64_t stride = direction.conv_reverse ? m.x.time_stride : -m.x.time_stride,
-                row_floats = MixerScratch::padded(m);
+// Calls use(t, i, sum) with the convolution at each of some steps, for each of the blocks [begin, end).
+template <class T, class F>
+inline void for_each_sum(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
+                         int64_t step, int steps, int64_t begin, int64_t end, const F& use) {
+  const int64_t stride = direction.conv_reverse ? m.x.time_stride : -m.x.time_stride;
   for (int64_t i = begin; i < end; ++i) {
     const Block block = block_at(i, m.dim, 1);
     const Taps taps{packed.taps + i * m.width * W, load(packed.conv_bias + i * W), (int)m.width};
@@ -84,9 +84,18 @@ void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirec
       const int64_t position = position_of(step + t, m.length, direction.scan_reverse);
       const int64_t reach = reach_at(position, m.length, direction.conv_reverse);
       const T* x = row<const T>(m.x, b, position) + block.channel;
-      store(c + t * row_floats + i * W, silu(convolve(taps, x, stride, reach, block.lanes)));
+      use(t, i, convolve(taps, x, stride, reach, block.lanes));
     }
   }
+}
+
+// c = SiLU(conv(x)) for the tile's steps and the blocks [begin, end).
+template <class T>
+void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
+                   int64_t step, int steps, int64_t begin, int64_t end, float* c) {
+  const int64_t row_floats = MixerScratch::padded(m);
+  for_each_sum<T>(m, direction, packed, b, step, steps, begin, end,
+                  [&](int t, int64_t i, vf sum) { store(c + t * row_floats + i * W, silu(sum)); });
 }
 
 inline void project_tile(const Mixer& m, const PackedDirection& packed, const float* c, int steps,
@@ -103,12 +112,12 @@ inline void project_tile(const Mixer& m, const PackedDirection& packed, const fl
                   0, steps, 0, linear_panels(columns));
 }
 
-// delta' = softplus(dt @ dt_proj + bias) and delta' c for one block, four steps at a time.
-inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
-                         int64_t columns, int steps, const MixerScratch& s) {
+// Calls use(t, delta) with dt @ dt_proj + bias at each step, for one block, four steps at a time.
+template <class F>
+inline void for_each_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
+                           int64_t columns, int steps, const F& use) {
   const vf bias = load(packed.dt_bias + i * W);
   const float* weight = packed.dt_proj + i * m.dt_rank * W;
-  const int64_t c_stride = MixerScratch::padded(m);
   for (int t = 0; t < steps; t += 4) {
     const int rows = steps - t < 4 ? steps - t : 4;
     const float* dt[4];
@@ -119,12 +128,19 @@ inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t 
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) delta[r] += w * dt[r][k];
     }
-    for (int r = 0; r < rows; ++r) {
-      const vf positive = softplus(delta[r]);
-      store(s.delta_u + (t + r) * W, positive * load(s.c + (t + r) * c_stride + i * W));
-      store(s.delta + (t + r) * W, at_most(positive, kFinite));
-    }
+    for (int r = 0; r < rows; ++r) use(t + r, delta[r]);
   }
+}
+
+// delta' = softplus(delta) and delta' c for one block.
+inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
+                         int64_t columns, int steps, const MixerScratch& s) {
+  const int64_t c_stride = MixerScratch::padded(m);
+  for_each_delta(m, packed, i, projected, columns, steps, [&](int t, vf delta) {
+    const vf positive = softplus(delta);
+    store(s.delta_u + t * W, positive * load(s.c + t * c_stride + i * W));
+    store(s.delta + t * W, at_most(positive, kFinite));
+  });
 }
 
 inline float gate_of(const Mixer& m, const Direction& direction, int64_t b, int64_t position) {

@@ -111,6 +111,12 @@ void check_direction(const Tensor* w, const Mixer& m) {
   check_floats("D", w[6], {m.dim});
 }
 
+// states: (B, K, D, N) to write or to read, or none.
+Direction direction_of(int64_t index, const Tensor* w, int64_t reverse, float* states) {
+  return {index,      data(w[0]), data(w[1]), data(w[2]), data(w[3]), data(w[4]), data(w[5]),
+          data(w[6]), (reverse & kConvReverse) != 0, (reverse & kScanReverse) != 0, states};
+}
+
 // Sizes and activations; xz with contiguous channels, gates (B, L or 1, directions) or none.
 Mixer mixer_of(const Tensor& xz, const std::vector<Tensor>& weights, int64_t directions, double scale,
                const Maybe& gates, const Tensor& out) {
@@ -194,9 +200,8 @@ std::tuple<Tensor, Tensor> mixer_forward(const Tensor given_xz, std::vector<Tens
   for (int64_t d = 0; d < count; ++d) {
     const Tensor* w = &weights[kWeights * d];
     check_direction(w, call.mixer);
-    call.directions.push_back({d, data(w[0]), data(w[1]), data(w[2]), data(w[3]), data(w[4]), data(w[5]),
-                               data(w[6]), (reverse[d] & kConvReverse) != 0, (reverse[d] & kScanReverse) != 0,
-                               save_states ? data(states) + d * states.stride(0) : nullptr});
+    call.directions.push_back(
+        direction_of(d, w, reverse[d], save_states ? data(states) + d * states.stride(0) : nullptr));
   }
   mix(call);
   return {out, states};

@@ -10,6 +10,7 @@
 
 #include "conv_call.h"
 #include "linear_call.h"
+#include "mixer_backward_call.h"
 #include "mixer_call.h"
 #include "norm_call.h"
 #include "scan_call.h"
@@ -84,6 +85,8 @@ STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("mixer_forward(Tensor xz, Tensor[] weights, int[] reverse, float scale, Tensor? gates, bool save_states)"
         " -> (Tensor, Tensor)");
+  m.def("mixer_backward(Tensor dout, Tensor xz, Tensor[] weights, int[] reverse, Tensor states, float scale)"
+        " -> (Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vimamba, m) {
@@ -113,6 +116,7 @@ STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CPU, m) {
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("mixer_forward", TORCH_BOX(&mixer_forward));
+  m.impl("mixer_backward", TORCH_BOX(&mixer_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vimamba, CompositeExplicitAutograd, m) {

@@ -18,30 +18,40 @@ constexpr int kBackward = 8;
 constexpr int kBackward = 4;
 #endif
 
-struct BackwardScratch {
+// What the recurrence's way back works in, for one block.
+struct RetreatScratch {
+  float *kept_decay, *kept_state;                        // (T, kBackward, W)
+  float *delta, *delta_u, *dy, *y, *ddelta, *ddelta_u;  // (T, W)
+
+  static int64_t floats() { return (2 * kBackward + 6) * kChunk * W; }
+  explicit RetreatScratch(float*& at) {
+    auto take = [&at](int64_t floats, auto&... each) { ((each = at, at += floats), ...); };
+    take(kChunk * kBackward * W, kept_decay, kept_state);
+    take(kChunk * W, delta, delta_u, dy, y, ddelta, ddelta_u);
+  }
+};
+
+struct BackwardScratch : RetreatScratch {
   float *decay, *carry, *dA, *state, *constant_B, *constant_C, *dB_constant,
       *dC_constant;                           // (blocks, N, W) each
   float *dD, *dbias;                          // (blocks, W)
   float *B, *C;                               // (T, N)
   float *dB, *dC;                             // (T, N, W)
-  float *kept_decay, *kept_state;             // (T, kBackward, W)
-  float *raw, *delta, *delta_u, *u, *z, *dout;  // (T, W)
-  float *dy, *y, *ddelta, *ddelta_u;            // (T, W)
+  float *raw, *u, *z, *dout;                  // (T, W)
 
   static int64_t floats(const Scan& scan, int64_t blocks) {
     const int64_t T = kChunk, N = scan.state;
-    return 8 * blocks * N * W + 2 * blocks * W + 2 * T * N * W + 2 * T * kBackward * W + 10 * T * W +
+    return RetreatScratch::floats() + 8 * blocks * N * W + 2 * blocks * W + 2 * T * N * W + 4 * T * W +
            2 * T * N;
   }
 
-  BackwardScratch(const Scan& scan, int64_t blocks, float* at) {
+  BackwardScratch(const Scan& scan, int64_t blocks, float* at) : RetreatScratch(at) {
     const int64_t T = kChunk, N = scan.state;
     auto take = [&at](int64_t floats, auto&... each) { ((each = at, at += floats), ...); };
     take(blocks * N * W, decay, carry, dA, state, constant_B, constant_C, dB_constant, dC_constant);
     take(blocks * W, dD, dbias);
     take(T * N * W, dB, dC);
-    take(T * kBackward * W, kept_decay, kept_state);
-    take(T * W, raw, delta, delta_u, u, z, dout, dy, y, ddelta, ddelta_u);
+    take(T * W, raw, u, z, dout);
     take(T * N, B, C);
   }
 };
@@ -54,7 +64,7 @@ inline float* gradient_at(float* gradient, int64_t N, int t, int64_t n) {
 
 // States [first, first + count) of one block and chunk.
 template <int count, bool constant_B, bool constant_C>
-inline void retreat(const BackwardScratch& s, int steps, int64_t first, int64_t N, const float* decay,
+inline void retreat(const RetreatScratch& s, int steps, int64_t first, int64_t N, const float* decay,
                     const float* state, float* carry, float* dA, Coefficients<constant_B> B,
                     Coefficients<constant_C> C, float* dB, float* dC) {
   vf h[count];
@@ -104,7 +114,7 @@ inline void retreat(const BackwardScratch& s, int steps, int64_t first, int64_t 
 }
 
 template <bool constant_B, bool constant_C>
-inline void retreat_all(const BackwardScratch& s, int steps, int64_t N, const float* decay,
+inline void retreat_all(const RetreatScratch& s, int steps, int64_t N, const float* decay,
                         const float* state, float* carry, float* dA, Coefficients<constant_B> B,
                         Coefficients<constant_C> C, float* dB, float* dC) {
   int64_t n = 0;

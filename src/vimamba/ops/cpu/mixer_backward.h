@@ -1,0 +1,351 @@
+// The fused mixer, backward, from the states that its forward saved every kChunk steps.
+//
+// Layout as in mixer.h. One task is one direction of one image: its chunks are walked from the last to the
+// first, and each goes through every stage while it is in the second-level cache: convolution, x_proj and
+// dt_proj again, the recurrence back and forth (scan_backward.h), then the gradients of dt_proj, x_proj and
+// convolution. x, z and dout are read once a direction, dx and dz written once, and nothing else of the
+// sequence touches memory. Gradients of the weights gather over all chunks and images of a thread. Operations
+// for each (step, channel): about 30 N of the recurrence, 4 (R + 2 N) + 4 R + 2 (R + 2 N) of the products, 120.
+#pragma once
+
+#include "mixer.h"
+#include "scan_backward.h"
+
+namespace {
+
+// The weights as the forward has them, then dt_proj (D, R) in panels of R, for the product over channels.
+int64_t mixer_backward_packed(const Mixer& m) {
+  return PackedDirection::floats(m) + linear_packed(linear_panels(m.dt_rank), m.dim);
+}
+
+inline float* dt_panels(const Mixer& m, float* packed) { return packed + PackedDirection::floats(m); }
+
+void mixer_backward_pack(const Mixer& m, const Direction& direction, float* packed) {
+  mixer_pack(m, direction, packed);
+  linear_pack_transposed(direction.dt_proj, m.dt_rank, m.dim, 0, linear_panels(m.dt_rank),
+                         dt_panels(m, packed));
+}
+
+// Gradients of one direction's weights while they gather: vectors of channels, (blocks, n, W) each.
+struct MixerSums {
+  float *taps, *conv_bias, *x_proj, *dt_proj, *dt_bias, *decay, *skip;
+
+  static int64_t floats(const Mixer& m) {
+    return MixerScratch::padded(m) * (m.width + mixer_projected(m) + m.dt_rank + m.state + 3);
+  }
+  MixerSums(const Mixer& m, float* at) {
+    const int64_t floats = MixerScratch::padded(m);
+    auto take = [&at](int64_t floats, auto&... each) { ((each = at, at += floats), ...); };
+    take(floats, conv_bias, dt_bias, skip);
+    take(floats * m.width, taps);
+    take(floats * mixer_projected(m), x_proj);
+    take(floats * m.dt_rank, dt_proj);
+    take(floats * m.state, decay);
+  }
+};
+
+int64_t mixer_backward_sums(const Mixer& m) { return MixerSums::floats(m); }
+
+struct MixerBackwardScratch : RetreatScratch {
+  float *carry, *dx_carry;             // (blocks, N, W), (blocks, width - 1, W): to the chunk walked next
+  float *state, *dB, *dC;              // (N, W), (T, N, W) x 2
+  float *raw, *dz_of_y;                // (T, W)
+  float *c, *slope, *dc, *ddelta_raw;  // (T, D padded)
+  float *projected, *dprojected;       // (T, columns)
+  float *dsum;                         // (T + 2 (width - 1), W), zeros around
+
+  static int64_t floats(const Mixer& m) {
+    const int64_t T = kChunk, padded = MixerScratch::padded(m);
+    return RetreatScratch::floats() + padded * (m.state + m.width - 1 + 4 * T) +
+           W * (m.state + 2 * T * m.state + 2 * T + T + 2 * (m.width - 1)) + 2 * T * mixer_columns(m);
+  }
+  MixerBackwardScratch(const Mixer& m, float* at) : RetreatScratch(at) {
+    const int64_t T = kChunk, padded = MixerScratch::padded(m);
+    auto take = [&at](int64_t floats, auto&... each) { ((each = at, at += floats), ...); };
+    take(padded * m.state, carry);
+    take(padded * (m.width - 1), dx_carry);
+    take(m.state * W, state);
+    take(T * m.state * W, dB, dC);
+    take(T * W, raw, dz_of_y);
+    take(T * padded, c, slope, dc, ddelta_raw);
+    take(T * mixer_columns(m), projected, dprojected);
+    take((T + 2 * (m.width - 1)) * W, dsum);
+  }
+};
+
+int64_t mixer_backward_scratch(const Mixer& m) { return MixerBackwardScratch::floats(m); }
+
+struct MixerChunk {
+  int64_t b, step;
+  int steps;
+  bool first;  // whether this direction is the first to write dx and dz
+};
+
+// c = SiLU(conv(x)) and its slope.
+template <class T>
+void convolve_chunk(const Mixer& m, const Direction& direction, const PackedDirection& packed,
+                    const MixerChunk& at, const MixerBackwardScratch& s) {
+  const int64_t row_floats = MixerScratch::padded(m);
+  for_each_sum<T>(m, direction, packed, at.b, at.step, at.steps, 0, blocks_of(m.dim, 1, W),
+                  [&](int t, int64_t i, vf sum) {
+                    const vf s_of_sum = sigmoid(sum), c = sum * s_of_sum;
+                    store(s.c + t * row_floats + i * W, c);
+                    store(s.slope + t * row_floats + i * W, s_of_sum + c * (1.0f - s_of_sum));
+                  });
+}
+
+// sums (n, W) gain sum_t vector_t number_t[n], for `count` numbers a step.
+template <int count>
+inline void gather_some(int steps, const float* vectors, int64_t vector_stride, const float* numbers,
+                        int64_t number_stride, float* sums) {
+  vf total[count];
+#pragma GCC unroll 8
+  for (int n = 0; n < count; ++n) total[n] = load(sums + n * W);
+  for (int t = 0; t < steps; ++t) {
+    const vf vector = load(vectors + t * vector_stride);
+#pragma GCC unroll 8
+    for (int n = 0; n < count; ++n) total[n] += vector * numbers[t * number_stride + n];
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < count; ++n) store(sums + n * W, total[n]);
+}
+
+inline void gather(int steps, const float* vectors, int64_t vector_stride, const float* numbers,
+                   int64_t number_stride, int64_t count, float* sums) {
+  int64_t n = 0;
+  for (; n + 8 <= count; n += 8)
+    gather_some<8>(steps, vectors, vector_stride, numbers + n, number_stride, sums + n * W);
+  for (; n + 4 <= count; n += 4)
+    gather_some<4>(steps, vectors, vector_stride, numbers + n, number_stride, sums + n * W);
+  for (; n < count; ++n)
+    gather_some<1>(steps, vectors, vector_stride, numbers + n, number_stride, sums + n * W);
+}
+
+// One block's way back through gate and scan: dz, dc without what comes through x_proj, ddelta before softplus.
+template <class T>
+void retreat_block(const Mixer& m, const Direction& direction, const PackedDirection& packed,
+                   const MixerGradients& grad, const MixerChunk& at, int64_t i, const MixerSums& sums,
+                   const MixerBackwardScratch& s) {
+  const int64_t N = m.state, columns = mixer_columns(m), row_floats = MixerScratch::padded(m);
+  const Block block = block_at(i, m.dim, 1);
+  const int64_t chunk = at.b * chunks_of(m.length) + at.step / kChunk;
+  pack_rows(direction.states + (chunk * m.dim + block.channel) * N, N, block.lanes, 1, s.state);
+  const float* c = s.c + i * W;
+  for_each_delta(m, packed, i, s.projected, columns, at.steps, [&](int t, vf raw) {
+    const vf delta = softplus(raw);
+    store(s.raw + t * W, raw);
+    store(s.delta_u + t * W, delta * load(c + t * row_floats));
+    store(s.delta + t * W, at_most(delta, kFinite));
+  });
+  for (int t = 0; t < at.steps; ++t) {
+    const int64_t position = position_of(at.step + t, m.length, direction.scan_reverse);
+    const vf z = load(row<const T>(m.z, at.b, position) + block.channel, block.lanes);
+    const vf dout = m.scale * load(row<const T>(grad.dout, at.b, position) + block.channel, block.lanes);
+    const vf gate = sigmoid(z), silu = z * gate;
+    store(s.dy + t * W, dout * silu);
+    store(s.dz_of_y + t * W, dout * (gate + silu * (1.0f - gate)));
+  }
+  retreat_all<false, false>(s, at.steps, N, packed.decay + i * N * W, s.state, s.carry + i * N * W,
+                            sums.decay + i * N * W, {s.projected + m.dt_rank, columns},
+                            {s.projected + m.dt_rank + N, columns}, s.dB, s.dC);
+  const vf skip = load(packed.skip + i * W);
+  vf dskip = {}, dbias = {};
+  for (int t = 0; t < at.steps; ++t) {
+    const int64_t position = position_of(at.step + t, m.length, direction.scan_reverse);
+    const vf u = load(c + t * row_floats), dy = load(s.dy + t * W), ddelta_u = load(s.ddelta_u + t * W);
+    const vf ddelta = (load(s.ddelta + t * W) * kLn2 + ddelta_u * u) * sigmoid(load(s.raw + t * W));
+    vf dz = load(s.dz_of_y + t * W) * (load(s.y + t * W) + u * skip);
+    T* to = row<T>(grad.dz, at.b, position) + block.channel;
+    if (!at.first) dz += load((const T*)to, block.lanes);
+    store(to, dz, block.lanes);
+    store(s.dc + t * row_floats + i * W, ddelta_u * load(s.delta + t * W) + dy * skip);
+    store(s.ddelta_raw + t * row_floats + i * W, ddelta);
+    dskip += dy * u, dbias += ddelta;
+  }
+  store(sums.skip + i * W, load(sums.skip + i * W) + dskip);
+  store(sums.dt_bias + i * W, load(sums.dt_bias + i * W) + dbias);
+  gather(at.steps, s.ddelta_raw + i * W, row_floats, s.projected, columns, m.dt_rank,
+         sums.dt_proj + i * m.dt_rank * W);
+}
+
+// The gradient of the projection: dt by a product over the channels, B and C summed over their lanes.
+inline void retreat_projection(const Mixer& m, float* packed, const MixerChunk& at,
+                               const MixerBackwardScratch& s) {
+  const int64_t N = m.state, columns = mixer_columns(m);
+  linear_multiply({.x = s.ddelta_raw,
+                   .packed = dt_panels(m, packed),
+                   .bias = nullptr,
+                   .out = s.dprojected,
+                   .x_stride = MixerScratch::padded(m),
+                   .out_stride = columns,
+                   .N = m.dt_rank,
+                   .K = m.dim},
+                  0, at.steps, 0, linear_panels(m.dt_rank));
+  for (int t = 0; t < at.steps; ++t)
+    for (int64_t n = 0; n < N; ++n) {
+      s.dprojected[t * columns + m.dt_rank + n] = sum(load(s.dB + (t * N + n) * W));
+      s.dprojected[t * columns + m.dt_rank + N + n] = sum(load(s.dC + (t * N + n) * W));
+    }
+}
+
+// dsum = (dc + dprojected x_proj) slope for one block, eight steps at a time.
+inline void retreat_input(const Mixer& m, const Direction& direction, const MixerChunk& at, int64_t i,
+                          const MixerBackwardScratch& s) {
+  constexpr int kSteps = 8;
+  const Block block = block_at(i, m.dim, 1);
+  const int64_t columns = mixer_columns(m), row_floats = MixerScratch::padded(m);
+  float* dsum = s.dsum + (m.width - 1) * W;
+  for (int t = 0; t < at.steps; t += kSteps) {
+    const int rows = at.steps - t < kSteps ? at.steps - t : kSteps;
+    const float* dprojected[kSteps];
+    vf dc[kSteps];
+    for (int r = 0; r < kSteps; ++r) {
+      const int64_t from = t + (r < rows ? r : 0);
+      dprojected[r] = s.dprojected + from * columns;
+      dc[r] = load(s.dc + from * row_floats + i * W);
+    }
+    for (int64_t e = 0; e < mixer_projected(m); ++e) {
+      const vf w = load(direction.x_proj + e * m.dim + block.channel, block.lanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kSteps; ++r) dc[r] += w * dprojected[r][e];
+    }
+    for (int r = 0; r < rows; ++r)
+      store(dsum + (t + r) * W, dc[r] * load(s.slope + (t + r) * row_floats + i * W));
+  }
+}
+
+// Gradients of the taps: sums over the chunk of dsum and the tokens `reach` before it (behind it in reverse).
+template <class T>
+inline void retreat_taps(const Mixer& m, const Direction& direction, const MixerChunk& at, int64_t i,
+                         const MixerSums& sums, const MixerBackwardScratch& s) {
+  const Block block = block_at(i, m.dim, 1);
+  const int64_t stride = direction.conv_reverse ? m.x.time_stride : -m.x.time_stride;
+  const float* dsum = s.dsum + (m.width - 1) * W;
+  vf taps[kMaxWidth] = {}, first[4] = {}, bias = {};
+  for (int t = 0; t < at.steps; ++t) {
+    const int64_t position = position_of(at.step + t, m.length, direction.scan_reverse);
+    const int64_t reach = reach_at(position, m.length, direction.conv_reverse);
+    const T* x = row<const T>(m.x, at.b, position) + block.channel;
+    const vf d = load(dsum + t * W);
+    bias += d;
+    if (__builtin_expect(m.width == 4 && reach >= 3, 1)) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) first[j] += d * load(x + j * stride, block.lanes);
+    } else {
+      for (int64_t j = 0; j < m.width && j <= reach; ++j) taps[j] += d * load(x + j * stride, block.lanes);
+    }
+  }
+  for (int64_t j = 0; j < m.width; ++j) {
+    float* to = sums.taps + (i * m.width + j) * W;
+    store(to, load(to) + taps[j] + (j < 4 ? first[j] : vf{}));
+  }
+  store(sums.conv_bias + i * W, load(sums.conv_bias + i * W) + bias);
+}
+
+// dx of one block: what the chunk's sums give to its own tokens, and to width - 1 neighbours that lie in the
+// chunk walked next (they wait in dx_carry) or, where convolution and scan run opposite ways, in the last one.
+template <class T>
+inline void retreat_tokens(const Mixer& m, const Direction& direction, const PackedDirection& packed,
+                           const MixerGradients& grad, const MixerChunk& at, int64_t i,
+                           const MixerBackwardScratch& s) {
+  const Block block = block_at(i, m.dim, 1);
+  const int64_t reach = m.width - 1, last = at.step + at.steps - 1;
+  const bool along = direction.conv_reverse == direction.scan_reverse;
+  // In steps: a sum took in tokens of `reach` earlier steps, or of later ones.
+  const int64_t sign = along ? 1 : -1;
+  const float *taps = packed.taps + i * m.width * W, *dsum = s.dsum + reach * W;
+  float* carry = s.dx_carry + i * reach * W;
+  auto gradient = [&](int64_t t) {
+    vf dx = {};
+    for (int64_t j = 0; j < m.width; ++j) dx += load(taps + j * W) * load(dsum + (t + sign * j) * W);
+    return dx;
+  };
+  auto to_of = [&](int64_t step) {
+    return row<T>(grad.dx, at.b, position_of(step, m.length, direction.scan_reverse)) + block.channel;
+  };
+  for (int64_t t = 0; t < at.steps; ++t) {
+    T* to = to_of(at.step + t);
+    vf dx = gradient(t);
+    const int64_t waits = t - (at.steps - reach);  // from the chunk of later steps
+    if (along && waits >= 0) dx += load(carry + waits * W);
+    if (!at.first) dx += load((const T*)to, block.lanes);
+    store(to, dx, block.lanes);
+  }
+  for (int64_t k = 0; k < reach; ++k) {
+    if (along) {
+      store(carry + k * W, gradient(k - reach));
+    } else if (last + 1 + k < m.length) {
+      T* to = to_of(last + 1 + k);
+      store(to, load((const T*)to, block.lanes) + gradient(at.steps + k), block.lanes);
+    }
+  }
+}
+
+template <class T>
+void mixer_backward_typed(const Mixer& m, const Direction& direction, const MixerGradients& grad,
+                          float* packed_memory, int64_t b, bool first, const MixerSums& sums,
+                          const MixerBackwardScratch& s) {
+  const PackedDirection packed(m, packed_memory);
+  const int64_t N = m.state, reach = m.width - 1, row_floats = MixerScratch::padded(m);
+  memset(s.carry, 0, row_floats * N * sizeof(float));
+  memset(s.dx_carry, 0, row_floats * reach * sizeof(float));
+  for (int64_t chunk = chunks_of(m.length) - 1; chunk >= 0; --chunk) {
+    const int64_t step = chunk * kChunk;
+    const MixerChunk at = {b, step, (int)(m.length - step < kChunk ? m.length - step : kChunk), first};
+    convolve_chunk<T>(m, direction, packed, at, s);
+    project_tile(m, packed, s.c, at.steps, s.projected);
+    memset(s.dB, 0, at.steps * N * W * sizeof(float));
+    memset(s.dC, 0, at.steps * N * W * sizeof(float));
+    for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i)
+      retreat_block<T>(m, direction, packed, grad, at, i, sums, s);
+    retreat_projection(m, packed_memory, at, s);
+    memset(s.dsum, 0, (at.steps + 2 * reach) * W * sizeof(float));
+    for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i) {
+      gather(at.steps, s.c + i * W, row_floats, s.dprojected, mixer_columns(m), mixer_projected(m),
+             sums.x_proj + i * mixer_projected(m) * W);
+      retreat_input(m, direction, at, i, s);
+      retreat_taps<T>(m, direction, at, i, sums, s);
+      retreat_tokens<T>(m, direction, packed, grad, at, i, s);
+    }
+  }
+}
+
+// dx and dz of one direction of one image, stored if it is the `first`, else added; its weights' gradients are
+// added to `sums`.
+void mixer_backward(const Mixer& m, const Direction& direction, const MixerGradients& grad, float* packed,
+                    int64_t b, bool first, float* sums, float* scratch) {
+  const MixerSums gathered(m, sums);
+  const MixerBackwardScratch s(m, scratch);
+  if (m.bf16)
+    mixer_backward_typed<bf16>(m, direction, grad, packed, b, first, gathered, s);
+  else
+    mixer_backward_typed<float>(m, direction, grad, packed, b, first, gathered, s);
+}
+
+// What has gathered, as the weights lie.
+void mixer_backward_unpack(const Mixer& m, float* packed_memory, float* sums, const DirectionGradients& out) {
+  const PackedDirection packed(m, packed_memory);
+  const MixerSums s(m, sums);
+  const int64_t N = m.state, R = m.dt_rank, E = mixer_projected(m);
+  for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i) {
+    const Block block = block_at(i, m.dim, 1);
+    const int64_t d = block.channel;
+    float* taps = s.taps + i * m.width * W;
+    for (int lane = 0; lane < block.lanes; ++lane)
+      for (int64_t j = 0; j < m.width; ++j)
+        out.conv_weight[(d + lane) * m.width + m.width - 1 - j] = taps[j * W + lane];
+    for (int64_t n = 0; n < N; ++n) {
+      float* to = s.decay + (i * N + n) * W;  // dA becomes dA_log: A is -exp(A_log)
+      store(to, load(to) * load(packed.decay + (i * N + n) * W) * kLn2);
+    }
+    unpack_rows(s.decay + i * N * W, N, block.lanes, out.A_log + d * N);
+    unpack_rows(s.dt_proj + i * R * W, R, block.lanes, out.dt_proj + d * R);
+    for (int64_t e = 0; e < E; ++e)
+      store(out.x_proj + e * m.dim + d, load(s.x_proj + (i * E + e) * W), block.lanes);
+    store(out.conv_bias + d, load(s.conv_bias + i * W), block.lanes);
+    store(out.dt_bias + d, load(s.dt_bias + i * W), block.lanes);
+    store(out.D + d, load(s.skip + i * W), block.lanes);
+  }
+}
+
+}  // namespace
