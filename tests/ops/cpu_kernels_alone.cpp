@@ -163,69 +163,127 @@ static void check_linear(int64_t M, int64_t K, int64_t N) {
     }
 }
 
-static void check_mixer(int64_t D, int64_t L, int64_t N, int64_t R, bool reverse) {
-  Problem p(D, L, N, reverse);
-  const vector<float> A_log = normal(D * N), gates = normal(L);
-  for (int64_t i = 0; i < D * N; ++i) p.A[i] = -std::exp(A_log[i]);
-  vector<float> x = normal(L * D), taps = normal(D * 4), conv_bias = normal(D), out(L * D);
-  vector<float> x_proj = normal((R + 2 * N) * D, 0.2), dt_proj = normal(D * R, 0.3);
-  const Mixer mixer = {.batch = 1,
-                       .dim = D,
-                       .length = L,
-                       .state = N,
-                       .dt_rank = R,
-                       .width = 4,
-                       .bf16 = false,
-                       .scale = 0.5f,
-                       .x = {x.data(), L * D, D},
-                       .z = {p.z.data(), L * D, D},
-                       .out = {out.data(), L * D, D},
-                       .gates = gates.data(),
-                       .gate_batch_stride = L,
-                       .gate_time_stride = 1};
-  const Direction way = {.index = 0,
-                         .conv_weight = taps.data(),
-                         .conv_bias = conv_bias.data(),
-                         .x_proj = x_proj.data(),
-                         .dt_proj = dt_proj.data(),
-                         .dt_bias = p.bias.data(),
-                         .A_log = A_log.data(),
-                         .D = p.skip.data(),
-                         .conv_reverse = reverse,
-                         .scan_reverse = reverse,
-                         .states = nullptr};
-  const int64_t blocks = blocks_of(D, 1, k.lanes);
-  vector<float> packed(k.mixer_packed(mixer)), scratch(k.mixer_scratch(mixer)), state(blocks * N * k.lanes);
-  k.mixer_pack(mixer, way, packed.data());
-  const int64_t meet = L / 3;
-  k.mixer_scan(mixer, way, packed.data(), 0, 0, meet, 0, blocks, nullptr, state.data(), true, true,
-               scratch.data());
-  k.mixer_scan(mixer, way, packed.data(), 0, meet, L, 0, blocks, nullptr, state.data(), true, true,
-               scratch.data());
+// Sizes of a mixer of one direction, and which way round its convolution and its scan run.
+struct Sizes {
+  int64_t D, L, N, R;
+  bool conv_reverse, scan_reverse;
+};
 
+// The mixer in double, with a scale of 1; v: x, z (L, D), then the weights in the order of Direction.
+static vector<double> plain_mixer(const Sizes& s, const vector<vector<double>>& v) {
+  const auto [D, L, N, R, conv_reverse, scan_reverse] = s;
+  const auto &x = v[0], &z = v[1], &taps = v[2], &conv_bias = v[3], &x_proj = v[4], &dt_proj = v[5];
+  vector<double> c(L * D), projected(L * (R + 2 * N)), h(D * N), out(L * D);
   for (int64_t t = 0; t < L; ++t)
     for (int64_t d = 0; d < D; ++d) {
-      double y = conv_bias[d];
+      double sum = conv_bias[d];
       for (int64_t j = 0; j < 4; ++j) {
-        const int64_t from = reverse ? t + j : t - j;
-        if (from >= 0 && from < L) y += double(taps[d * 4 + 3 - j]) * x[from * D + d];
+        const int64_t from = conv_reverse ? t + j : t - j;
+        if (from >= 0 && from < L) sum += taps[d * 4 + 3 - j] * x[from * D + d];
       }
-      p.u[t * D + d] = silu(y);
+      c[t * D + d] = silu(sum);
     }
-  for (int64_t t = 0; t < L; ++t) {
-    vector<double> projected(R + 2 * N);
-    for (int64_t r = 0; r < R + 2 * N; ++r)
-      for (int64_t d = 0; d < D; ++d) projected[r] += double(x_proj[r * D + d]) * p.u[t * D + d];
-    for (int64_t n = 0; n < N; ++n) p.B[t * N + n] = projected[R + n], p.C[t * N + n] = projected[R + N + n];
+  for (int64_t t = 0; t < L; ++t)
+    for (int64_t e = 0; e < R + 2 * N; ++e)
+      for (int64_t d = 0; d < D; ++d) projected[t * (R + 2 * N) + e] += x_proj[e * D + d] * c[t * D + d];
+  for (int64_t step = 0; step < L; ++step) {
+    const int64_t t = scan_reverse ? L - 1 - step : step;
+    const double *dt = &projected[t * (R + 2 * N)], *B = dt + R, *C = B + N;
     for (int64_t d = 0; d < D; ++d) {
-      double delta = 0;
-      for (int64_t r = 0; r < R; ++r) delta += double(dt_proj[d * R + r]) * projected[r];
-      p.delta[t * D + d] = delta;
+      double raw = v[6][d], y = v[8][d] * c[t * D + d];
+      for (int64_t r = 0; r < R; ++r) raw += dt_proj[d * R + r] * dt[r];
+      const double delta = softplus(raw);
+      for (int64_t n = 0; n < N; ++n) {
+        double& state = h[d * N + n];
+        state = std::exp(-delta * std::exp(v[7][d * N + n])) * state + delta * c[t * D + d] * B[n];
+        y += state * C[n];
+      }
+      out[t * D + d] = y * silu(z[t * D + d]);
     }
   }
-  const vector<double> plain = p.plain();
+  return out;
+}
+
+static void check_mixer(const Sizes& s) {
+  const auto [D, L, N, R, conv_reverse, scan_reverse] = s;
+  vector<vector<float>> v = {normal(L * D),      normal(L * D),                normal(D * 4),
+                             normal(D),          normal((R + 2 * N) * D, 0.2), normal(D * R, 0.3),
+                             normal(D, 1, -2),   normal(D * N, 0.5),           normal(D)};
+  auto shifted = [&](double step, const vector<vector<float>>& along) {
+    vector<vector<double>> doubles;
+    for (size_t i = 0; i < v.size(); ++i) {
+      doubles.emplace_back(v[i].begin(), v[i].end());
+      if (step != 0)
+        for (size_t j = 0; j < v[i].size(); ++j) doubles[i][j] += step * along[i][j];
+    }
+    return plain_mixer(s, doubles);
+  };
+  const vector<float> gates = normal(L);
+  vector<float> out(L * D), states(chunks_of(L) * D * N);
+  auto rows = [&](vector<float>& data) { return Rows{data.data(), L * D, D}; };
+  Mixer mixer = {.batch = 1,
+                 .dim = D,
+                 .length = L,
+                 .state = N,
+                 .dt_rank = R,
+                 .width = 4,
+                 .bf16 = false,
+                 .scale = 0.5f,
+                 .x = rows(v[0]),
+                 .z = rows(v[1]),
+                 .out = rows(out),
+                 .gates = gates.data(),
+                 .gate_batch_stride = L,
+                 .gate_time_stride = 1};
+  const Direction way = {.index = 0,
+                         .conv_weight = v[2].data(),
+                         .conv_bias = v[3].data(),
+                         .x_proj = v[4].data(),
+                         .dt_proj = v[5].data(),
+                         .dt_bias = v[6].data(),
+                         .A_log = v[7].data(),
+                         .D = v[8].data(),
+                         .conv_reverse = conv_reverse,
+                         .scan_reverse = scan_reverse,
+                         .states = states.data()};
+  const int64_t blocks = blocks_of(D, 1, k.lanes), meet = L / 3;
+  vector<float> packed(k.mixer_packed(mixer)), scratch(k.mixer_scratch(mixer)), state(blocks * N * k.lanes);
+  k.mixer_pack(mixer, way, packed.data());
+  for (const auto [begin, end] : {std::pair(int64_t{0}, meet), std::pair(meet, L)})
+    k.mixer_scan(mixer, way, packed.data(), 0, begin, end, 0, blocks, nullptr, state.data(), true, true,
+                 scratch.data());
+  const vector<double> plain = shifted(0, v);
   for (int64_t i = 0; i < L * D; ++i)
     expect("mixer", out[i], 0.5 * gates[i / D] * plain[i], 1 + std::abs(plain[i]));
+
+  // Gradients, which are of a mixer without gates, as those of the scan.
+  mixer.gates = nullptr;
+  vector<float> dout = normal(L * D);
+  vector<vector<float>> grads, along;
+  for (const auto& input : v) grads.emplace_back(input.size()), along.push_back(normal(input.size()));
+  packed.resize(k.mixer_backward_packed(mixer)), scratch.resize(k.mixer_backward_scratch(mixer));
+  vector<float> sums(k.mixer_backward_sums(mixer));
+  k.mixer_backward_pack(mixer, way, packed.data());
+  k.mixer_backward(mixer, way, {.dout = rows(dout), .dx = rows(grads[0]), .dz = rows(grads[1])}, packed.data(),
+                   0, true, sums.data(), scratch.data());
+  k.mixer_backward_unpack(mixer, packed.data(), sums.data(),
+                          {.conv_weight = grads[2].data(),
+                           .conv_bias = grads[3].data(),
+                           .x_proj = grads[4].data(),
+                           .dt_proj = grads[5].data(),
+                           .dt_bias = grads[6].data(),
+                           .A_log = grads[7].data(),
+                           .D = grads[8].data()});
+  const double step = 1e-5;
+  const vector<double> above = shifted(step, along), below = shifted(-step, along);
+  double wanted = 0, found = 0, scale = 1;
+  for (int64_t i = 0; i < L * D; ++i) wanted += 0.5 * dout[i] * (above[i] - below[i]) / (2 * step);
+  for (size_t i = 0; i < grads.size(); ++i)
+    for (size_t j = 0; j < grads[i].size(); ++j) {
+      found += double(grads[i][j]) * along[i][j];
+      scale += std::abs(double(grads[i][j]) * along[i][j]);
+    }
+  expect("mixer backward", found, wanted, scale);
 }
 
 int main() {
@@ -233,8 +291,8 @@ int main() {
   for (const bool reverse : {false, true}) {
     for (const int64_t N : {1, 5, 16, 19}) check_scan(37, 131, N, reverse);
     check_scan(1, 1, 16, reverse);
-    check_mixer(37, 75, 16, 3, reverse);
-    check_mixer(32, 1, 5, 2, reverse);
+    for (const bool opposite : {false, true}) check_mixer({37, 135, 16, 3, reverse != opposite, reverse});
+    check_mixer({32, 1, 5, 2, reverse, reverse});
   }
   std::printf("%s: %s\n", k.name, failed ? "wrong" : "ok");
   return failed;

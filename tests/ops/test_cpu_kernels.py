@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vimamba.ops import backends, reference
 from vimamba.ops.cpu import library
-from vimamba.ops.direction import Direction, flat
+from vimamba.ops.direction import Direction, directions_of, flat
 
 cpu = backends.load("cpu")
 
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.un
 
 # Float32 sums of a few hundred terms, taken in another order than the reference's float64 ones.
 TOLERANCE = 1e-6
+GRADIENT_TOLERANCE = 3e-6  # of the mixer's weights: such sums of such sums
 
 
 @pytest.fixture(params=library.instruction_sets() if cpu.unavailable() is None else ["none"])
@@ -165,6 +166,54 @@ def check_states(xz_BLE: Tensor, way: Direction, saved_BKDN: Tensor) -> None:
     B, C = B.transpose(1, 2)[:, None], C.transpose(1, 2)[:, None]
     alone = (c_BDL, delta_BDL, way.decay_rates, B, C, way.D, None, way.dt_bias, True, way.scan_reverse, True)
     torch.testing.assert_close(saved_BKDN, cpu.scan_forward(*alone)[2], rtol=1e-4, atol=1e-5)
+
+
+@cache
+def mixer_gradients(batch: int, length: int, reverse: tuple[int, ...]) -> tuple[Tensor, Tensor, list, list[Tensor]]:
+    """xz, dout, the flat directions and the true gradients of xz and of all weights."""
+    xz, ways, _ = mixer_problem(batch, length)
+    dout = torch.randn(batch, length, 40, generator=torch.Generator().manual_seed(batch))
+    weights = [*flat(ways)[0], *(w.flip(0) for w in ways[0].weights)][: 7 * len(reverse)]
+    wide = [t.double().requires_grad_() for t in (xz, *weights)]
+    out = reference.mixer(wide[0], directions_of(wide[1:], reverse), 0.5)
+    return xz, dout, weights, list(torch.autograd.grad(out, wide, dout.double()))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 135), (2, 66), (3, 33)])
+def test_the_gradients_of_the_mixer_however_its_work_is_divided(batch, length, count, threads, each_set):
+    """Seven threads leave the fused kernels too few sequences; 1 and 2 are convolution and scan in opposite ways."""
+    threads(count)
+    for reverse in ((0, 3), (3,), (0, 1, 2)):
+        xz, dout, weights, truths = mixer_gradients(batch, length, reverse)
+        _, states = cpu.mixer_forward(xz, weights, reverse, 0.5, None, True)
+        dxz, grads = cpu.mixer_backward(dout, xz, weights, reverse, states, 0.5)
+        for found, truth in zip((dxz, *grads), truths, strict=True):
+            assert error(found, truth) < GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 17])
+def test_the_gradients_of_the_mixer_with_other_convolutions(width):
+    """The kernels take up to 16 taps."""
+    (xz, dout, weights, _), reverse = mixer_gradients(2, 66, (0, 3)), (0, 3)
+    weights = [torch.randn(40, 1, width) / 2 if i % 7 == 0 else w for i, w in enumerate(weights)]
+    wide = [t.double().requires_grad_() for t in (xz, *weights)]
+    truths = torch.autograd.grad(reference.mixer(wide[0], directions_of(wide[1:], reverse), 0.5), wide, dout.double())
+    _, states = cpu.mixer_forward(xz, weights, reverse, 0.5, None, True)
+    dxz, grads = cpu.mixer_backward(dout, xz, weights, reverse, states, 0.5)
+    for found, truth in zip((dxz, *grads), truths, strict=True):
+        assert found.shape == truth.shape
+        assert error(found, truth) < GRADIENT_TOLERANCE
+
+
+def test_gradients_of_a_bfloat16_mixer_are_close(each_set):
+    xz, dout, weights, truths = mixer_gradients(2, 66, (0, 3))
+    xz, dout = xz.bfloat16(), dout.bfloat16()
+    _, states = cpu.mixer_forward(xz, weights, (0, 3), 0.5, None, True)
+    dxz, grads = cpu.mixer_backward(dout, xz, weights, (0, 3), states, 0.5)
+    assert dxz.dtype == torch.bfloat16
+    for found, truth in zip((dxz, *grads), truths, strict=True):
+        assert error(found, truth) < 1e-2
 
 
 def test_bfloat16_mixer_is_close(each_set):
@@ -310,6 +359,16 @@ def test_the_operators_themselves_refuse_sizes_that_they_would_read_beyond():
         spoilt = [w[:1] if j == 7 + i else w for j, w in enumerate(weights)]
         with pytest.raises(RuntimeError, match="vimamba_cpu: "):
             mix(xz, spoilt, reverse, 1.0, None, False)
+    back, dout, states = torch.ops.vimamba_cpu.mixer_backward, torch.zeros(1, 9, 8), torch.zeros(2, 1, 1, 8, 4)
+    for i in range(7):
+        spoilt = [w[:1] if j == 7 + i else w for j, w in enumerate(weights)]
+        with pytest.raises(RuntimeError, match="vimamba_cpu: "):
+            back(dout, xz, spoilt, reverse, states, 1.0)
+    for bad_dout, bad_states, message in (
+        (dout[:, :8], states, "dout"), (dout.bfloat16(), states, "dout"), (dout, states[:1], "states"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"vimamba_cpu: {message}"):
+            back(bad_dout, xz, weights, reverse, bad_states, 1.0)
     with pytest.raises(RuntimeError, match="vimamba_cpu: the mixer needs"):
         mix(xz, [], [], 1.0, None, False)
     with pytest.raises(RuntimeError, match="vimamba_cpu: gates"):
