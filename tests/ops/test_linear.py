@@ -23,8 +23,8 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 def calls(monkeypatch):
     """How often the kernel ran."""
     ran = []
-    kernel = cpu.product
-    monkeypatch.setattr(cpu, "product", lambda *args: ran.append(args) or kernel(*args))
+    kernel = cpu.linear
+    monkeypatch.setattr(cpu, "linear", lambda *args: ran.append(args) or kernel(*args))
     return ran
 
 
@@ -40,7 +40,7 @@ def test_product(rows, inner, outer, bias, threads, kind):
         torch.set_num_threads(threads)
         library.use_instruction_set(kind)
         x, weight, b = rand(2, rows, inner), rand(outer, inner, seed=1), rand(outer, seed=2) if bias else None
-        out = cpu.product(x, weight, b)
+        out = cpu.linear(x, weight, b)
     finally:
         torch.set_num_threads(before[0])
         library.use_instruction_set(before[1])
@@ -48,16 +48,39 @@ def test_product(rows, inner, outer, bias, threads, kind):
     assert (out - truth).abs().max() / truth.abs().max() < 1e-6
 
 
-def test_inference_takes_the_kernel_and_training_its_gradient(calls):
-    layer, x = torch.nn.Linear(48, 80), rand(3, 40, 48)
+@pytest.mark.parametrize("bias", [False, True])
+def test_inference_and_training_take_the_kernel(calls, bias):
+    layer, x, dout = torch.nn.Linear(48, 80, bias), rand(3, 40, 48).requires_grad_(), rand(3, 40, 80, seed=1)
     with torch.no_grad():
         out = linear(x, layer.weight, layer.bias)
     assert len(calls) == 1
     trained = linear(x, layer.weight, layer.bias)
-    trained.sum().backward()
-    assert len(calls) == 1
-    torch.testing.assert_close(out, trained)
-    torch.testing.assert_close(layer.weight.grad, x.flatten(0, 1).sum(0).expand(80, 48))
+    inputs = [x, *layer.parameters()]
+    grads = torch.autograd.grad(trained, inputs, dout)
+    assert len(calls) == 3  # and that of x
+    assert torch.equal(out, trained)
+    for found, wanted in zip(grads, torch.autograd.grad(layer(x), inputs, dout), strict=True):
+        torch.testing.assert_close(found, wanted)
+    frozen = torch.autograd.grad(linear(x.detach(), layer.weight, layer.bias), layer.weight, dout)[0]
+    assert len(calls) == 4  # no gradient of x
+    torch.testing.assert_close(frozen, grads[1])
+
+
+def test_second_derivatives():
+    given, penalties = (rand(40, 48), rand(80, 48, seed=1), rand(80, seed=2)), []
+    for function, dtype in ((linear, torch.float32), (F.linear, torch.float64)):
+        inputs = [t.to(dtype).requires_grad_() for t in given]
+        grads = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+        penalties.append(torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
+    for found, wanted in zip(*penalties, strict=True):
+        assert (found - wanted).norm() / wanted.norm() < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(7, 5, 3), (197, 100, 192), (300, 49, 513)])
+def test_a_transposed_weight_is_read_as_it_is(rows, inner, outer):
+    x, weight = rand(rows, inner), rand(inner, outer, seed=1).t()
+    truth = F.linear(x.double(), weight.double())
+    assert (cpu.linear(x, weight, None) - truth).abs().max() / truth.abs().max() < 1e-6
 
 
 @torch.no_grad()

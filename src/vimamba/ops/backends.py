@@ -100,8 +100,12 @@ class Backend(ABC):
 
     # What it may have: where it is faster than PyTorch, or than the functions above one after the other.
 
+    def has_linear(self, x: Tensor, /) -> bool:
+        """Whether `linear` is faster than PyTorch's on `x`."""
+        return False
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor:
-        """torch.nn.functional.linear where no gradient is wanted; all of one type."""
+        """torch.nn.functional.linear, all of one type; also with a weight that is the transpose of a contiguous one."""
         return F.linear(x, weight, bias)
 
     def mixer_forward(
@@ -218,10 +222,14 @@ def direct(name: str | None, x: Tensor) -> bool:
 
 def values_only(x: Tensor) -> bool:
     """Whether nothing but the numbers is wanted of an op on `x`: no gradient and no trace of any kind."""
+    return not torch.is_grad_enabled() and untraced(x)
+
+
+def untraced(x: Tensor) -> bool:
+    """Whether an op on `x` is computed and no more: nothing records, transforms or counts it but autograd."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch.is_grad_enabled()
         or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -216,7 +216,7 @@ class BidirectionalMixer(DirectionalMixer):
             source = compute() if kept is None else kept  # type: ignore[misc]
             bias = None if self.in_proj.bias is None else self.in_proj.bias.to(dtype)
             with torch.autocast(source.device.type, enabled=False):
-                return F.linear(source.to(dtype), self.in_proj.weight.to(dtype), bias)
+                return linear(source.to(dtype), self.in_proj.weight.to(dtype), bias)
 
         return project
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vimamba.ops.backends import Backend
@@ -124,15 +123,12 @@ class CPU(Backend):
         )
         return dsum, dweight_SE.sum(0)
 
-    def linear(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        """The kernel's product where it is faster: it has to pack the weight, and needs wide vectors."""
+    def has_linear(self, x: Tensor) -> bool:
+        """The kernel has to pack the weight, and needs wide vectors."""
         enough = x.numel() >= _FEW_ROWS * max(1, x.shape[-1])
-        if x.dtype == torch.float32 and library.wide_vectors and enough:
-            return self.product(x, weight_NK, bias_N)
-        return F.linear(x, weight_NK, bias_N)
+        return x.dtype == torch.float32 and library.wide_vectors and enough
 
-    def product(self, *arguments):
-        """x (..., K) weight^T (K, N) + bias (N,), float32, by the kernel."""
+    def linear(self, *arguments):
         return torch.ops.vimamba_cpu.linear(*arguments)
 
     def mixer_forward(self, *arguments):

@@ -38,6 +38,7 @@ const Kernels& VIMAMBA_TABLE() {
       .linear_panels = linear_panels,
       .linear_packed = linear_packed,
       .linear_pack = linear_pack,
+      .linear_pack_transposed = linear_pack_transposed,
       .linear_multiply = linear_multiply,
       .mixer_packed = mixer_packed,
       .mixer_pack = mixer_pack,

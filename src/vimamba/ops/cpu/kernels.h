@@ -135,6 +135,8 @@ struct Kernels {
   int64_t (*linear_panels)(int64_t N);
   int64_t (*linear_packed)(int64_t panels, int64_t K);
   void (*linear_pack)(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end, float* packed);
+  void (*linear_pack_transposed)(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end,
+                                 float* packed);
   void (*linear_multiply)(const Product&, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end);
 
   // The fused mixer: see mixer.h.
