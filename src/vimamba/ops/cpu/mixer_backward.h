@@ -13,17 +13,32 @@
 
 namespace {
 
-// The weights as the forward has them, then dt_proj (D, R) in panels of R, for the product over channels.
-int64_t mixer_backward_packed(const Mixer& m) {
-  return PackedDirection::floats(m) + linear_packed(linear_panels(m.dt_rank), m.dim);
-}
+// The weights as the forward has them, x_proj as (blocks, R + 2 N, W), and dt_proj (D, R) in panels of R.
+struct PackedBackward : PackedDirection {
+  float *x_proj_rows, *dt_panels;
 
-inline float* dt_panels(const Mixer& m, float* packed) { return packed + PackedDirection::floats(m); }
+  static int64_t floats(const Mixer& m) {
+    return PackedDirection::floats(m) + MixerScratch::padded(m) * mixer_projected(m) +
+           linear_packed(linear_panels(m.dt_rank), m.dim);
+  }
+  PackedBackward(const Mixer& m, float* at) : PackedDirection(m, at) {
+    x_proj_rows = at + PackedDirection::floats(m);
+    dt_panels = x_proj_rows + MixerScratch::padded(m) * mixer_projected(m);
+  }
+};
 
-void mixer_backward_pack(const Mixer& m, const Direction& direction, float* packed) {
-  mixer_pack(m, direction, packed);
-  linear_pack_transposed(direction.dt_proj, m.dt_rank, m.dim, 0, linear_panels(m.dt_rank),
-                         dt_panels(m, packed));
+int64_t mixer_backward_packed(const Mixer& m) { return PackedBackward::floats(m); }
+
+void mixer_backward_pack(const Mixer& m, const Direction& direction, float* memory) {
+  mixer_pack(m, direction, memory);
+  const PackedBackward packed(m, memory);
+  for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i) {
+    const Block block = block_at(i, m.dim, 1);
+    for (int64_t e = 0; e < mixer_projected(m); ++e)
+      store(packed.x_proj_rows + (i * mixer_projected(m) + e) * W,
+            load(direction.x_proj + e * m.dim + block.channel, block.lanes));
+  }
+  linear_pack_transposed(direction.dt_proj, m.dt_rank, m.dim, 0, linear_panels(m.dt_rank), packed.dt_panels);
 }
 
 // Gradients of one direction's weights while they gather: vectors of channels, (blocks, n, W) each.
@@ -52,12 +67,14 @@ struct MixerBackwardScratch : RetreatScratch {
   float *raw, *dz_of_y;                // (T, W)
   float *c, *slope, *dc, *ddelta_raw;  // (T, D padded)
   float *projected, *dprojected;       // (T, columns)
+  float* dprojected_turned;            // (R + 2 N, T)
   float *dsum;                         // (T + 2 (width - 1), W), zeros around
 
   static int64_t floats(const Mixer& m) {
     const int64_t T = kChunk, padded = MixerScratch::padded(m);
     return RetreatScratch::floats() + padded * (m.state + m.width - 1 + 4 * T) +
-           W * (m.state + 2 * T * m.state + 2 * T + T + 2 * (m.width - 1)) + 2 * T * mixer_columns(m);
+           W * (m.state + 2 * T * m.state + 2 * T + T + 2 * (m.width - 1)) + 2 * T * mixer_columns(m) +
+           T * mixer_projected(m);
   }
   MixerBackwardScratch(const Mixer& m, float* at) : RetreatScratch(at) {
     const int64_t T = kChunk, padded = MixerScratch::padded(m);
@@ -69,6 +86,7 @@ struct MixerBackwardScratch : RetreatScratch {
     take(T * W, raw, dz_of_y);
     take(T * padded, c, slope, dc, ddelta_raw);
     take(T * mixer_columns(m), projected, dprojected);
+    take(T * mixer_projected(m), dprojected_turned);
     take((T + 2 * (m.width - 1)) * W, dsum);
   }
 };
@@ -123,7 +141,7 @@ inline void gather(int steps, const float* vectors, int64_t vector_stride, const
 
 // One block's way back through gate and scan: dz, dc without what comes through x_proj, ddelta before softplus.
 template <class T>
-void retreat_block(const Mixer& m, const Direction& direction, const PackedDirection& packed,
+void retreat_block(const Mixer& m, const Direction& direction, const PackedBackward& packed,
                    const MixerGradients& grad, const MixerChunk& at, int64_t i, const MixerSums& sums,
                    const MixerBackwardScratch& s) {
   const int64_t N = m.state, columns = mixer_columns(m), row_floats = MixerScratch::padded(m);
@@ -139,8 +157,10 @@ void retreat_block(const Mixer& m, const Direction& direction, const PackedDirec
   });
   for (int t = 0; t < at.steps; ++t) {
     const int64_t position = position_of(at.step + t, m.length, direction.scan_reverse);
-    const vf z = load(row<const T>(m.z, at.b, position) + block.channel, block.lanes);
-    const vf dout = m.scale * load(row<const T>(grad.dout, at.b, position) + block.channel, block.lanes);
+    const T *z_at = row<const T>(m.z, at.b, position) + block.channel,
+            *dout_at = row<const T>(grad.dout, at.b, position) + block.channel;
+    const vf z = load(z_at, block.lanes), dout = m.scale * load(dout_at, block.lanes);
+    __builtin_prefetch(z_at + W, 0, 2), __builtin_prefetch(dout_at + W, 0, 2);  // of the next block
     const vf gate = sigmoid(z), silu = z * gate;
     store(s.dy + t * W, dout * silu);
     store(s.dz_of_y + t * W, dout * (gate + silu * (1.0f - gate)));
@@ -158,6 +178,7 @@ void retreat_block(const Mixer& m, const Direction& direction, const PackedDirec
     T* to = row<T>(grad.dz, at.b, position) + block.channel;
     if (!at.first) dz += load((const T*)to, block.lanes);
     store(to, dz, block.lanes);
+    __builtin_prefetch(to + W, 1, 2);
     store(s.dc + t * row_floats + i * W, ddelta_u * load(s.delta + t * W) + dy * skip);
     store(s.ddelta_raw + t * row_floats + i * W, ddelta);
     dskip += dy * u, dbias += ddelta;
@@ -169,11 +190,11 @@ void retreat_block(const Mixer& m, const Direction& direction, const PackedDirec
 }
 
 // The gradient of the projection: dt by a product over the channels, B and C summed over their lanes.
-inline void retreat_projection(const Mixer& m, float* packed, const MixerChunk& at,
+inline void retreat_projection(const Mixer& m, const PackedBackward& packed, const MixerChunk& at,
                                const MixerBackwardScratch& s) {
   const int64_t N = m.state, columns = mixer_columns(m);
   linear_multiply({.x = s.ddelta_raw,
-                   .packed = dt_panels(m, packed),
+                   .packed = packed.dt_panels,
                    .bias = nullptr,
                    .out = s.dprojected,
                    .x_stride = MixerScratch::padded(m),
@@ -181,36 +202,34 @@ inline void retreat_projection(const Mixer& m, float* packed, const MixerChunk& 
                    .N = m.dt_rank,
                    .K = m.dim},
                   0, at.steps, 0, linear_panels(m.dt_rank));
-  for (int t = 0; t < at.steps; ++t)
-    for (int64_t n = 0; n < N; ++n) {
-      s.dprojected[t * columns + m.dt_rank + n] = sum(load(s.dB + (t * N + n) * W));
-      s.dprojected[t * columns + m.dt_rank + N + n] = sum(load(s.dC + (t * N + n) * W));
-    }
+  for (int t = 0; t < at.steps; ++t) {
+    float* dprojected = s.dprojected + t * columns + m.dt_rank;
+    sum_lanes(s.dB + t * N * W, N, dprojected);
+    sum_lanes(s.dC + t * N * W, N, dprojected + N);
+  }
+  for (int64_t e = 0; e < mixer_projected(m); ++e)
+    for (int t = 0; t < at.steps; ++t) s.dprojected_turned[e * kChunk + t] = s.dprojected[t * columns + e];
 }
 
 // dsum = (dc + dprojected x_proj) slope for one block, eight steps at a time.
-inline void retreat_input(const Mixer& m, const Direction& direction, const MixerChunk& at, int64_t i,
+inline void retreat_input(const Mixer& m, const PackedBackward& packed, const MixerChunk& at, int64_t i,
                           const MixerBackwardScratch& s) {
-  constexpr int kSteps = 8;
-  const Block block = block_at(i, m.dim, 1);
-  const int64_t columns = mixer_columns(m), row_floats = MixerScratch::padded(m);
+  constexpr int kSteps = 8;  // divides kChunk: what lies beyond the chunk's steps is computed and left out
+  const int64_t projected = mixer_projected(m), row_floats = MixerScratch::padded(m);
+  const float *weight = packed.x_proj_rows + i * projected * W, *dc = s.dc + i * W, *slope = s.slope + i * W;
   float* dsum = s.dsum + (m.width - 1) * W;
   for (int t = 0; t < at.steps; t += kSteps) {
-    const int rows = at.steps - t < kSteps ? at.steps - t : kSteps;
-    const float* dprojected[kSteps];
-    vf dc[kSteps];
-    for (int r = 0; r < kSteps; ++r) {
-      const int64_t from = t + (r < rows ? r : 0);
-      dprojected[r] = s.dprojected + from * columns;
-      dc[r] = load(s.dc + from * row_floats + i * W);
-    }
-    for (int64_t e = 0; e < mixer_projected(m); ++e) {
-      const vf w = load(direction.x_proj + e * m.dim + block.channel, block.lanes);
+    vf sums[kSteps] = {};
+    for (int64_t e = 0; e < projected; ++e) {
+      const vf w = load(weight + e * W);
+      const float* number = s.dprojected_turned + e * kChunk + t;
 #pragma GCC unroll 8
-      for (int r = 0; r < kSteps; ++r) dc[r] += w * dprojected[r][e];
+      for (int r = 0; r < kSteps; ++r) sums[r] += w * number[r];
     }
-    for (int r = 0; r < rows; ++r)
-      store(dsum + (t + r) * W, dc[r] * load(s.slope + (t + r) * row_floats + i * W));
+#pragma GCC unroll 8
+    for (int r = 0; r < kSteps; ++r)
+      if (t + r < at.steps)
+        store(dsum + (t + r) * W, (sums[r] + load(dc + (t + r) * row_floats)) * load(slope + (t + r) * row_floats));
   }
 }
 
@@ -245,7 +264,7 @@ inline void retreat_taps(const Mixer& m, const Direction& direction, const Mixer
 // dx of one block: what the chunk's sums give to its own tokens, and to width - 1 neighbours that lie in the
 // chunk walked next (they wait in dx_carry) or, where convolution and scan run opposite ways, in the last one.
 template <class T>
-inline void retreat_tokens(const Mixer& m, const Direction& direction, const PackedDirection& packed,
+inline void retreat_tokens(const Mixer& m, const Direction& direction, const PackedBackward& packed,
                            const MixerGradients& grad, const MixerChunk& at, int64_t i,
                            const MixerBackwardScratch& s) {
   const Block block = block_at(i, m.dim, 1);
@@ -270,6 +289,7 @@ inline void retreat_tokens(const Mixer& m, const Direction& direction, const Pac
     if (along && waits >= 0) dx += load(carry + waits * W);
     if (!at.first) dx += load((const T*)to, block.lanes);
     store(to, dx, block.lanes);
+    __builtin_prefetch(to + W, 1, 2);
   }
   for (int64_t k = 0; k < reach; ++k) {
     if (along) {
@@ -283,9 +303,8 @@ inline void retreat_tokens(const Mixer& m, const Direction& direction, const Pac
 
 template <class T>
 void mixer_backward_typed(const Mixer& m, const Direction& direction, const MixerGradients& grad,
-                          float* packed_memory, int64_t b, bool first, const MixerSums& sums,
+                          const PackedBackward& packed, int64_t b, bool first, const MixerSums& sums,
                           const MixerBackwardScratch& s) {
-  const PackedDirection packed(m, packed_memory);
   const int64_t N = m.state, reach = m.width - 1, row_floats = MixerScratch::padded(m);
   memset(s.carry, 0, row_floats * N * sizeof(float));
   memset(s.dx_carry, 0, row_floats * reach * sizeof(float));
@@ -298,12 +317,12 @@ void mixer_backward_typed(const Mixer& m, const Direction& direction, const Mixe
     memset(s.dC, 0, at.steps * N * W * sizeof(float));
     for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i)
       retreat_block<T>(m, direction, packed, grad, at, i, sums, s);
-    retreat_projection(m, packed_memory, at, s);
+    retreat_projection(m, packed, at, s);
     memset(s.dsum, 0, (at.steps + 2 * reach) * W * sizeof(float));
     for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i) {
       gather(at.steps, s.c + i * W, row_floats, s.dprojected, mixer_columns(m), mixer_projected(m),
              sums.x_proj + i * mixer_projected(m) * W);
-      retreat_input(m, direction, at, i, s);
+      retreat_input(m, packed, at, i, s);
       retreat_taps<T>(m, direction, at, i, sums, s);
       retreat_tokens<T>(m, direction, packed, grad, at, i, s);
     }
@@ -312,8 +331,9 @@ void mixer_backward_typed(const Mixer& m, const Direction& direction, const Mixe
 
 // dx and dz of one direction of one image, stored if it is the `first`, else added; its weights' gradients are
 // added to `sums`.
-void mixer_backward(const Mixer& m, const Direction& direction, const MixerGradients& grad, float* packed,
+void mixer_backward(const Mixer& m, const Direction& direction, const MixerGradients& grad, float* memory,
                     int64_t b, bool first, float* sums, float* scratch) {
+  const PackedBackward packed(m, memory);
   const MixerSums gathered(m, sums);
   const MixerBackwardScratch s(m, scratch);
   if (m.bf16)

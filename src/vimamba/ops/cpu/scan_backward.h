@@ -166,6 +166,19 @@ inline void store_backward_outputs(const Scan& scan, const ScanGradients& grad, 
   store(dbias, load(dbias) + dbias_sum);
 }
 
+// Each of N vectors (N, W) summed over its lanes.
+inline void sum_lanes(const float* vectors, int64_t N, float* sums) {
+  for (int64_t n = 0; n < N; n += W) {
+    const int count = N - n < W ? (int)(N - n) : W;
+    vf square[W];
+    for (int i = 0; i < W; ++i) square[i] = i < count ? load(vectors + (n + i) * W) : vf{};
+    transpose(square);
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) square[i] += square[i + half];
+    store(sums + n, square[0], count);
+  }
+}
+
 // dB or dC of one of its own groups while the group's blocks pass: cleared before the first of them, summed
 // over the lanes after the last. vectors (T, N, W); gradient (S, B, own groups, L, N).
 struct ProjectionGradient {
@@ -187,8 +200,7 @@ struct ProjectionGradient {
     float* to =
         gradient + ((split * scan.batch + b) * own_groups + group / of.share) * scan.length * scan.state;
     for (int t = 0; t < at.steps; ++t)
-      for (int64_t n = 0; n < scan.state; ++n)
-        to[(at.position + t * at.sign) * scan.state + n] = sum(load(vectors + (t * scan.state + n) * W));
+      sum_lanes(vectors + t * scan.state * W, scan.state, to + (at.position + t * at.sign) * scan.state);
   }
 };
 
