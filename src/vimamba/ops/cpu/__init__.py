@@ -143,7 +143,7 @@ class CPU(Backend):
         states: Tensor,
         scale: float,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Fused, unless the sequences are so few that half of the threads would wait, or the convolution is too wide."""
+        """Fused, unless half of the threads would wait for want of sequences, or the convolution is too wide."""
         narrow = weights[0].shape[-1] <= torch.ops.vimamba_cpu.max_width()
         if narrow and 2 * len(xz_BLE) * len(reverse) >= torch.get_num_threads() and dout_BLD.numel():
             dxz_SBLE, grads = torch.ops.vimamba_cpu.mixer_backward(dout_BLD, xz_BLE, weights, reverse, states, scale)
