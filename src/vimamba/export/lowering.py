@@ -6,7 +6,7 @@ Layouts: B batch, L length, D dim, N state, T steps of a chunk, K chunks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,8 @@ def chunked(u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN
     return y_KTBD.flatten(0, 1).transpose(0, 1)[:, :length]
 
 
-def decompositions(scan: Scan) -> dict[Any, Callable[..., Any]]:
-    """For `torch.export.ExportedProgram.run_decompositions`: the operators that a model's graph has."""
+def unfused(scan: Scan) -> Callable[..., Any]:
+    """The mixer in operators of the runtime's, around a scan."""
 
     def mixer(xz_BLE, weights, reverse, scale, gates, save_states, backend):
         x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
@@ -69,7 +69,35 @@ def decompositions(scan: Scan) -> dict[Any, Callable[..., Any]]:
         assert total is not None
         return (total if scale == 1.0 else total * scale) * F.silu(z_BLD), xz_BLE.new_empty(0)
 
-    return {torch.ops.vimamba.mixer.default: mixer, torch.ops.vimamba.rms_norm.default: _rms_norm}
+    return mixer
+
+
+def fused_mixer(xz_BLE, weights, reverse, scale, gates, save_states, backend):
+    """The operator that `vimamba.onnx_library()` has for ONNX Runtime."""
+    batch, length, width = xz_BLE.shape
+    mixed_BLD = torch.onnx.ops.symbolic(
+        "vimamba::Mixer", (xz_BLE, gates, *weights), {"reverse": [*reverse], "scale": float(scale)},
+        dtype=xz_BLE.dtype, shape=(batch, length, width // 2), version=1,
+    )  # fmt: skip
+    return mixed_BLD, xz_BLE.new_empty(0)
+
+
+class Lowering(NamedTuple):
+    """What stands in a graph for a mixer, and the opset of the default domain."""
+
+    mixer: Callable[..., Any]
+    opset: int
+
+    def decompositions(self) -> dict[Any, Callable[..., Any]]:
+        """For `torch.export.ExportedProgram.run_decompositions`: the operators that a model's graph has."""
+        return {torch.ops.vimamba.mixer.default: self.mixer, torch.ops.vimamba.rms_norm.default: _rms_norm}
+
+
+LOWERINGS = {
+    "stock": Lowering(unfused(linear_attention), 21),
+    "vimamba": Lowering(fused_mixer, 21),
+    "portable": Lowering(unfused(chunked), 18),
+}
 
 
 def _one_direction(scan: Scan, x_BLD: Tensor, direction: Direction) -> Tensor:
