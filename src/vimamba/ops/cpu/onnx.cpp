@@ -69,9 +69,7 @@ class MixerOp {
   const ort::Api api;
 
   MixerOp(const ort::Api& api, const ort::KernelInfo* info)
-      : api(api), reverse_(api.numbers(info, "reverse")), scale_(api.number(info, "scale")) {
-    require(!reverse_.empty(), "vimamba::Mixer: `reverse` names no direction");
-  }
+      : api(api), reverse_(api.numbers(info, "reverse")), scale_(api.number(info, "scale")) {}
 
   void compute(ort::KernelContext* context) const {
     const size_t directions = reverse_.size();
