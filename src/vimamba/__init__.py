@@ -11,6 +11,7 @@ from vimamba.layers.block import Block
 from vimamba.layers.mixers import BidirectionalMixer
 from vimamba.models import VisionMamba, VisionMambaPyramid, create_model, list_models, load_hustvl
 from vimamba.ops import causal_conv1d, rms_norm, selective_scan
+from vimamba.ops.cpu.library import onnx_library
 from vimamba_command import package_version
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "list_models",
     "load_hustvl",
     "load_run",
+    "onnx_library",
     "rms_norm",
     "selective_scan",
     "train",

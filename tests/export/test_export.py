@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from tests.cli.runs import write_photos
 from tests.clients.test_graphs import DESIGNS, SMALL
-from vimamba import VisionMamba, load_run, train
+from vimamba import VisionMamba, load_run, onnx_library, train
 from vimamba.data.transforms import Preprocessing
 from vimamba.errors import UserError
 from vimamba.export import Source, export_aoti, export_int8, export_onnx, export_pt2, load_source, lowering
@@ -65,25 +65,37 @@ def trained(tmp_path_factory):
     ).folder  # fmt: skip
 
 
-def run(path: Path, images: torch.Tensor) -> torch.Tensor:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+def run(path: Path, images: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    if library.ONNX_PATH.exists():
+        options.register_custom_ops_library(onnx_library())
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-@pytest.mark.parametrize("portable", [False, True], ids=["stock", "portable"])
+KINDS = {
+    "stock": ({}, {"": 21, "com.microsoft": 1}),
+    "vimamba": (dict(operator="vimamba"), {"": 21, "vimamba": 1}),
+    "portable": (dict(portable=True), {"": 18}),
+}
+
+
+@pytest.mark.parametrize("kind", ["stock", pytest.param("vimamba", marks=built), "portable"])
 @pytest.mark.parametrize("options", [*DESIGNS, *MODES, "pyramid"], ids=str)
-def test_onnx_gives_pytorchs_logits(options, portable, tmp_path):
+def test_onnx_gives_pytorchs_logits(options, kind, tmp_path):
     pyramid = options == "pyramid"
     source = source_of(timm.create_model("vim_pyramid_nano", **PYRAMID)) if pyramid else small(**options)
     path = tmp_path / "model.onnx"
-    assert export_onnx(source, path, portable=portable).difference <= 1e-4
+    given, opsets = KINDS[kind]
+    assert export_onnx(source, path, **given).difference <= 1e-4
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         wanted = source.model(images)
     assert wanted.std() > 0.1
     torch.testing.assert_close(run(path, images), wanted, rtol=1e-4, atol=1e-4)
-    opsets = {entry.domain: entry.version for entry in onnx.load(path).opset_import}
-    assert opsets == ({"": 18} if portable else {"": 21, "com.microsoft": 1})
+    torch.testing.assert_close(run(path, images[:1], threads=3), wanted[:1], rtol=1e-4, atol=1e-4)
+    assert {entry.domain: entry.version for entry in onnx.load(path).opset_import} == opsets
 
 
 def test_a_chunk_that_is_not_full_and_a_length_of_several():

@@ -15,6 +15,7 @@ from vimamba.data.sources import open_data
 from vimamba.errors import require
 from vimamba.export import Source, export_aoti, export_int8, export_onnx, export_pt2, export_web, load_source
 from vimamba.export.check import Comparison
+from vimamba.export.onnx import Operator
 from vimamba.inference.evaluation import open_for_eval
 from vimamba.tasks.find import find_task
 
@@ -33,6 +34,8 @@ class ExportOptions:
         dynamic_size: take images of any size from half the model's own up
         with_preprocessing: take uint8 RGB (batch, height, width, 3) that has its size, and give probabilities
         portable: of onnx, use standard operators only, for other runtimes than ONNX Runtime
+        operator: of onnx, what computes the scan: ONNX Runtime's own operator (stock), or that of the library for ONNX
+            Runtime that vimamba.onnx_library() names (vimamba), which is several times faster
         int8: of onnx, multiply matrices in 8-bit integers; --data says what is measured before and after
         data: images to check with, as eval takes them; built-in digits if not given
         runtime: of web, folder with onnxruntime-web's files, to be copied; the page loads them from a CDN if not given
@@ -46,6 +49,7 @@ class ExportOptions:
     dynamic_size: bool = False
     with_preprocessing: bool = False
     portable: bool = False
+    operator: Operator = "stock"
     int8: bool = False
     data: str | None = None
     runtime: str | None = None
@@ -56,6 +60,11 @@ class ExportOptions:
         for name in ("portable", "int8"):
             require(self.format == "onnx" or not getattr(self, name), f"--{name}: is for --format onnx")
         require(not (self.portable and self.int8), "--int8: goes without --portable")
+        require(self.operator == "stock" or self.format == "onnx", "--operator: is for --format onnx")
+        require(
+            self.operator == "stock" or not (self.portable or self.int8),
+            "--operator: goes without --portable and --int8",
+        )
         require(self.data is not None or not self.int8, "--int8: give --data, images with their classes")
         web = self.format == "web"
         require(web or self.runtime is None, f"--runtime: is for --format web, not {self.format}")
@@ -99,7 +108,9 @@ def write(source: Source, what: ExportOptions, data: ImageData | None) -> Compar
         return export_int8(source, what.output, data, **graph)
     samples = None if data is None else data.val
     if what.format == "onnx":
-        return export_onnx(source, what.output, **graph, portable=what.portable, samples=samples)
+        return export_onnx(
+            source, what.output, **graph, portable=what.portable, operator=what.operator, samples=samples
+        )
     if what.format == "web":
         return export_web(source, what.output, img_size=what.img_size, runtime=what.runtime, samples=samples)
     return {"pt2": export_pt2, "aoti": export_aoti}[what.format](source, what.output, **graph, samples=samples)

@@ -6,7 +6,7 @@ Layouts: B batch, L length, D dim, N state, T steps of a chunk, K chunks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ CHUNK = 16
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """u (B, L, D), delta (B, L, D), A (D, N), B and C (B, L, N) to the states read by C, (B, L, D)."""
+Softplus = Callable[[Tensor], Tensor]
 
 
 def linear_attention(u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
@@ -56,23 +57,66 @@ def chunked(u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN
     return y_KTBD.flatten(0, 1).transpose(0, 1)[:, :length]
 
 
-def decompositions(scan: Scan) -> dict[Any, Callable[..., Any]]:
-    """For `torch.export.ExportedProgram.run_decompositions`: the operators that a model's graph has."""
+def softplus_in_one(x: Tensor) -> Tensor:
+    """ONNX's operator, which does not overflow: torch.onnx would add PyTorch's threshold to it."""
+    return torch.onnx.ops.symbolic("Softplus", (x,), dtype=x.dtype, shape=x.shape)
+
+
+def softplus_in_steps(x: Tensor) -> Tensor:
+    """max(x, 0) + log(1 + w) with w = exp(-|x|): ONNX Runtime vectorises these, and not its Softplus.
+
+    What 1 + w loses of a small w is put back, to the last bits of float32.
+    """
+    w = (-x.abs()).exp()
+    more_than_one = 1 + w
+    return x.relu() + (more_than_one.log() - (more_than_one - 1 - w))
+
+
+def unfused(scan: Scan, softplus: Softplus) -> Callable[..., Any]:
+    """The mixer in operators of the runtime's, around a scan."""
 
     def mixer(xz_BLE, weights, reverse, scale, gates, save_states, backend):
         x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
         total = None
         for r, direction in enumerate(directions_of(weights, reverse)):
-            y = _one_direction(scan, x_BLD, direction)
+            y = _one_direction(scan, softplus, x_BLD, direction)
             y = y if gates is None else y * gates[..., r : r + 1]
             total = y if total is None else total + y
         assert total is not None
         return (total if scale == 1.0 else total * scale) * F.silu(z_BLD), xz_BLE.new_empty(0)
 
-    return {torch.ops.vimamba.mixer.default: mixer, torch.ops.vimamba.rms_norm.default: _rms_norm}
+    return mixer
 
 
-def _one_direction(scan: Scan, x_BLD: Tensor, direction: Direction) -> Tensor:
+def fused_mixer(xz_BLE, weights, reverse, scale, gates, save_states, backend):
+    """The operator that `vimamba.onnx_library()` has for ONNX Runtime."""
+    batch, length, width = xz_BLE.shape
+    mixed_BLD = torch.onnx.ops.symbolic(
+        "vimamba::Mixer", (xz_BLE, gates, *weights), {"reverse": [*reverse], "scale": float(scale)},
+        dtype=xz_BLE.dtype, shape=(batch, length, width // 2), version=1,
+    )  # fmt: skip
+    return mixed_BLD, xz_BLE.new_empty(0)
+
+
+class Lowering(NamedTuple):
+    """What stands in a graph for a mixer, and the opset of the default domain."""
+
+    mixer: Callable[..., Any]
+    opset: int
+
+    def decompositions(self) -> dict[Any, Callable[..., Any]]:
+        """For `torch.export.ExportedProgram.run_decompositions`: the operators that a model's graph has."""
+        return {torch.ops.vimamba.mixer.default: self.mixer, torch.ops.vimamba.rms_norm.default: _rms_norm}
+
+
+LOWERINGS = {
+    "stock": Lowering(unfused(linear_attention, softplus_in_steps), 21),
+    "vimamba": Lowering(fused_mixer, 21),
+    "portable": Lowering(unfused(chunked, softplus_in_one), 18),
+}
+
+
+def _one_direction(scan: Scan, softplus: Softplus, x_BLD: Tensor, direction: Direction) -> Tensor:
     """Convolution, projections and scan; where it runs backwards the sequence is turned once, and turned back."""
     turned = direction.conv_reverse and direction.scan_reverse
     c_BLD = _conv(x_BLD.flip(1) if turned else x_BLD, direction, direction.conv_reverse and not turned)
@@ -80,7 +124,7 @@ def _one_direction(scan: Scan, x_BLD: Tensor, direction: Direction) -> Tensor:
         c_BLD = c_BLD.flip(1)
     rank, state = direction.dt_proj_weight.shape[1], direction.A_log.shape[1]
     dt_BLR, B_BLN, C_BLN = F.linear(c_BLD, direction.x_proj_weight).split([rank, state, state], dim=-1)
-    delta_BLD = _softplus(F.linear(dt_BLR, direction.dt_proj_weight, direction.dt_bias))
+    delta_BLD = softplus(F.linear(dt_BLR, direction.dt_proj_weight, direction.dt_bias))
     y_BLD = scan(c_BLD, delta_BLD, direction.decay_rates, B_BLN, C_BLN) + direction.D * c_BLD
     return y_BLD.flip(1) if direction.scan_reverse else y_BLD
 
@@ -92,11 +136,6 @@ def _conv(x_BLD: Tensor, direction: Direction, reverse: bool) -> Tensor:
     padded = F.pad(x_BLD.transpose(1, 2), (0, width - 1) if reverse else (width - 1, 0))
     weight_D1W = weight_D1W.flip(-1) if reverse else weight_D1W
     return F.silu(F.conv1d(padded, weight_D1W, direction.conv_bias, groups=dim)).transpose(1, 2)
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """ONNX's operator, which does not overflow: torch.onnx would add PyTorch's threshold to it."""
-    return torch.onnx.ops.symbolic("Softplus", (x,), dtype=x.dtype, shape=x.shape)
 
 
 def _rms_norm(x, weight, residual, eps, out_dtype, backend):

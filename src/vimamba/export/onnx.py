@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.export import ExportedProgram
 
 from vimamba.data.samples import Samples
 from vimamba.errors import UserError, one_line, require
-from vimamba.export import lowering
 from vimamba.export.check import Comparison
+from vimamba.export.lowering import LOWERINGS
 from vimamba.export.source import Source
 from vimamba.export.writing import Graph, export
+from vimamba.ops.cpu.library import onnx_library
 
-OPSET, PORTABLE_OPSET = 21, 18  # of the default domain
+Operator = Literal["stock", "vimamba"]
 TOLERANCE = 1e-4
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -25,7 +27,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 def export_onnx(
     source: Source | str | os.PathLike[str], path: str | os.PathLike[str], *,
     img_size: int | tuple[int, int] | None = None, dynamic_size: bool = False, with_preprocessing: bool = False,
-    portable: bool = False, samples: Samples | None = None,
+    portable: bool = False, operator: Operator = "stock", samples: Samples | None = None,
 ) -> Comparison:  # fmt: skip
     """Write a model as an ONNX file, once its outputs have been held against PyTorch's.
 
@@ -36,6 +38,8 @@ def export_onnx(
         path: of the file; weights of more than 2 GB lie beside it under its name with ".data" at the end.
         img_size, dynamic_size, with_preprocessing: as of `Graph`.
         portable: use standard operators only, no operator of ONNX Runtime's own.
+        operator: what computes the scan: "stock", ONNX Runtime's own operator, or "vimamba", that of our library for
+            ONNX Runtime (`vimamba.onnx_library()`).
         samples: images to check with; built-in digits if not given.
 
     Raises:
@@ -44,13 +48,14 @@ def export_onnx(
     """
     for name in PACKAGES:
         require(find_spec(name) is not None, f"`format` onnx needs the package {name}: pip install 'vimamba[export]'")
-    scan, opset = (lowering.chunked, PORTABLE_OPSET) if portable else (lowering.linear_attention, OPSET)
+    lowered = LOWERINGS["portable" if portable else operator]
+    load = functools.partial(session, library=onnx_library() if operator == "vimamba" else None)
 
     def write(program: ExportedProgram, metadata: dict[str, str], partial: Path) -> None:
         with torch.no_grad():
-            lowered = program.run_decompositions(lowering.decompositions(scan))
             found = torch.onnx.export(
-                lowered, (), dynamo=True, verbose=False, opset_version=opset, input_names=["images"],
+                program.run_decompositions(lowered.decompositions()), (), dynamo=True, verbose=False,
+                opset_version=lowered.opset, input_names=["images"],
                 output_names=["probabilities" if with_preprocessing else "logits"],
             )  # fmt: skip
         assert found is not None
@@ -58,11 +63,15 @@ def export_onnx(
         found.save(partial)
 
     graph = Graph(img_size, dynamic_size, with_preprocessing)
-    return export(source, path, graph, write, session, TOLERANCE, samples)
+    return export(source, path, graph, write, load, TOLERANCE, samples)
 
 
-def session(path: Path) -> Any:
+def session(path: Path, library: str | None = None) -> Any:
     """A function from images to the output of an ONNX file, in ONNX Runtime on as many threads as PyTorch has.
+
+    Args:
+        path: of the file.
+        library: of operators that it needs.
 
     Raises:
         UserError: this version of ONNX Runtime cannot run it.
@@ -72,6 +81,8 @@ def session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
+        if library is not None:
+            options.register_custom_ops_library(library)
         running = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base but this
         found = f"onnxruntime {onnxruntime.__version__} cannot run the file ({one_line(error)})"

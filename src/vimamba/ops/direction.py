@@ -11,9 +11,9 @@ from torch import Tensor
 from vimamba.ops.arguments import widen
 
 WEIGHTS = 7
-"""Tensors of a direction in the operators' list of weights; kWeights in cpu/mixer_call.h."""
+"""Tensors of a direction in the operators' list of weights; kWeights in cpu/mixer_run.h."""
 CONV_REVERSE, SCAN_REVERSE = 1, 2
-"""Bits of the operators' `reverse`, a number for each direction; kConvReverse and kScanReverse in cpu/mixer_call.h."""
+"""Bits of the operators' `reverse`, a number for each direction; kConvReverse and kScanReverse in cpu/mixer_run.h."""
 
 
 class Direction(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from vimamba.errors import require
 from vimamba.ops.sizes import CHUNK
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
@@ -18,6 +19,8 @@ wide_vectors = False
 """Whether the instruction set in use has vectors of 8 numbers or more."""
 PATH = Path(os.environ.get("VIMAMBA_CPU_LIBRARY") or Path(__file__).parent / "_kernels.so").resolve()
 """The library's file."""
+ONNX_PATH = PATH.with_name("_onnx.so")
+"""The file of the one that ONNX Runtime loads."""
 
 
 def _load() -> str | None:
@@ -37,6 +40,22 @@ def _load() -> str | None:
     if wanted not in INSTRUCTION_SETS or not use_instruction_set(wanted):
         return f"VIMAMBA_CPU={wanted}: this machine runs {', '.join(instruction_sets())}"
     return None
+
+
+def onnx_library() -> str:
+    """The file of the operators for ONNX Runtime, which a model exported with `operator` vimamba needs.
+
+    `onnxruntime.SessionOptions().register_custom_ops_library` takes it. It may be copied: it needs nothing of vimamba,
+    nor of PyTorch.
+
+    Raises:
+        UserError: it was not built.
+    """
+    missing = (
+        f"{ONNX_PATH}: the operators for ONNX Runtime were not built (no C++20 compiler when vimamba was installed)"
+    )
+    require(ONNX_PATH.exists(), f"{missing}; export without `operator` vimamba")
+    return str(ONNX_PATH)
 
 
 def instruction_set() -> str:

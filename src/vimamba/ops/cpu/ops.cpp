@@ -14,6 +14,7 @@
 #include "mixer_call.h"
 #include "norm_call.h"
 #include "scan_call.h"
+#include "torch_threads.h"
 
 namespace {
 

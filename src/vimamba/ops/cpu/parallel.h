@@ -1,11 +1,10 @@
-// How work divides over PyTorch's threads (torch.set_num_threads holds), and the memory that each of them
-// works in.
+// How work divides over threads, and the memory that each of them works in. Whose threads they are is the
+// library's: torch_threads.h, onnx.cpp.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <new>
 #include <numeric>
 
@@ -30,14 +29,9 @@ float* scratch(int64_t floats) {
   return memory.data;
 }
 
-int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+int64_t threads();
 
-template <class F>
-void for_each_task(int64_t tasks, const F& run) {
-  torch::stable::parallel_for(0, tasks, 1, [&run](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) run(task);
-  });
-}
+void for_each_task(int64_t tasks, const std::function<void(int64_t)>& run);
 
 // Into how many parts to cut each of `count` equal pieces of work so that the threads finish together; at
 // most `most`.
