@@ -1,5 +1,6 @@
 """Nothing lost: what a kill, a signal, damage, a failure or a second run costs a run."""
 
+import itertools
 import json
 import os
 import shutil
@@ -7,7 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import zipfile
+from multiprocessing import Event
 
 import pytest
 import torch
@@ -15,7 +19,9 @@ import torch
 from tests.cli.runs import train_arguments, write_photos
 from tests.cli.test_train import CHECKPOINTS, FILES, interrupt_at, last_state, metrics
 from vimamba.cli import main
+from vimamba.data.samples import FileSamples
 from vimamba.processes import cores
+from vimamba.tasks import signals
 from vimamba.tasks.classification import ClassificationTask
 from vimamba.tasks.run_folder import RunFolder
 from vimamba.tasks.task import Task
@@ -70,6 +76,7 @@ def test_a_killed_process_releases_its_folder_and_is_resumed(vimamba, photos, tm
     program = """
 import sys
 from vimamba.cli import main
+from vimamba.tasks import signals
 from vimamba.tasks.classification import ClassificationTask
 original, steps = ClassificationTask.training_step, iter(range(1000))
 def training_step(self, batch, batch_idx):
@@ -188,6 +195,47 @@ def test_a_second_ctrl_c_stops_at_once_and_says_what_is_kept(vimamba, photos, tm
     assert out.splitlines()[-1].startswith("Stopped at once; ")
     assert kept in out
     assert run.exists() == (step == 5)  # a run that saved nothing leaves nothing
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_second_sigterm_ends_a_run_that_hangs_in_its_data(vimamba, photos, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(signals, "ECHO_S", 0.1)
+    original, read, run = FileSamples.image, itertools.count(), tmp_path / "run"
+    hangs, ended = Event(), threading.Event()
+
+    def image(self, index):
+        if next(read) == 12:  # for the third batch of 6
+            hangs.set()
+            time.sleep(60)
+        return original(self, index)
+
+    def terminate():
+        hangs.wait()
+        while not (run / PREVIOUS).exists():  # a worker is two batches ahead
+            time.sleep(0.01)
+        while not ended.wait(0.2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(FileSamples, "image", image)
+    sender = threading.Thread(target=terminate, daemon=True)
+    sender.start()
+    more = ("--num_workers", workers, "--checkpoint_every", "1step")
+    status, out, _ = vimamba(*train_arguments(photos, run, *more))
+    ended.set()
+    sender.join()
+    assert status == 143
+    assert "Stopped at once; " in out
+    assert f"{run} keeps its state of epoch 1, batch 2: vimamba train --resume {run}" in out
+
+
+def test_a_second_sigterm_waits_for_what_is_being_saved():
+    with signals.StopSignals() as asked:
+        asked._note(signal.SIGTERM, None)
+        asked._terminated -= 2 * signals.ECHO_S
+        with asked.saving():
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(signals.StoppedAtOnce):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def damage(run, how):

@@ -295,7 +295,20 @@ def test_a_folder_that_cannot_be_written_is_refused(vimamba, photos, tmp_path):
         assert err.count("\n") == 1
 
 
-def test_a_disk_that_fills_up_costs_no_finished_epoch(vimamba, photos, tmp_path, monkeypatch):
+FULL = "[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"  # torch.save on a full disk
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (OSError(28, "No space left on device"), "(No space left on device)"),
+        (RuntimeError(FULL), f"(is the disk full? {FULL})"),
+        (RuntimeError("a device\nwent away"), "(a device went away)"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_costs_no_finished_epoch(
+    vimamba, photos, tmp_path, monkeypatch, problem, said
+):
     run, saved = tmp_path / "run", []
     original = RunKeeper._save
 
@@ -304,7 +317,7 @@ def test_a_disk_that_fills_up_costs_no_finished_epoch(vimamba, photos, tmp_path,
 
             def full(path):
                 path.write_bytes(b"half a checkpoint")
-                raise OSError(28, "No space left on device")
+                raise problem
 
             monkeypatch.setattr(trainer, "save_checkpoint", full)
         saved.append(1)
@@ -314,7 +327,7 @@ def test_a_disk_that_fills_up_costs_no_finished_epoch(vimamba, photos, tmp_path,
     status, _, err = vimamba(*train_arguments(photos, run))
     monkeypatch.undo()
     assert status == 2
-    assert "No space left on device" in err
+    assert f"last.ckpt: cannot be written {said}; the run up to its last checkpoint is kept" in err
     assert err.count("\n") == 1
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert vimamba("train", "--resume", run)[0] == 0

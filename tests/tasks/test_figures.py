@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
+import matplotlib
 import pytest
 import torch
 from PIL import Image
 
+from vimamba.cli import ablate_page
+from vimamba.tasks import figures
 from vimamba.tasks.figures import _drawable, save_confusion, save_curves
 from vimamba.tasks.record import Record
 
@@ -45,3 +50,14 @@ def test_curves_of_one_epoch_with_a_name_of_mathematics(tmp_path):
 def test_what_no_font_has_is_written_as_its_number():
     (dollar, tab, surrogate), _ = _drawable(["a $ b", "\t", "\udcff"])
     assert (dollar, tab, surrogate) == (r"a \$ b", r"\u0009", r"\udcff")
+
+
+@pytest.mark.parametrize("module", [figures, ablate_page])
+def test_the_backend_stays_the_users(module):
+    before = matplotlib.get_backend()
+    try:
+        matplotlib.use("svg")
+        importlib.reload(module)
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use(before)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from vimamba.cli import terminal
@@ -23,7 +20,8 @@ DRAWN = ("row", "column", "snake", "window2")
 
 def save_plot(path: Path, study: Study, title: str) -> None:
     """Accuracy, with its spread, over the cost of a forward pass."""
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
     for row in study.rows:
         at = (1e3 * row.gflops, 100 * row.top1)
         color = "#ea580c" if row.design == BASE else "#2563eb"
@@ -35,7 +33,6 @@ def save_plot(path: Path, study: Study, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e2e8f0", linewidth=0.8)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def plot_of(page: Path, name: str) -> Path:
@@ -45,8 +42,8 @@ def plot_of(page: Path, name: str) -> Path:
 
 def draw_paths(path: Path, grid: tuple[int, int] = (4, 6)) -> None:
     """Each path over a small grid, from its first patch (a dot) to its last (an arrow)."""
-    figure, panels = plt.subplots(1, len(DRAWN), figsize=(3 * len(DRAWN), 2.3), layout="constrained")
-    for axes, name in zip(panels, DRAWN, strict=True):
+    figure = Figure(figsize=(3 * len(DRAWN), 2.3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(DRAWN)), DRAWN, strict=True):
         order = ScanPath.parse(name).keys(grid).flatten().argsort().tolist()
         rows, columns = zip(*(divmod(patch, grid[1]) for patch in order), strict=True)
         axes.scatter(columns, rows, s=90, marker="s", color="#e2e8f0")
@@ -59,7 +56,6 @@ def draw_paths(path: Path, grid: tuple[int, int] = (4, 6)) -> None:
         axes.invert_yaxis()
         axes.axis("off")
     figure.savefig(path)
-    plt.close(figure)
 
 
 def write_page(page: Path, findings: Findings) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import signal
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -74,10 +73,11 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
             console.print(f"\nStopped at {stopped.where}; everything is saved. Continue with")
             console.print(f"  {again}", style="bold")
         return 128 + stopped.signum
-    except StoppedAtOnce:
+    except StoppedAtOnce as stopped:
         keeper = training.keeper
-        console.print(f"\nStopped at once; {keeper.kept()}{f': {again}' if keeper.saved_at else ''}", markup=False)
-        return 128 + signal.SIGINT
+        with contextlib.suppress(OSError):
+            console.print(f"\nStopped at once; {keeper.kept()}{f': {again}' if keeper.saved_at else ''}", markup=False)
+        return 128 + stopped.signum
     if training.trainer.is_global_zero:
         print_summary(console, training)
     return 0

@@ -9,10 +9,8 @@ from typing import Any
 
 import matplotlib
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib import font_manager
+from matplotlib.figure import Figure  # not pyplot's, whose backend is the user's
 from matplotlib.font_manager import get_font
 from PIL import Image
 
@@ -37,7 +35,8 @@ def save_curves(path: Path, record: Record, title: str, heading: str) -> None:
     """Loss and the number that decides over the epochs; a heading that ends in % shows shares as percentages."""
     rows = record.rows
     epochs = [row["epoch"] for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 3.4), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(epochs, [row["train_loss"] for row in rows], color=GREY, marker=".", label="training (augmented)")
     if "val_loss" in rows[-1]:
         left.plot(epochs, [row["val_loss"] for row in rows], color=BLUE, marker=".", label="held out")
@@ -59,22 +58,20 @@ def save_curves(path: Path, record: Record, title: str, heading: str) -> None:
     (title,), families = _drawable([title])
     figure.suptitle(title, fontsize=11, fontfamily=families)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def text_picture(text: str, size: int, colour: str, background: str) -> Image.Image:
     """A line of text, letters of so many pixels, cut where it is long."""
     (text,), families = _drawable([_shortened(text)])
-    figure = plt.figure(figsize=(0.1, 0.1), dpi=DOTS, facecolor=background)
+    figure = Figure(figsize=(0.1, 0.1), dpi=DOTS, facecolor=background)
     figure.text(0, 0, text or " ", fontsize=72 * size / DOTS, fontfamily=families, color=colour)
     return _rendered(figure, pad=0.25 * size / DOTS)
 
 
-def _rendered(figure: Any, pad: float) -> Image.Image:
+def _rendered(figure: Figure, pad: float) -> Image.Image:
     """What a figure shows, as a picture as large as that."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", bbox_inches="tight", pad_inches=pad)
-    plt.close(figure)
     return Image.open(drawn).convert("RGB")
 
 
@@ -85,7 +82,7 @@ def with_caption(image: Image.Image, lines: list[str]) -> Image.Image:
     lines, families = _drawable(lines)
     inches = max(width, 160) / DOTS
     row = 0.24 + inches / 15
-    figure = plt.figure(figsize=(inches, row * len(lines)), dpi=DOTS)
+    figure = Figure(figsize=(inches, row * len(lines)), dpi=DOTS)
     for number, line in enumerate(lines):
         figure.text(
             0.02, 1 - (number + 0.5) / len(lines), _shortened(line), va="center", fontsize=72 * row / 2.2,
@@ -110,7 +107,8 @@ def save_confusion(path: Path, confusion_CC: torch.Tensor, class_names: list[str
     longest = max(map(len, names))
     side = min(18.0, max(4.0, 0.32 * count) + 0.09 * longest) if count <= NAMED else 9.0
     with matplotlib.rc_context({"font.family": families}):
-        figure, axes = plt.subplots(figsize=(side, side), dpi=150, layout="constrained")
+        figure = Figure(figsize=(side, side), dpi=150, layout="constrained")
+        axes = figure.subplots()
         # Of several classes that share a point of the picture, the one with the largest share is seen.
         cells = torch.nn.functional.adaptive_max_pool2d(share_CC[None].float(), min(count, 250))[0]
         axes.imshow(cells.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(-0.5, count - 0.5, count - 0.5, -0.5))
@@ -130,7 +128,6 @@ def save_confusion(path: Path, confusion_CC: torch.Tensor, class_names: list[str
         axes.set_title(title, wrap=True)
         axes.tick_params(length=0)
         figure.savefig(path, bbox_inches="tight")
-        plt.close(figure)
 
 
 def _most_confused(confusion_CC: torch.Tensor, names: list[str], most: int = 25) -> list[str]:

@@ -203,7 +203,9 @@ class RunFolder:
         except UserError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or "is the disk full?"
+            reason = getattr(error, "strerror", None) or one_line(error)
+            if "inline_container" in reason:  # torch.save, which says of a full disk only at which byte it was
+                reason = f"is the disk full? {reason}"
             kept = f"; the run up to its last checkpoint is kept, continue it with `resume` {self.path}"
             kept = kept if self.resumable and not self._replaces else ""
             raise UserError(f"{path}: cannot be written ({reason}){kept}") from error

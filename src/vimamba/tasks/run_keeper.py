@@ -144,12 +144,13 @@ class RunKeeper(pl.Callback):
         """Replace last.ckpt with the state of this moment, unless that is past saving."""
         if _any(trainer, task.diverged() or not is_finite(trainer)):
             raise self._diverged(task, f"the weights or their moments are no finite numbers at {where}")
-        if trainer.is_global_zero:
-            with self.folder.saving(trainer.save_checkpoint):
-                if write_files is not None:
-                    write_files()
-        else:
-            trainer.save_checkpoint(self.folder.path / LAST)
+        with self.signals.saving():
+            if trainer.is_global_zero:
+                with self.folder.saving(trainer.save_checkpoint):
+                    if write_files is not None:
+                        write_files()
+            else:
+                trainer.save_checkpoint(self.folder.path / LAST)
         self.saved_at, self._last_saved = where, time.monotonic()
 
     def _diverged(self, task: Task, problem: str) -> UserError:

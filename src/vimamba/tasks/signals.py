@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 ASKING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 ]  # Windows has the first two
+ECHO_S = 2.0
+"""A SIGTERM so soon after another is the same one: `timeout` and job systems send it to a process and to its group."""
 
 
 class StoppedBySignal(Exception):  # noqa: N818 - not an error
@@ -21,18 +26,25 @@ class StoppedBySignal(Exception):  # noqa: N818 - not an error
 
 
 class StoppedAtOnce(BaseException):
-    """A second Ctrl-C: nothing is saved beyond what was."""
+    """Asked to stop a second time: nothing is saved beyond what was."""
+
+    def __init__(self, signum: int):
+        super().__init__("stopped at once")
+        self.signum = signum
 
 
 class StopSignals:
     """While entered, a signal that asks to stop is noted in `asked` and otherwise changes nothing.
 
-    A Ctrl-C after that raises StoppedAtOnce, for people who will not wait; schedulers repeat themselves, which
-    must not cost the state that is being saved. SIGHUP stays ignored under nohup.
+    A Ctrl-C after that raises StoppedAtOnce, for people who will not wait, and so does a second SIGTERM, for a run that
+    hangs in its data or in a step; but a scheduler's must not cost the state that is being saved (`saving`). SIGHUP
+    stays ignored under nohup.
     """
 
     def __init__(self) -> None:
         self.asked = 0
+        self._terminated: float | None = None  # when the first SIGTERM came
+        self._saving = False
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
@@ -44,6 +56,15 @@ class StopSignals:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """While entered, only Ctrl-C ends the run at once."""
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
 
     def install(self) -> None:
         """Take the signals, again where another library has taken them since."""
@@ -61,7 +82,18 @@ class StopSignals:
             if signum == signal.SIGTERM:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
-        elif self.asked and signum == signal.SIGINT:
-            raise StoppedAtOnce
+        elif self._insists(signum):
+            raise StoppedAtOnce(signum)
         else:
             self.asked = self.asked or signum
+
+    def _insists(self, signum: int) -> bool:
+        """Whether whoever sends this will not wait for the end of the step."""
+        if signum == signal.SIGINT:
+            return bool(self.asked)
+        if signum != signal.SIGTERM or self._saving:
+            return False
+        now = time.monotonic()
+        if self._terminated is None:
+            self._terminated = now
+        return now - self._terminated > ECHO_S

@@ -34,7 +34,7 @@ from vimamba.tasks.record import Record
 from vimamba.tasks.resume import check_same, config_before, find_checkpoint
 from vimamba.tasks.run_folder import CONFIG, RunFolder
 from vimamba.tasks.run_keeper import RunKeeper
-from vimamba.tasks.signals import StoppedBySignal, StopSignals
+from vimamba.tasks.signals import StoppedAtOnce, StoppedBySignal, StopSignals
 from vimamba.tasks.skipped import SkippedFiles
 from vimamba.tasks.task import Choice
 from vimamba.tasks.trainer import build_trainer
@@ -227,7 +227,7 @@ class Training:
         Raises:
             UserError: something is wrong with the input, the machine or the numbers; says what is kept.
             StoppedBySignal: it was asked to stop, and everything is saved.
-            StoppedAtOnce: a second Ctrl-C; what had been saved before is kept.
+            StoppedAtOnce: it was asked a second time; what had been saved before is kept.
         """
         checkpoint, path = self.resumed.checkpoint if self.resumed else None, self.folder.path
         with self._held():
@@ -240,6 +240,9 @@ class Training:
                 except StoppedBySignal as stopped:
                     self.keeper.draw_curves(self.task)
                     stopped.args = (f"stopped at {stopped.where}; everything is saved: continue with `resume` {path}",)
+                    raise
+                except StoppedAtOnce as stopped:
+                    stopped.args = (f"stopped at once; {self.keeper.kept()}",)
                     raise
                 except Exception as error:
                     if (refused := self._refusal(error)) is None:
