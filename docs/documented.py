@@ -1,4 +1,4 @@
-"""What mkdocstrings cannot read in the source: the signature and the words of `vimamba.train`, which are put together from its options."""
+"""What mkdocstrings cannot read: the signature and words of `vimamba.train`, put together from its options."""
 
 from __future__ import annotations
 

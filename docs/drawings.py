@@ -1,7 +1,7 @@
 """Draw the figures of the documentation from the code that they show: python docs/drawings.py writes drawings/*.svg.
 
-Orders come from `layers.grid`, sizes from a mixer's own weights, and what a direction sees from a mixer's gradients. Colours follow the
-reader's light or dark scheme.
+Orders come from `layers.grid`, sizes from a mixer's own weights, and what a direction sees from a mixer's gradients.
+Colours follow the reader's light or dark scheme.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from html import escape
+from importlib.metadata import metadata
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,9 @@ class Drawing:
 
     def svg(self) -> str:
         """The file."""
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}" height="{self.height}"'
-        return "\n".join([f'{head} role="img">', f"<title>{escape(self.title)}</title>", style(), *self.shapes, "</svg>\n"])
+        size = f'viewBox="0 0 {self.width} {self.height}" width="{self.width}" height="{self.height}"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
+        return "\n".join([head, f"<title>{escape(self.title)}</title>", style(), *self.shapes, "</svg>\n"])
 
 
 def overview() -> Drawing:
@@ -102,31 +104,28 @@ def overview() -> Drawing:
     held_out = load_mnist()[1]
     shown = next(i for i in range(len(held_out)) if held_out.target(i) == 5)
     pixels = np.asarray(held_out.image(shown).convert("L"))
-    length = layout.patches + len(layout.classes)
-    drawing = Drawing(720, 250, "An image is cut into patches, which are read forwards and backwards")
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            drawing.image(16 + 32 * column, 16 + 32 * row, cell, patch_of(pixels, row, column, patch))
-    drawing.text(79, 164, "patches of an image", "faint")
-    drawing.arrow((152, 79), (188, 79))
-    left, top, step = 200, 64, 30
-    number = 0
-    for place in range(length):
-        x = left + step * place
+    drawing = Drawing(540, 368, "An image is cut into patches, which are read forwards and backwards")
+    for number in range(layout.patches):
+        row, column = divmod(number, grid[1])
+        drawing.image(14 + (cell + 2) * column, 14 + (cell + 2) * row, cell, patch_of(pixels, row, column, patch))
+    drawing.text(162, 70, "an image, cut into patches", "ink start")
+    drawing.text(162, 90, "laid in a row, with a class token in their middle", "faint start")
+    drawing.arrow((77, 148), (77, 172))
+    left, top, numbers = 14, 206, iter(range(layout.patches))
+    right = left + cell * (layout.patches + len(layout.classes)) - 3
+    for place in range(layout.patches + len(layout.classes)):
+        x = left + cell * place
         if place in layout.classes:
             drawing.box(x, top, cell - 3, cell - 3, "class", "?", radius=3)
-            drawing.arrow((x + 13.5, top + 75), (x + 13.5, top + 105))
-            drawing.box(x - 62, top + 110, 150, 34, "class", "head: “five”")
-            continue
-        drawing.image(x, top, cell - 3, patch_of(pixels, *divmod(number, grid[1]), patch))
-        number += 1
-    right = left + step * length - 3
-    drawing.arrow((left, top - 16), (right, top - 16), kind="forward-", width=2.5)
-    drawing.text(left, top - 26, "forward scan", "ink start")
-    drawing.arrow((right, top + 43), (left, top + 43), kind="backward-", width=2.5)
-    drawing.text(left, top + 64, "backward scan", "ink start")
-    drawing.text(right, top + 64, "in each of 24 blocks", "faint end")
-    drawing.text((left + right) / 2, 240, "the class token, in the middle, has seen the whole image", "faint")
+            drawing.arrow((x + 13.5, top + 56), (x + 13.5, top + 90))
+            drawing.box(x - 61.5, top + 92, 150, 34, "class", "head: “five”")
+        else:
+            drawing.image(x, top, cell - 3, patch_of(pixels, *divmod(next(numbers), grid[1]), patch))
+    drawing.arrow((left, top - 14), (right, top - 14), kind="forward-", width=2.5)
+    drawing.text(right, top - 24, "forward scan, in each of 24 blocks", "ink end")
+    drawing.arrow((right, top + 41), (left, top + 41), kind="backward-", width=2.5)
+    drawing.text(left, top + 64, "backward scan, in each of 24 blocks", "ink start")
+    drawing.text((left + right) / 2, 354, "the class token has seen the whole image", "faint")
     return drawing
 
 
@@ -165,7 +164,9 @@ def block() -> Drawing:
         )
         drawing.arrow((x, 498), (x, 520), kind=f"{kind}-")
         drawing.box(x - 95, 522, 190, 30, kind, "y × SiLU(z)")
-        drawing.arrow((x, 552), (x, 576), (middle + (x - middle) / 4, 576), (middle + (x - middle) / 4, 592), kind=f"{kind}-")
+        drawing.arrow(
+            (x, 552), (x, 576), (middle + (x - middle) / 4, 576), (middle + (x - middle) / 4, 592), kind=f"{kind}-"
+        )
     drawing.text(middle, 190, "x and z", "faint small")
     drawing.box(middle - 80, 594, 160, 30, "both", "mean of both")
     drawing.arrow((middle, 624), (middle, 642))
@@ -203,7 +204,9 @@ def directions() -> Drawing:
     seen["both"] = seen["forward"] | seen["backward"]
     for i, (name, patches) in enumerate(seen.items()):
         left, top = 14 + 189 * i, 30
-        drawing.text(left + grid[1] * cell / 2, top - 10, f"{name}: {len(patches)} of {grid[0] * grid[1]}", "ink strong")
+        drawing.text(
+            left + grid[1] * cell / 2, top - 10, f"{name}: {len(patches)} of {grid[0] * grid[1]}", "ink strong"
+        )
         for patch in range(grid[0] * grid[1]):
             kind = "class" if patch == at else name if patch in patches else "cell"
             row, column = divmod(patch, grid[1])
@@ -226,7 +229,12 @@ def sees(grid: tuple[int, int], at: int, reverse: bool) -> set[int]:
 def class_tokens() -> Drawing:
     """Where the class token stands for each `class_token`, and registers."""
     grid, cell = (3, 4), 26
-    choices = {'"middle"': ("middle", 0), '"head"': ("head", 0), '"double"': ("double", 0), "num_registers=2": ("middle", 2)}
+    choices = {
+        '"middle"': ("middle", 0),
+        '"head"': ("head", 0),
+        '"double"': ("double", 0),
+        "num_registers=2": ("middle", 2),
+    }
     drawing = Drawing(520, 34 * len(choices) + 12, "Where class and register tokens stand in the sequence")
     for i, (name, (class_token, registers)) in enumerate(choices.items()):
         top = 10 + 34 * i
@@ -248,14 +256,39 @@ def icon() -> Drawing:
     return drawing
 
 
-DRAWINGS = (overview, block, paths, directions, class_tokens, icon)
+def badge(name: str, value: str) -> Drawing:
+    """A fact in a line, as people look for it under a title."""
+    left, right = (7 * len(text) + 14 for text in (name, value))
+    drawing = Drawing(left + right, 22, f"{name} {value}")
+    drawing.box(1, 1, left + right - 2, 20, "box", radius=4)
+    drawing.text(left / 2 + 2, 15.5, name, "faint small")
+    drawing.text(left + right / 2 - 4, 15.5, value, "ink small strong")
+    return drawing
+
+
+def badges() -> dict[str, Drawing]:
+    """What the package's own description says."""
+    package = metadata("vimamba")
+    torch_needed = next(need for need in package.get_all("Requires-Dist") if need.startswith("torch>="))
+    facts = {
+        "python": ("Python", package["Requires-Python"]),
+        "pytorch": ("PyTorch", torch_needed.removeprefix("torch")),
+        "licence": ("licence", package["License-Expression"]),
+    }
+    return {f"badge-{name}": badge(*fact) for name, fact in facts.items()}
+
+
+def drawings() -> dict[str, str]:
+    """Every file's name and content."""
+    figures = {draw.__name__: draw() for draw in (overview, block, paths, directions, class_tokens, icon)}
+    return {f"{name}.svg": drawing.svg() for name, drawing in (figures | badges()).items()}
 
 
 def main(folder: Path = FOLDER) -> None:
-    """Write every drawing."""
+    """Write them."""
     folder.mkdir(exist_ok=True)
-    for draw in DRAWINGS:
-        (folder / f"{draw.__name__}.svg").write_text(draw().svg())
+    for name, text in drawings().items():
+        (folder / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What MkDocs does besides: the repository's own pages belong to the site, and links to what lies beside docs/ find them there."""
+"""What MkDocs does besides: the repository's own pages belong to the site, and links out of docs/ find them there."""
 
 from __future__ import annotations
 
