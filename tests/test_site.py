@@ -1,4 +1,4 @@
-"""The documentation site: it builds without a warning, loads nothing from elsewhere, and its drawings are those of the code."""
+"""The documentation: it builds without a warning, loads nothing from elsewhere, and its drawings are the code's."""
 
 from __future__ import annotations
 
