@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: install demo demo-dense test test-sanitized test-browser test-timm lint types bench clean
+.PHONY: install demo demo-dense docs test test-sanitized test-browser test-timm lint types bench clean
 
 install: $(VENV)/installed
 
@@ -33,6 +33,11 @@ demo-dense: install
 	$(BIN)/vimamba eval $(DENSE)/det
 	$(BIN)/vimamba predict $(DENSE)/det $(DENSE)/det/scenes/*.png --output $(DENSE)/det/pictures
 	@echo "Pictures: $(DENSE)/seg/pictures/ and $(DENSE)/det/pictures/"
+
+# The site, in build/site; index.html opens as a file.
+docs: install
+	$(BIN)/python docs/drawings.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)

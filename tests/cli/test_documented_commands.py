@@ -1,32 +1,41 @@
-"""The commands that the README, the recipes and the help show, and the README's Python, run as they stand.
+"""The commands that the recipes, the help, the README and the documentation show, and their Python, run as they stand.
 
-Data, models and budgets are cut small by options behind them.
+Data, models and budgets are cut small by options behind them. docs/serve.md has a test of its own, which serves:
+tests/serve/test_documented.py.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 import shutil
+import sys
+import types
 from argparse import Namespace
+from importlib.metadata import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 from PIL import Image
+from timm.models import _registry as registry
 
+import vimamba as vimamba_package
 from tests.cli.runs import write_photos
 from tests.dense import write_masks, write_objects
-from vimamba.cli import COMMANDS
+from vimamba import train
+from vimamba.cli import COMMANDS, main
 from vimamba.cli.examples import EXAMPLES
 from vimamba.data import scenes
+from vimamba.data.mnist import write_digits
 from vimamba.models import checkpoints
 from vimamba.serve import server
 
 ROOT = Path(__file__).parents[2]
-README, EXPORT = ((ROOT / name).read_text() for name in ("README.md", "docs/export.md"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 OFFICIAL, OFFICIAL_SMALL = "vim_t_midclstok_76p1acc.pth", "vim_s_midclstok_80p5acc.pth"
 SMALLER = {
@@ -60,7 +69,10 @@ def smaller(words: list[str]) -> list[str]:
     """What is typed behind a command so that it takes no time."""
     recipe = Path(words[words.index("--config") + 1]).stem if "--config" in words else ""
     of_recipe = next((more for start, more in SMALLER_RECIPES.items() if recipe.startswith(start)), None)
-    return shlex.split(of_recipe or SMALLER["train --resume" if "--resume" in words else words[0]])
+    if "--task" in words:
+        of_recipe = DENSE
+    more = shlex.split(of_recipe or SMALLER["train --resume" if "--resume" in words else words[0]])
+    return [*more, "--img_size", "32"] if words[0] == "train" and "--img_size" in words else more
 
 
 def commands_in(text: str) -> list[str]:
@@ -69,9 +81,14 @@ def commands_in(text: str) -> list[str]:
     return re.findall(r"^(?:#\s+)?(vimamba [^#\n]+)", whole, re.MULTILINE)
 
 
+PAGES = {
+    path.name: path.read_text()
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    if path.name != "serve.md"
+}
+EXTRAS = {*metadata("vimamba").get_all("Provides-Extra")}
+OTHERS = [["pip", "install", "--no-deps", "stardist"]]
 DOCUMENTS = {
-    "README.md": commands_in("".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))),
-    "export.md": commands_in(EXPORT),
     **{path.name: commands_in(path.read_text()) for path in RECIPES},
     "help": [line for lines in EXAMPLES.values() for line in lines],
 }
@@ -106,8 +123,8 @@ def _there(workplace, monkeypatch):
 
 def test_every_document_shows_commands_and_every_command_is_shown():
     assert all(DOCUMENTS.values())
-    for where in ("README.md", "help"):
-        assert {line.split()[1] for line in DOCUMENTS[where]} == {*COMMANDS}
+    assert {line.split()[1] for line in DOCUMENTS["help"]} == {*COMMANDS}
+    assert {line.split()[1] for page in PAGES.values() for line in commands_in(page)} >= {*COMMANDS} - {"serve"}
 
 
 def test_commands_run_one_after_the_other(vimamba):
@@ -130,40 +147,113 @@ def check_kept(recipe, run, more):
     assert {name: kept[name] for name in names} == {name: told[name] for name in names}
 
 
-def test_the_readmes_python_runs(workplace):
-    models, runs, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict = {}
-    exec(models, names)
-    assert names["logits"].shape == (1, 10)
-    assert names["y"].shape == names["u"].shape
+# -- pages, block by block
+
+
+def blocks(page):
+    """The blocks of code of a page: (language, text)."""
+    return re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+def small_train(**options):
+    """`vimamba.train`, cut small."""
+    small = {"model_args": {"depth": 1}, "epochs": 1, "accelerator": "cpu", "num_workers": 0, "overwrite": True}
+    return train(**options | small, progress=False)
+
+
+class Shell:
+    """What a page's blocks of sh are taken for: commands of ours are called, others looked at."""
+
+    def __init__(self, vimamba, monkeypatch):
+        self.vimamba, self.monkeypatch = vimamba, monkeypatch
+
+    def __call__(self, text):
+        for line in re.sub(r"\\\n\s*", "", text).splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+                self.monkeypatch.setenv(*words.pop(0).split("=", 1))
+            if words:
+                (self.call if "vimamba" in words else self.look_at)(words)
+
+    def call(self, words):
+        into = words.pop() if words[-2] == ">" else None
+        words = words[words.index("vimamba") + 1 : len(words) - bool(into)]
+        elsewhere = "--num_nodes" in words  # on machines that are not here: it is read as they would, and no more
+        more = ["--print_config"] if elsewhere else smaller(words)
+        status, out, err = self.vimamba(*words, *more)
+        assert status == 0, f"{shlex.join(words)}: {err}"
+        if into:
+            Path(into).write_text(out)
+
+    def look_at(self, words):
+        match words:
+            case ["pip", "install", *_, what]:
+                assert words in OTHERS or {*re.fullmatch(r"vimamba\[([\w,]+)\]", what)[1].split(",")} <= EXTRAS
+            case ["make", target]:
+                assert f"\n{target}: " in (ROOT / "Makefile").read_text()
+            case ["python", "-m", "pytest", path]:
+                assert any((ROOT / path).glob("test_*.py"))
+            case ["python", script, *options]:
+                text = (ROOT / script).read_text()
+                assert all(f'"{option}"' in text for option in options if option.startswith("--"))
+            case _:
+                assert words in OTHERS
+
+
+@pytest.fixture(scope="module")
+def runs(workplace):
+    """The workplace with a run of each kind in it."""
+    write_digits(workplace / "new", 1)
     shutil.copy(workplace / "new/red.jpg", workplace / "new/1.jpg")
-    small = "epochs=1, model_args={'depth': 1}, accelerator='cpu', num_workers=0, overwrite=True, progress=False"
-    exec(runs.replace("output=", f"{small}, output="), names)
-    assert names["result"].label in names["predictor"].class_names
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        patch.setattr(scenes, "COUNTS", {"train": 8, "val": 4})
+        lines = [
+            "train --data photos --model vim_nano --output runs/photos",
+            "train --config recipes/scenes_seg.yaml --output runs/scenes-seg",
+            "train --config recipes/scenes_det.yaml --output runs/scenes-det",
+        ]
+        for words in map(shlex.split, lines):
+            assert main([*words, *smaller(words)]) == 0
+    return workplace
 
 
-def test_the_readmes_python_of_dense_tasks_runs(vimamba, workplace):
-    for name in ("scenes_seg", "scenes_det"):
-        words = ["train", "--config", f"recipes/{name}.yaml", "--output", f"runs/{name.replace('_', '-')}"]
-        assert vimamba(*words, *smaller(words))[0] == 0
-    shutil.copy(workplace / "new/red.jpg", workplace / "new/1.jpg")
-    names: dict = {}
-    exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2], names)
-    assert names["mask"].shape == (20, 20)
-    assert len(names["found"].boxes) == len(names["found"].labels) == len(names["found"].masks)
+@pytest.mark.parametrize("name", PAGES)
+def test_every_block_of_a_page_runs(name, vimamba, runs, tmp_path, monkeypatch):
+    """From top to bottom, in a folder with what pages speak of, or, where a page makes that itself, an empty one."""
+    here = tmp_path / "here"
+    if name in BEGINNINGS:
+        here.mkdir()
+        BEGINNINGS[name](here, monkeypatch)
+    else:
+        shutil.copytree(runs, here)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(vimamba_package, "train", small_train)
+    for registered in ("_model_entrypoints", "_model_to_module", "_module_to_models", "_model_pretrained_cfgs"):
+        monkeypatch.setattr(registry, registered, copy.copy(getattr(registry, registered)))
+    page = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", page)
+    shell = Shell(vimamba, monkeypatch)
+    for language, text in blocks(PAGES[name]):
+        included = re.findall(r'^--8<-- "([^":]+)', text, re.MULTILINE)
+        if included:  # tests/test_examples.py and tests/export run them
+            assert all((ROOT / path).is_file() for path in included)
+        elif language == "sh":
+            shell(text)
+        elif language == "python":
+            exec(compile(text, name, "exec"), vars(page))
+        else:
+            assert language == "text", f"{name}: a block of {language or 'no language'}: is it text, or does it run?"
+            assert "vimamba " not in text
 
 
-def test_the_readmes_make_targets_are_there():
-    targets = re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)
-    assert targets
-    assert all(f"\n{target}: " in (ROOT / "Makefile").read_text() for target in targets)
+def nuclei(folder, monkeypatch):
+    """What stands in for stardist's picture: discs, one in each tile."""
+    y, x = np.mgrid[:256, :256]
+    mask = np.where(np.hypot(y % 128 - 64, x % 128 - 64) < 20, 1 + y // 128 * 2 + x // 128, 0).astype(np.uint16)
+    Image.fromarray((mask > 0).astype(np.uint16) * 300 + 5).save(folder / "img2d.tif")
+    Image.fromarray(mask).save(folder / "mask2d.tif")
+    monkeypatch.setattr(sys, "argv", ["tiles.py", str(folder)])
 
 
-def test_the_python_of_the_page_on_export_runs(vimamba, workplace):
-    lines = DOCUMENTS["export.md"]
-    run = ["train", "--data", "photos", "--model", "vim_nano", "--output", "runs/photos", *smaller(["train"])]
-    assert vimamba(*run)[0] == 0
-    assert vimamba(*shlex.split(next(line for line in lines if "photos-rgb.onnx" in line))[1:])[0] == 0
-    names: dict = {}
-    exec(re.findall(r"```python\n(.*?)```", EXPORT, re.DOTALL)[0], names)
-    assert names["probabilities"].sum() == pytest.approx(1.0, abs=1e-5)
+BEGINNINGS = {"start.md": lambda folder, monkeypatch: None, "microscopy.md": nuclei}
