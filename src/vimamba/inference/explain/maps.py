@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from vimamba.errors import UserError, nearest, require
 from vimamba.inference.explain.attention import attention, grid_layout, look, rollout, to_grid
-from vimamba.inference.explain.frozen import frozen, require_tokens
+from vimamba.inference.explain.frozen import frozen, require_tokens, watched
+from vimamba.inference.explain.layer import Layer
 from vimamba.layers.grid import split_tokens, token_layout
 from vimamba.models.token_model import TokenModel
 
@@ -78,20 +79,26 @@ def _attribution(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 
     handle = tokens_model.patch_embed.register_forward_hook(keep)
     try:
-        with torch.enable_grad(), frozen(tokens_model) as layers:
+        with torch.enable_grad(), frozen(tokens_model):
             logits = tokens_model(images)
             score = logits.gather(1, classes[:, None]).sum() - logits.mean(1).sum()
             (gradient,) = torch.autograd.grad(score, kept[0])
     finally:
         handle.remove()
-    return (kept[0].detach() * gradient).sum(-1).unflatten(1, grid_layout(layers[0]).grid)
+    values_BL = (kept[0].detach() * gradient).sum(-1)
+    return values_BL.unflatten(1, tokens_model.patch_embed.grid_size(tuple(images.shape[2:])))
 
 
 def _attention(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    found = require_tokens(model)
-    layers = look(found, images)
-    rows = [row[:, -1] / row[:, -1].sum(-1, keepdim=True) for row in attention(found, layers)]
-    return to_grid(torch.stack(rows).mean(0), grid_layout(layers[0]))
+    found, rows = require_tokens(model), []
+
+    def see(layer: Layer) -> None:
+        row_BL = attention(found, layer)[:, -1]
+        rows.append(to_grid(row_BL / row_BL.sum(-1, keepdim=True), grid_layout(layer)))
+
+    with torch.no_grad(), watched(found, see):
+        found(images)
+    return torch.stack(rows).mean(0)
 
 
 def _rollout(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
