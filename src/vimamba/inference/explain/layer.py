@@ -44,9 +44,7 @@ class Carried(NamedTuple):
             later_BDL[..., :-1] = self.delta_BDL[..., 1:]
         # By these the scan multiplies what it reads. In place, here and below: at this size new memory costs the most.
         read_BDL = read_BDL / later_BDL.clamp_(min=SMALLEST)
-        row_BDL: Any = selective_scan(
-            read_BDL, later_BDL, self.A_DN, self.C_BNL, self.B_BNL, reverse=not self.reverse
-        )
+        row_BDL: Any = selective_scan(read_BDL, later_BDL, self.A_DN, self.C_BNL, self.B_BNL, reverse=not self.reverse)
         return row_BDL.mul_(self.delta_BDL)
 
 
