@@ -59,7 +59,7 @@ GIVEN = {
     "predict": "$trained $photos/val",
     "export": "$trained --format onnx --output $out/model.pt2",
     "serve": "$trained",
-    "explain": "$trained $photos/val --output $out",
+    "explain": "$trained $photos/val/blue/0.png --output $out",
     "bench": f"{BENCH} --against test_vit --memory false --json $out/bench.json",
     "models": "nano",
     "ablate": "--data digits --model_args '{depth: 1, embed_dim: 16, d_state: 4}' --designs [none] --seeds 1 "
@@ -218,9 +218,10 @@ VALUES: dict[str, dict[str, list[Value]]] = {
     "explain": {
         "config": [Value("$config")],
         "output": [Value("$out/further")],
-        "method": [Value("'[gradcam, integrated_gradients]'")],
+        "method": [Value("'[gradcam, integrated_gradients, receptive_field]'")],
         "target": [Value("red")],
         "curves": [Value("false")],
+        "compare": [Value("'[test_resnet]'", beside="--method '[receptive_field]'")],
         "device": [same("cpu:0")],
         **ASKS,
     },

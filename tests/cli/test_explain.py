@@ -15,19 +15,26 @@ from vimamba.inference.explain import report
 def test_it_leaves_overlays_a_sheet_a_page_and_numbers(vimamba, trained, photos, tmp_path):
     given = sorted((photos / "val" / "red").glob("*.png"))[:2]
     output = tmp_path / "out"
-    status, out, err = vimamba("explain", trained, *given, "--output", output)
+    status, out, err = vimamba("explain", trained, *given, "--compare", "[test_resnet]", "--output", output)
     assert status == 0, err
     assert "red" in out
     names = {path.name for path in output.iterdir()}
-    assert {"report.html", "sheet.png", "explain.npz", "000-0-attribution.png", "001-1-token-norms.png"} <= names
+    pictures = {"000-0-attribution.png", "001-1-token-norms.png", "receptive-field-before-training-backward.png"}
+    assert {"report.html", "sheet.png", "explain.npz"} | pictures <= names
     page = (output / "report.html").read_text()
-    assert len(re.findall('src="data:image/png;base64,', page)) == 12  # three maps, the image, norms and colours
+    # Of each image itself, three maps, norms and colours; of fields two of three, and the other model's.
+    assert len(re.findall('src="data:image/png;base64,', page)) == 2 * 6 + 2 * 3 + 1
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "deletion" in page
+    assert "test_resnet, untrained, both ways" in page
     assert "row forward" in page
     with np.load(output / "explain.npz") as numbers:
-        assert numbers["1/attention"].shape == numbers["1/token norms"].shape
+        assert numbers["1/attention"].shape == numbers["1/token_norms"].shape
         assert numbers["0/random deletion"].shape == numbers["0/attribution insertion"].shape
+        assert numbers["0/directions 0"].sum() == pytest.approx(1)
+        fields = [numbers[name] for name in numbers.files if name.startswith("receptive_field/")]
+        assert len(fields) == 7
+        assert all((field >= 0).all() and field.max() > 0 for field in fields)
 
 
 def test_a_class_is_asked_about_and_curves_are_left_out(vimamba, trained, photos, tmp_path):
@@ -57,10 +64,23 @@ def test_bad_images_and_runs_are_said(vimamba, trained, segmented, tmp_path):
 @pytest.mark.parametrize("label", ["", "$x_2$", "\u732b\u306e\u5199\u771f", "<script>alert(1)</script>", "long " * 60])
 def test_any_class_name_stands_in_the_page_as_it_is(label):
     picture = Image.new("L", (28, 28))
-    page = report.page("run", [report.Explained("a<b.png", label, 0.5, picture, {}, {})], [])
+    page = report.page("run", [report.Explained("a<b.png", label, 0.5, picture, {}, {})], [], {})
     assert "<script>" not in page
     assert "a&lt;b.png" in page
     assert (label or "(no name)") in page or "&lt;script&gt;" in page
+
+
+def test_gates_stand_beside_the_shares_of_their_directions():
+    layers = [("0", {"row forward": 1.0}, {}), ("1", {"row forward": 0.75, "row backward": 0.25}, {"row forward": 0.6})]
+    page = report.page("run", [], layers, {})
+    assert "<td>0</td><td>100.0%</td><td></td>" in page
+    assert "<td>75.0% (gate 0.60)</td><td>25.0%</td>" in page
+
+
+def test_a_logarithmic_map_shows_four_decades():
+    shades = np.asarray(report.logarithmic(np.array([[1.0, 0.1], [1e-4, 0.0]]))).astype(int).sum(-1)
+    corners = shades[0, 0], shades[0, -1], shades[-1, 0], shades[-1, -1]
+    assert corners[0] > corners[1] > corners[2] == corners[3]
 
 
 def test_a_map_of_nothing_leaves_the_image_as_it_is():

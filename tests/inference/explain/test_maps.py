@@ -10,11 +10,11 @@ import vimamba
 from tests.inference.explain.test_attention import DESIGNS, images, small
 from vimamba.errors import UserError
 from vimamba.inference.explain.faithful import STEPS, curves, random_map
-from vimamba.inference.explain.maps import METHODS, reshape_transform
-from vimamba.inference.explain.tokens import principal_colours, receptive_field, token_norms
+from vimamba.inference.explain.maps import MAPS, reshape_transform
+from vimamba.inference.explain.tokens import direction_use, receptive_field, receptive_fields
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MAPS)
 @pytest.mark.parametrize("size", [(64, 64), (40, 96)])
 def test_every_method_gives_a_map_of_any_size(method, size):
     pytest.importorskip("captum"), pytest.importorskip("pytorch_grad_cam")
@@ -75,20 +75,58 @@ def test_a_right_map_beats_a_random_and_a_wrong_one_under_both_curves():
 
 def test_what_tokens_hold():
     model = small()
-    assert token_norms(model, images()).shape == (2, 8, 8)
-    colours = principal_colours(model, images())
+    norms = vimamba.explain(model, images(), "token_norms")
+    features = model.forward_intermediates(images(), 1, intermediates_only=True)[0]
+    torch.testing.assert_close(norms, features.norm(dim=1))
+    colours = vimamba.explain(model, images(), "principal_components")
     assert colours.shape == (2, 8, 8, 3)
     assert (colours.amin((1, 2)) == 0).all()
     assert (colours.amax((1, 2)) == 1).all()
 
 
-def test_the_receptive_field_of_one_direction_stops_at_the_patch():
+def test_a_receptive_field_ends_where_its_directions_do():
+    """The middle patch is the fifth of eight in its row and column: pixels 32 to 39."""
+    above, below = (slice(None), slice(0, 32)), (slice(None), slice(40, 64))
     one_way = receptive_field(small(bidirectional="none", depth=1), images())
-    assert (one_way[40:] == 0).all()  # rows of patches after the middle one's, the fifth
-    assert (one_way[:32] > 0).any()
-    both = receptive_field(small(depth=1), images())
-    assert (both[40:] > 0).any()
-    assert receptive_field(timm.create_model("test_vit"), torch.randn(1, 3, 160, 160)).shape == (160, 160)
+    both = vimamba.explain(small(depth=1), images(), "receptive_field")
+    forward, backward = (receptive_field(small(depth=1), images(), way) for way in (False, True))
+    assert one_way.shape == both.shape == (2, 64, 64)
+    for field, seen, unseen in ((one_way, above, below), (forward, above, below), (backward, below, above)):
+        assert (field[seen] > 0).any()
+        assert (field[unseen] == 0).all()
+    assert (both[above] > 0).any()
+    assert (both[below] > 0).any()
+
+
+def test_receptive_fields_before_and_after_training_and_beside_other_models():
+    model = small()
+    with torch.no_grad():
+        model.layers[0].mixer.in_proj.weight.mul_(3)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    fields = receptive_fields(model, torch.randn(2, 3, 160, 160), ["test_vit"])
+    ways = ["both ways", "forward", "backward"]
+    names = {"before training": ways, "after training": ways, "test_vit, untrained": ways[:1]}
+    assert {name: list(of_model) for name, of_model in fields.items()} == names
+    assert not torch.allclose(fields["before training"]["both ways"], fields["after training"]["both ways"])
+    assert all(field.shape == (160, 160) for of_model in fields.values() for field in of_model.values())
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def test_what_directions_give():
+    model = small(paths=["row", "column"], merge="gate", gate="token")
+    with torch.no_grad():
+        model.layers[1].mixer.D_b.zero_()
+        model.layers[1].mixer.x_proj_b.weight.zero_()
+    first, second = direction_use(model, images())
+    assert first.names == ["row forward", "row backward", "column forward", "column backward"]
+    torch.testing.assert_close(first.shares_BG.sum(1), torch.ones(2))
+    torch.testing.assert_close(first.gates_BG.sum(1), torch.ones(2))
+    assert (first.shares_BG > 0).all()
+    assert (second.shares_BG[:, 1] == 0).all()
+    assert (second.gates_BG[:, 1] > 0).all()  # a gate may be open to nothing
+    shares = vimamba.explain(small(bidirectional=["none", "ssm"]), images(), "directions")
+    assert shares.shape == (2, 2, 2)
+    assert torch.equal(shares[:, 0], torch.tensor([[1.0, 0.0]] * 2))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +138,8 @@ def test_the_receptive_field_of_one_direction_stops_at_the_patch():
         (dict(images=torch.zeros(3, 64, 64)), "`images`: give"),
         (dict(model=timm.create_model("test_vit")), "the model is a VisionTransformer"),
         (dict(model=timm.create_model("test_vit"), method="gradcam"), "takes a VisionMamba"),
+        (dict(model=timm.create_model("test_vit"), method="directions"), "a VisionTransformer has none"),
+        (dict(model=torch.nn.Flatten(), method="token_norms"), "a Flatten does not show its features"),
     ],
 )
 def test_what_cannot_be_explained_is_said(change, words):

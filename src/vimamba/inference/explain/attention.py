@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vimamba.inference.explain.frozen import Carried, Layer, frozen
+from vimamba.inference.explain.frozen import watched
+from vimamba.inference.explain.layer import SMALLEST, Carried, Layer
 from vimamba.layers.grid import Layout, split_tokens
 from vimamba.models.token_model import TokenModel
 
 
 def look(model: TokenModel, images: Tensor) -> list[Layer]:
     """What each layer did with images (batch, in_chans, height, width)."""
-    with torch.no_grad(), frozen(model) as layers:
+    layers: list[Layer] = []
+    with torch.no_grad(), watched(model, layers.append):
         model(images)
     return layers
 
@@ -27,23 +30,22 @@ def read_weights(model: TokenModel, layout: Layout) -> Tensor:
         return torch.autograd.grad(pooled.mean(), tokens)[0][0, :, 0]
 
 
-def attention(model: TokenModel, layers: Sequence[Layer]) -> list[Tensor]:
-    """How much the read token takes from each token, layer by layer.
+@torch.no_grad()
+def attention(model: TokenModel, layer: Layer) -> Tensor:
+    """How much the read token takes from each token in a layer, (batch, directions + 1, length).
 
-    Each is (batch, directions + 1, length): the mean over the channels of C_i prod exp(delta A) delta_j B_j's absolute
-    value, for each direction as it counts in the merge and, last, for their sum. One product of a vector with the
-    scan's Jacobian a direction; no matrix of length × length.
+    The mean over the channels of C_i prod exp(delta A) delta_j B_j's absolute value, for each direction as it counts
+    in the merge and, last, for their sum. One product of a vector with the scan's Jacobian a direction; no matrix of
+    length × length.
     """
-    rows = []
-    for layer in layers:
-        plain = _without(layer.layout, layer.pooled_at)
-        read_L = _padded(read_weights(model, plain)[None], layer.pooled_at)
-        of_channels = [_row(carried, read_L) for carried in layer.directions]
-        found = torch.stack([*of_channels, torch.stack(of_channels).sum(0)], 1).abs().mean(2)
-        rows.append(_cut(found, layer.pooled_at))
-    return rows
+    plain = _without(layer.layout, layer.pooled_at)
+    read_L = _padded(read_weights(model, plain)[None], layer.pooled_at)
+    rows = [_row(layer, i, read_L) for i in range(len(layer.mixer.scans))]
+    rows_BGLD = torch.stack([*rows, sum(rows[1:], rows[0])], 1)
+    return _cut(rows_BGLD.abs().mean(-1), layer.pooled_at)
 
 
+@torch.no_grad()
 def rollout(model: TokenModel, layers: Sequence[Layer]) -> Tensor:
     """What the read token takes from each token of the first layer, (batch, length); it sums to 1.
 
@@ -55,7 +57,7 @@ def rollout(model: TokenModel, layers: Sequence[Layer]) -> Tensor:
     for step in reversed(of_index):
         if row is None:
             plain = _without(step[0].layout, step[0].pooled_at)
-            row = read_weights(model, plain).expand(len(step[0].shares_BG), -1)
+            row = read_weights(model, plain).expand(len(step[0].u), -1)
         row = torch.stack([_rolled(layer, row) for layer in step]).mean(0)
     assert row is not None
     return row
@@ -79,35 +81,44 @@ def _in_order(model: TokenModel, layers: Sequence[Layer]) -> list[list[Layer]]:
     return [[next(left) for _ in step] for step in model.steps]
 
 
-def _row(carried: Carried, read_BL: Tensor) -> Tensor:
-    """(batch, dim, length): what a weighted sum of steps takes from each token, in each channel."""
-    weighted = read_BL[:, :, None] * carried.weight_BLG  # (batch or 1, length, 1)
-    cotangent = weighted[:, carried.order_L].transpose(1, 2).expand_as(carried.u_BDL)
-    with torch.enable_grad():
-        u_BDL = carried.u_BDL.detach().requires_grad_()
-        (row_BDL,) = torch.autograd.grad(carried.scan(u_BDL), u_BDL, cotangent.to(u_BDL.dtype).contiguous())
-    return row_BDL[:, :, carried.rank_L]
+def _row(layer: Layer, index: int, read_BL: Tensor) -> Tensor:
+    """What a weighted sum of tokens takes from each in each channel of a direction, (batch, length, dim)."""
+    length, steps = layer.u.shape[1], layer.along(read_BL[..., None], index).any(0)[:, 0].nonzero()
+    # What is read has seen nothing of the steps behind it.
+    within = slice(int(steps.min()), length) if layer.backward(index) else slice(0, int(steps.max()) + 1)
+    read_BL1 = layer.along(read_BL[..., None] * layer.weight(index), index)
+    carried = layer.carried(index, within=within)
+    row_BLD = carried.transposed(_in_channels(read_BL1[:, within], carried)).transpose(1, 2)
+    return layer.back(F.pad(row_BLD, (0, 0, within.start, length - within.stop)), index)
+
+
+def _in_channels(values_BL1: Tensor, carried: Carried) -> Tensor:
+    return values_BL1.to(carried.delta_BDL.dtype).transpose(1, 2).expand_as(carried.delta_BDL)
 
 
 def _rolled(layer: Layer, row_BL: Tensor) -> Tensor:
     row_BL = _padded(row_BL, layer.pooled_at)
-    positive = [c._replace(B_BNL=c.B_BNL.abs(), C_BNL=c.C_BNL.abs()) for c in layer.directions]
-    with torch.no_grad():
-        sums = [c.scan(torch.ones_like(c.u_BDL)).mean(1)[:, c.rank_L] * _flat(c.weight_BLG) for c in positive]
-    total_BL = torch.stack(sums).sum(0).clamp(min=torch.finfo(torch.float32).tiny)
-    taken = torch.stack([_row(c, row_BL / total_BL).mean(1) for c in positive]).sum(0)
-    return _cut((row_BL + taken) / 2, layer.pooled_at)
-
-
-def _flat(weight: Tensor | float) -> Tensor | float:
-    return weight[..., 0] if isinstance(weight, Tensor) else weight
+    positive = []
+    for i in range(len(layer.mixer.scans)):
+        carried = layer.carried(i)
+        positive.append(carried._replace(B_BNL=carried.B_BNL.abs(), C_BNL=carried.C_BNL.abs()))
+    sums_BL = [
+        layer.back(c.scan(torch.ones_like(c.delta_BDL)).mean(1)[..., None], i) * layer.weight(i)
+        for i, c in enumerate(positive)
+    ]
+    read_BL1 = row_BL[..., None] / sum(sums_BL).clamp(min=SMALLEST)
+    taken = [
+        layer.back(c.transposed(_in_channels(layer.along(read_BL1 * layer.weight(i), i), c)).mean(1), i)
+        for i, c in enumerate(positive)
+    ]
+    return _cut((row_BL + sum(taken)) / 2, layer.pooled_at)
 
 
 def _padded(values_BL: Tensor, pooled_at: int | None) -> Tensor:
     """With nothing at the pooled token, which is read by none."""
     if pooled_at is None:
         return values_BL
-    return torch.nn.functional.pad(values_BL, (1, 0) if pooled_at == 0 else (0, 1))
+    return F.pad(values_BL, (1, 0) if pooled_at == 0 else (0, 1))
 
 
 def _cut(values: Tensor, pooled_at: int | None) -> Tensor:

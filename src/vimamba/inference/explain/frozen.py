@@ -1,65 +1,23 @@
-"""A model with what chooses held constant, so that its mixers are linear in what they carry, and what each one carries.
-
-A selective scan is y_i = sum_j C_i (prod_k exp(delta_k A)) delta_j B_j u_j: an attention over u, if delta, B and C are
-constants (arXiv 2403.01590). Gates, SiLUs and the scales of norms are held likewise, as in MambaLRP (arXiv 2406.07592).
-"""
+"""Ways of running a model: looked at layer by layer, with what chooses held constant, or by some directions only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimamba.errors import UserError
-from vimamba.layers.grid import Layout, route
-from vimamba.layers.mixers import BidirectionalMixer
-from vimamba.layers.mixers.directional import Scan
-from vimamba.layers.mixers.mamba import _conv_reverse
+from vimamba.inference.explain.layer import Layer
+from vimamba.layers.grid import Layout
+from vimamba.layers.mixers import BidirectionalMixer, DirectionalMixer
 from vimamba.layers.norm import LayerNorm, RMSNorm
 from vimamba.models.token_model import TokenModel
-from vimamba.ops import causal_conv1d, selective_scan
 
-
-class Carried(NamedTuple):
-    """What the scan of one direction is given, along its path; `rank_L` puts steps back in the order of the tokens."""
-
-    u_BDL: Tensor
-    delta_BDL: Tensor
-    A_DN: Tensor
-    B_BNL: Tensor
-    C_BNL: Tensor
-    D_D: Tensor
-    reverse: bool
-    order_L: Tensor
-    rank_L: Tensor
-    weight_BLG: Tensor | float
-    """What the direction counts in the merge, in the order of the tokens: (batch, length or 1, 1)."""
-    path: str
-
-    def scan(self, u_BDL: Tensor) -> Tensor:
-        """The scan of other values by the same delta, B and C, without what passes by in D."""
-        return selective_scan(  # type: ignore[return-value]
-            u_BDL, self.delta_BDL, self.A_DN, self.B_BNL, self.C_BNL, reverse=self.reverse
-        )
-
-    @property
-    def name(self) -> str:
-        """The path, and which way round."""
-        return f"{self.path} {'backward' if self.reverse else 'forward'}"
-
-
-class Layer(NamedTuple):
-    """What one mixer did with an image: its directions, and how much each gave, as a share of all."""
-
-    directions: list[Carried]
-    shares_BG: Tensor
-    layout: Layout
-    pooled_at: int | None
-    """The place of the pooled token, which no other layer sees."""
+Merged = Callable[[Tensor, Tensor | None, bool, Layout | None], Tensor]
+"""`DirectionalMixer._merged`."""
 
 
 def require_tokens(model: nn.Module) -> TokenModel:
@@ -77,38 +35,113 @@ def require_tokens(model: nn.Module) -> TokenModel:
 
 
 @contextmanager
-def frozen(model: TokenModel) -> Iterator[list[Layer]]:
-    """The model's forward passes inside are linear in what the mixers carry; gives what each layer did, of the last.
+def watched(model: nn.Module, see: Callable[[Layer], None]) -> Iterator[None]:
+    """Forward passes inside show what each layer did, in their order."""
 
-    The outputs keep their values; their gradients are those of the linear model.
-    """
-    seen: list[Layer] = []
-    with _frozen_methods(model, seen):
-        handle = model.register_forward_pre_hook(lambda *_: seen.clear())
-        try:
-            yield seen
-        finally:
-            handle.remove()
+    def merged_of(mixer: DirectionalMixer, merged: Merged) -> Merged:
+        def seen(u: Tensor, weights_BLG: Tensor | None, reverse: bool, layout: Layout | None) -> Tensor:
+            assert layout is not None  # models always give it
+            see(Layer(mixer, u, weights_BLG, reverse, layout))
+            return merged(u, weights_BLG, reverse, layout)
+
+        return seen
+
+    with _replaced({mixer: ("_merged", merged_of(mixer, mixer._merged)) for mixer in _mixers(model)}):
+        yield
 
 
 @contextmanager
-def _frozen_methods(model: TokenModel, seen: list[Layer]) -> Iterator[None]:
-    replaced: list[tuple[nn.Module, str]] = []
+def frozen(model: TokenModel) -> Iterator[None]:
+    """Forward passes inside are linear in what the mixers carry: gates, SiLUs, delta, B, C and norms are constants.
 
-    def replace(module: nn.Module, name: str, method: Callable[..., Any]) -> None:
-        module.__dict__[name] = method
-        replaced.append((module, name))
+    The outputs keep their values; their gradients, which only what is put in may ask for, are those of the linear
+    model.
+    """
 
+    def merged_of(mixer: DirectionalMixer, merged: Merged) -> Merged:
+        def linear(u: Tensor, weights_BLG: Tensor | None, reverse: bool, layout: Layout | None) -> Tensor:
+            assert layout is not None  # models always give it
+            weights_BLG = None if weights_BLG is None else weights_BLG.detach()
+            return _Linear.apply(u, Layer(mixer, u.detach(), weights_BLG, reverse, layout), merged)  # type: ignore
+
+        return linear
+
+    methods: dict[nn.Module, tuple[str, Callable[..., Any]]] = {
+        mixer: ("_merged", merged_of(mixer, mixer._merged)) for mixer in _mixers(model)
+    }
+    norms = (module for module in model.modules() if isinstance(module, (RMSNorm, LayerNorm)))
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        for module in model.modules():
-            if isinstance(module, BidirectionalMixer):
-                replace(module, "_merged", _merged_of(module, seen))
-            elif isinstance(module, (RMSNorm, LayerNorm)):
-                replace(module, "forward", _norm_of(module))
+        for parameter in learned:  # else each layer would keep its input for their gradients
+            parameter.requires_grad_(False)
+        with _replaced(methods | {norm: ("forward", _norm_of(norm)) for norm in norms}):
+            yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_()
+
+
+@contextmanager
+def facing(model: nn.Module, backward: bool) -> Iterator[None]:
+    """Forward passes inside go without the directions that run the other way round."""
+
+    def merged_of(mixer: DirectionalMixer, merged: Merged) -> Merged:
+        def masked(u: Tensor, weights_BLG: Tensor | None, reverse: bool, layout: Layout | None) -> Tensor:
+            kept = u.new_tensor([(scan.reverse != reverse) == backward for scan in mixer.scans])
+            weights_BLG = kept.expand(len(u), 1, -1) if weights_BLG is None else weights_BLG * kept
+            return merged(u, weights_BLG, reverse, layout)
+
+        return masked
+
+    with _replaced({mixer: ("_merged", merged_of(mixer, mixer._merged)) for mixer in _mixers(model)}):
+        yield
+
+
+def _mixers(model: nn.Module) -> list[DirectionalMixer]:
+    return [module for module in model.modules() if isinstance(module, DirectionalMixer)]
+
+
+@contextmanager
+def _replaced(methods: dict[Any, tuple[str, Callable[..., Any]]]) -> Iterator[None]:
+    try:
+        for module, (name, method) in methods.items():
+            module.__dict__[name] = method
         yield
     finally:
-        for module, name in replaced:
-            del module.__dict__[name]
+        for module, (name, _) in methods.items():
+            module.__dict__.pop(name, None)
+
+
+class _Linear(torch.autograd.Function):
+    """`_merged` by the mixer's own kernels, and its gradient with what chooses held constant."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, layer: Layer, merged: Merged) -> Tensor:
+        ctx.layer = layer
+        return merged(u, layer.weights_BLG, layer.reverse, layer.layout)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BLD: Tensor) -> tuple[Tensor, None, None]:
+        layer: Layer = ctx.layer
+        x_BLD, z_BLD = layer.u.chunk(2, dim=-1)
+        dy_BLD = nn.functional.silu(z_BLD).mul_(dy_BLD)
+        du_BLE = torch.zeros_like(layer.u)
+        for i in range(len(layer.mixer.scans)):
+            du_BLE[..., : x_BLD.shape[-1]] += _direction_backward(layer, i, dy_BLD * layer.weight(i))
+        return du_BLE, None, None
+
+
+def _direction_backward(layer: Layer, index: int, dy_BLD: Tensor) -> Tensor:
+    mixer: Any = layer.mixer
+    dy_BDL = layer.along(dy_BLD, index).transpose(1, 2)
+    x_BDL = layer.read(index).detach().requires_grad_()
+    with torch.enable_grad():
+        convolved_BDL = layer.convolved(index, x_BDL)
+    D_D1 = getattr(mixer, mixer.names[mixer.scans[index].weights].D).detach()[:, None]
+    du_BDL = layer.carried(index, convolved_BDL.detach()).transposed(dy_BDL).addcmul_(D_D1, dy_BDL)
+    sigmoid_BDL = convolved_BDL.detach().sigmoid()
+    (dx_BDL,) = torch.autograd.grad(convolved_BDL, x_BDL, sigmoid_BDL.mul_(du_BDL))
+    return layer.back(dx_BDL.transpose(1, 2), index)
 
 
 def _norm_of(norm: RMSNorm | LayerNorm) -> Callable[[Tensor], Tensor]:
@@ -122,53 +155,3 @@ def _norm_of(norm: RMSNorm | LayerNorm) -> Callable[[Tensor], Tensor]:
         return x * scale * norm.weight + bias
 
     return forward
-
-
-def _merged_of(mixer: BidirectionalMixer, seen: list[Layer]) -> Callable[..., Tensor]:
-    """`DirectionalMixer._merged` with each direction on its own and its choices constant."""
-
-    def merged(u: Tensor, weights_BLG: Tensor | None, reverse: bool, layout: Layout | None) -> Tensor:
-        assert layout is not None  # models always give it
-        scale = 1.0 if mixer.merge == "sum" else 1 / len(mixer.scans)
-        total, parts, directions = None, [], []
-        for i, scan in enumerate(mixer.scans):
-            weight = scale if weights_BLG is None else scale * weights_BLG[..., i : i + 1].detach()
-            carried = _carried(mixer, u, scan, reverse, layout, weight)
-            y_BDL = carried.scan(carried.u_BDL) + carried.D_D[:, None] * carried.u_BDL
-            y_BLD = y_BDL.transpose(1, 2)[:, carried.rank_L] * weight
-            y_BLD = y_BLD * F.silu(u.chunk(2, dim=-1)[1]).detach()
-            total = y_BLD if total is None else total + y_BLD
-            parts.append(F.linear(y_BLD.detach(), mixer.out_proj.weight).norm(dim=(1, 2)))
-            directions.append(carried._replace(u_BDL=carried.u_BDL.detach()))
-        shares_BG = torch.stack(parts, 1)
-        pooled_at = (u.shape[1] - 1 if directions[0].reverse else 0) if mixer.pooled_token else None
-        seen.append(Layer(directions, shares_BG / shares_BG.sum(1, keepdim=True), layout, pooled_at))
-        assert total is not None
-        return total
-
-    return merged
-
-
-def _carried(
-    mixer: BidirectionalMixer, u: Tensor, scan: Scan, reverse: bool, layout: Layout, weight: Tensor | float
-) -> Carried:
-    """What `BidirectionalMixer.one_direction` gives its scan."""
-    if scan.path.along_rows:
-        order = rank = torch.arange(u.shape[1], device=u.device)
-    else:
-        order, rank = route(scan.path, layout, u)
-    direction = mixer._direction(scan, reverse)
-    x_BDL = u.chunk(2, dim=-1)[0][:, order].transpose(1, 2)
-    if mixer.conv2d is None:
-        way = _conv_reverse(scan, reverse)
-        x_BDL = causal_conv1d(x_BDL, direction.conv_weight.flatten(1), direction.conv_bias, reverse=way)
-    u_BDL = x_BDL * x_BDL.detach().sigmoid()
-    with torch.no_grad():
-        rank_of_dt, state = direction.dt_proj_weight.shape[1], direction.A_log.shape[1]
-        projected = F.linear(u_BDL.transpose(1, 2), direction.x_proj_weight)
-        dt, B_BLN, C_BLN = projected.split([rank_of_dt, state, state], dim=-1)
-        delta = F.softplus(F.linear(dt, direction.dt_proj_weight, direction.dt_bias))
-    return Carried(
-        u_BDL, delta.transpose(1, 2), direction.decay_rates.detach(), B_BLN.transpose(1, 2), C_BLN.transpose(1, 2),
-        direction.D.detach(), direction.scan_reverse, order, rank, weight, scan.path.name,
-    )  # fmt: skip

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from vimamba.errors import UserError, nearest, require
 from vimamba.inference.explain.attention import attention, grid_layout, look, rollout, to_grid
-from vimamba.inference.explain.frozen import frozen, require_tokens
+from vimamba.inference.explain.frozen import frozen, require_tokens, watched
+from vimamba.inference.explain.layer import Layer
+from vimamba.inference.explain.tokens import direction_use, principal_colours, receptive_field, token_norms
 from vimamba.layers.grid import split_tokens, token_layout
 from vimamba.models.token_model import TokenModel
 
@@ -19,28 +21,33 @@ IG_STEPS = 32  # points of the integral; captum's 50 changes a map's order of pi
 def explain(
     model: nn.Module, images: Tensor, method: str = "attribution", target: Sequence[int] | None = None
 ) -> Tensor:
-    """What in images a classifier's answer rests on.
+    """What in images a classifier's answer rests on, or what the model holds of them.
 
     Args:
-        model: a classifier in evaluation mode; "gradcam" takes any VisionMamba, "integrated_gradients" any model at
-            all, the others a VisionMamba over the recurrence mamba.
+        model: a classifier in evaluation mode; "gradcam" takes any VisionMamba, "directions" any model with our mixers,
+            "attribution", "attention" and "rollout" a VisionMamba over the recurrence mamba, the others any model of
+            ours or timm's, and "integrated_gradients" any at all.
         images: preprocessed, (batch, in_chans, height, width), of any size that the model takes.
         method: "attribution" (tokens times their gradient, with delta, B, C, gates and norms held constant: what each
             patch adds to the logit), "attention" (the hidden attention of the token that is read, mean of the layers),
-            "rollout" (the same through all layers), "gradcam" or "integrated_gradients".
+            "rollout" (the same through all layers), "gradcam" or "integrated_gradients"; or what asks about no answer:
+            "token_norms", "principal_components", "receptive_field" or "directions", see `tokens`.
         target: the class of each image that is asked about; the likeliest if not given. Attention asks about none.
 
     Returns:
-        (batch, rows, columns), a value for each patch; for "integrated_gradients" one for each pixel.
+        (batch, rows, columns), a value for each patch; for "integrated_gradients" and "receptive_field" one for each
+        pixel; for "principal_components" a colour, (batch, rows, columns, 3); for "directions" the share of each,
+        (batch, layers, directions).
 
     Raises:
         UserError: there is no such method, it does not fit the model, its package is missing, or a class is unknown.
     """
     require(method in METHODS, f"`method` {method}: give {', '.join(METHODS)}{nearest(method, METHODS)}")
     require(images.dim() == 4, f"`images`: give (batch, channels, height, width), got {tuple(images.shape)}")
-    needs_target = method not in ("attention", "rollout")
-    classes = _classes(model, images, target) if needs_target else torch.zeros(len(images), dtype=torch.long)
-    return METHODS[method](model, images, classes).detach()
+    if method in PROPERTIES:
+        return PROPERTIES[method](model, images).detach()
+    classes = _classes(model, images, target) if method not in UNASKED else torch.zeros(len(images), dtype=torch.long)
+    return MAPS[method](model, images, classes).detach()
 
 
 def reshape_transform(model: TokenModel, size: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -78,20 +85,26 @@ def _attribution(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 
     handle = tokens_model.patch_embed.register_forward_hook(keep)
     try:
-        with torch.enable_grad(), frozen(tokens_model) as layers:
+        with torch.enable_grad(), frozen(tokens_model):
             logits = tokens_model(images)
             score = logits.gather(1, classes[:, None]).sum() - logits.mean(1).sum()
             (gradient,) = torch.autograd.grad(score, kept[0])
     finally:
         handle.remove()
-    return (kept[0].detach() * gradient).sum(-1).unflatten(1, grid_layout(layers[0]).grid)
+    values_BL = (kept[0].detach() * gradient).sum(-1)
+    return values_BL.unflatten(1, tokens_model.patch_embed.grid_size(tuple(images.shape[2:])))
 
 
 def _attention(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    found = require_tokens(model)
-    layers = look(found, images)
-    rows = [row[:, -1] / row[:, -1].sum(-1, keepdim=True) for row in attention(found, layers)]
-    return to_grid(torch.stack(rows).mean(0), grid_layout(layers[0]))
+    found, rows = require_tokens(model), []
+
+    def see(layer: Layer) -> None:
+        row_BL = attention(found, layer)[:, -1]
+        rows.append(to_grid(row_BL / row_BL.sum(-1, keepdim=True), grid_layout(layer)))
+
+    with torch.no_grad(), watched(found, see):
+        found(images)
+    return torch.stack(rows).mean(0)
 
 
 def _rollout(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
@@ -134,11 +147,27 @@ def _integrated_gradients(model: nn.Module, images: Tensor, classes: Tensor) -> 
     return found.sum(1)
 
 
-METHODS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+def _directions(model: nn.Module, images: Tensor) -> Tensor:
+    shares = [use.shares_BG for use in direction_use(model, images)]
+    most = max(each.shape[1] for each in shares)
+    return torch.stack([torch.nn.functional.pad(each, (0, most - each.shape[1])) for each in shares], 1)
+
+
+MAPS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "attribution": _attribution,
     "attention": _attention,
     "rollout": _rollout,
     "gradcam": _gradcam,
     "integrated_gradients": _integrated_gradients,
 }
-"""By name: (model, images, classes) to maps (batch, rows, columns)."""
+"""What an answer rests on, by name: (model, images, classes) to maps (batch, rows, columns)."""
+UNASKED = ("attention", "rollout")
+"""Those that are the same for all classes."""
+PROPERTIES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "token_norms": token_norms,
+    "principal_components": principal_colours,
+    "receptive_field": receptive_field,
+    "directions": _directions,
+}
+"""What a model holds of images, by name: (model, images) to a tensor."""
+METHODS = (*MAPS, *PROPERTIES)

@@ -14,6 +14,7 @@ from PIL import Image
 
 LEAST_SIDE = 224  # pixels of the shorter side of a picture: maps of small images are enlarged to be seen
 STRENGTH = 0.6  # share of the colours where a map is largest
+DECADES = 4  # of a logarithmic map below its largest value
 
 
 class Explained(NamedTuple):
@@ -46,6 +47,16 @@ def overlay(image: Image.Image, map_hw: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(mixed, 0, 255).round().astype(np.uint8))
 
 
+def logarithmic(map_hw: np.ndarray) -> Image.Image:
+    """A map on a logarithmic scale, enlarged: black is a ten-thousandth of the largest value, or less."""
+    share_hw = map_hw / max(map_hw.max(), np.finfo(np.float32).tiny)
+    with np.errstate(divide="ignore"):
+        shade_hw = 1 + np.log10(share_hw).clip(-DECADES, 0) / DECADES
+    return enlarged(
+        Image.fromarray((255 * matplotlib.colormaps["inferno"](shade_hw)[..., :3]).round().astype(np.uint8))
+    )
+
+
 def coloured(image: Image.Image, colours_hw3: np.ndarray) -> Image.Image:
     """Colours 0 to 1 of patches, as large as the enlarged image."""
     picture = Image.fromarray((255 * colours_hw3).round().astype(np.uint8))
@@ -70,46 +81,81 @@ STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
 body { margin: 2rem auto; max-width: 1200px; padding: 0 1rem; }
 h1, h2 { font-weight: 600; line-height: 1.25; overflow-wrap: anywhere; }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; width: 224px; } figure img { width: 100%; display: block; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; margin: .5rem 0; }
+figure { margin: 0; width: 224px; max-width: calc(50% - .5rem); } figure img { width: 100%; display: block; }
 figcaption { font-size: .85rem; opacity: .8; }
-table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .2rem .8rem; text-align: right; }
+p { margin: .3rem 0; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: 1rem 0; }
+td, th { padding: .2rem .8rem; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; } tr + tr { border-top: 1px solid #8884; }
 """
 
 
-def page(title: str, found: Sequence[Explained], directions: Sequence[tuple[str, dict[str, float]]]) -> str:
-    """Everything in one HTML file that asks no other for anything."""
-    body = [f"<h1>{html.escape(title)}</h1>"]
+def page(
+    title: str,
+    found: Sequence[Explained],
+    directions: Sequence[tuple[str, dict[str, float], dict[str, float]]],
+    fields: dict[str, dict[str, Image.Image]],
+) -> str:
+    """Everything in one HTML file that asks no other for anything.
+
+    Args:
+        title: what is explained.
+        found: of each image.
+        directions: of each layer its name, the share of each direction, and the gate of each or nothing.
+        fields: pictures of receptive fields, by whose and of which directions.
+    """
+    body = [f"<h1>{_isolated(title)}</h1>"]
     for each in found:
-        label = html.escape(each.label) or "(no name)"
-        body += [f"<h2>{html.escape(each.name)}: {label}, {100 * each.score:.1f}%</h2>", '<div class="row">']
-        for caption, picture in {"image": enlarged(each.image), **each.pictures}.items():
-            body.append(
-                f'<figure><img alt="{html.escape(caption)}" src="{_inline(picture)}">'
-                f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-            )
-        body.append("</div>")
+        label = _isolated(each.label) if each.label.strip() else "(no name)"
+        body.append(f"<h2>{_isolated(each.name)}: {label}, {100 * each.score:.1f}%</h2>")
+        body.append(_row({"image": enlarged(each.image), **each.pictures}))
         if each.areas:
             rows = [[name, f"{gone:.3f}", f"{shown:.3f}"] for name, (gone, shown) in each.areas.items()]
             body.append(_table(["method", "deletion (low is better)", "insertion (high is better)"], rows))
+    if fields:
+        body += [
+            "<h2>How far the middle patch sees</h2>",
+            f"<p>The effective receptive field; black is less than 10<sup>-{DECADES}</sup> of the largest value.</p>",
+            *(_row({f"{name}, {way}": picture for way, picture in ways.items()}) for name, ways in fields.items()),
+        ]
     if directions:
-        names = list(dict.fromkeys(name for _, shares in directions for name in shares))
-        rows = [[layer, *(f"{100 * s[n]:.1f}%" if n in s else "" for n in names)] for layer, s in directions]
+        names = list(dict.fromkeys(name for _, shares, _ in directions for name in shares))
+        rows = [[layer, *(_share(name, shares, gates) for name in names)] for layer, shares, gates in directions]
         body += ["<h2>What each direction gives</h2>", _table(["layer", *names], rows)]
     head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title>"
     )
     return (
         f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
 
 
+def _share(name: str, shares: dict[str, float], gates: dict[str, float]) -> str:
+    gate = f" (gate {gates[name]:.2f})" if name in gates else ""
+    return f"{100 * shares[name]:.1f}%{gate}" if name in shares else ""
+
+
+def _isolated(text: str) -> str:
+    """Text that keeps its direction of writing to itself."""
+    return f"<bdi>{html.escape(text)}</bdi>"
+
+
+def _row(pictures: dict[str, Image.Image]) -> str:
+    figures = (
+        f'<figure><img alt="{html.escape(caption)}" src="{_inline(picture)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, picture in pictures.items()
+    )
+    return f'<div class="row">{"".join(figures)}</div>'
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     def line(cells: list[str], kind: str) -> str:
         return "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
 
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    return f'<div class="wide"><table>{line(head, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
 
 
 def _inline(picture: Any) -> str:

@@ -17,6 +17,7 @@ from vimamba.layers.intact import intact, watched
 from vimamba.layers.mixers.directional import DirectionalMixer, Scan, needed
 from vimamba.layers.options import check_choice, check_number, check_whole
 from vimamba.ops import Direction, causal_conv1d, linear, mixer, selective_scan
+from vimamba.ops.arguments import widen
 
 for _leaf in ("_image_grid", "insert_tokens", "mixer", "split_tokens"):
     torch.fx.wrap(_leaf)  # a symbolic trace calls these as they are
@@ -248,24 +249,37 @@ class BidirectionalMixer(DirectionalMixer):
 
     def one_direction(self, u: Tensor, scan: Scan, reverse: bool) -> Tensor:
         """One direction with its modules called: whatever stands in their place, or around the call, takes part."""
-        modules: dict[str, Any] = self._modules
-        names = self.names[scan.weights]
         x_BDL, z_BDL = u.transpose(1, 2).chunk(2, dim=1)
-        conv = None if self.conv2d is not None else modules[names.conv1d]
-        c_BDL = F.silu(x_BDL) if conv is None else _convolve(x_BDL, conv, _conv_reverse(scan, reverse))
-        A_log = getattr(self, names.A_log)
-        A_log = A_log if A_log.dtype == torch.float64 else A_log.float()
-        state = A_log.shape[1]
-        x_dbl_BLE = modules[names.x_proj](c_BDL.transpose(1, 2))
-        dt_BLR, B_BLN, C_BLN = x_dbl_BLE.split([x_dbl_BLE.shape[-1] - 2 * state, state, state], dim=-1)
-        delta_BLD = modules[names.dt_proj](dt_BLR)  # its bias included
+        c_BDL = self.convolved(x_BDL, scan, reverse)
+        delta_BLD, B_BLN, C_BLN = self.choices(c_BDL, scan)
         y = selective_scan(
-            c_BDL, delta_BLD.transpose(1, 2).to(c_BDL.dtype), -A_log.exp(), B_BLN.transpose(1, 2).to(c_BDL.dtype),
-            C_BLN.transpose(1, 2).to(c_BDL.dtype), getattr(self, names.D), z_BDL.to(c_BDL.dtype),
-            delta_softplus=True, reverse=scan.reverse != reverse,
+            c_BDL, delta_BLD.transpose(1, 2).to(c_BDL.dtype), self.decay_rates(scan),
+            B_BLN.transpose(1, 2).to(c_BDL.dtype), C_BLN.transpose(1, 2).to(c_BDL.dtype),
+            getattr(self, self.names[scan.weights].D), z_BDL.to(c_BDL.dtype), delta_softplus=True,
+            reverse=scan.reverse != reverse,
         )  # fmt: skip
         assert isinstance(y, Tensor)
         return y.transpose(1, 2)
+
+    def convolved(self, x_BDL: Tensor, scan: Scan, reverse: bool, silu: bool = True) -> Tensor:
+        """A direction's causal convolution, or nothing if one on the grid stood in front; with its SiLU or without."""
+        if self.conv2d is not None:
+            return F.silu(x_BDL) if silu else x_BDL
+        conv: Any = self._modules[self.names[scan.weights].conv1d]
+        return _convolve(x_BDL, conv, _conv_reverse(scan, reverse), silu)
+
+    def choices(self, c_BDL: Tensor, scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
+        """A direction's delta before its softplus, (batch, length, dim), and its B and C, (batch, length, state)."""
+        modules: dict[str, Any] = self._modules
+        names = self.names[scan.weights]
+        state = getattr(self, names.A_log).shape[1]
+        x_dbl_BLE = modules[names.x_proj](c_BDL.transpose(1, 2))
+        dt_BLR, B_BLN, C_BLN = x_dbl_BLE.split([x_dbl_BLE.shape[-1] - 2 * state, state, state], dim=-1)
+        return modules[names.dt_proj](dt_BLR), B_BLN, C_BLN  # the bias of delta included
+
+    def decay_rates(self, scan: Scan) -> Tensor:
+        """A direction's A (dim, state), in float32 or float64."""
+        return -widen(getattr(self, self.names[scan.weights].A_log)).exp()
 
 
 def _image_grid(layout: Layout) -> tuple[int, ...]:
@@ -279,12 +293,14 @@ def _conv_reverse(scan: Scan, reverse: bool) -> bool:
     return (scan.reverse and scan.weights == scan.projections) != reverse
 
 
-def _convolve(x_BDL: Tensor, conv: nn.Module, reverse: bool) -> Tensor:
+def _convolve(x_BDL: Tensor, conv: nn.Module, reverse: bool, silu: bool) -> Tensor:
     if isinstance(conv, nn.Conv1d) and intact(conv, nn.Conv1d):
-        return causal_conv1d(x_BDL, conv.weight.flatten(1), conv.bias, activation="silu", reverse=reverse)
+        activation = "silu" if silu else None
+        return causal_conv1d(x_BDL, conv.weight.flatten(1), conv.bias, activation=activation, reverse=reverse)
     length = x_BDL.shape[-1]
     c_BDL = conv(x_BDL.flip(-1) if reverse else x_BDL)[..., :length]  # padded at both ends
-    return F.silu(c_BDL.flip(-1) if reverse else c_BDL)
+    c_BDL = c_BDL.flip(-1) if reverse else c_BDL
+    return F.silu(c_BDL) if silu else c_BDL
 
 
 def _project(module: nn.Module, x: Tensor) -> Tensor:
