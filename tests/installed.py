@@ -49,7 +49,8 @@ class Environment:
 
     def test(self) -> str:
         """The tests of the operators, apart from those that are interpreted; their last line."""
-        shutil.copytree(ROOT / "tests" / "ops", self.folder / "tests" / "ops", dirs_exist_ok=True)
+        for name in ("tests/ops", "benchmarks"):  # of which test_triton.py calls one
+            shutil.copytree(ROOT / name, self.folder / name, dirs_exist_ok=True)
         (self.folder / "tests" / "__init__.py").touch()
         quiet = ("-q", "-p", "no:cacheprovider", "-o", "markers=gpu", "--ignore", "tests/ops/interpreted")
         return self.run("-m", "pytest", *quiet, "tests/ops").splitlines()[-1]
