@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: install demo demo-dense docs test test-sanitized test-browser test-timm lint types bench clean
+.PHONY: install demo demo-dense docs test test-sanitized test-browser test-timm wheels test-wheels lint types bench clean
 
 install: $(VENV)/installed
 
@@ -66,6 +66,33 @@ test-timm: install
 	$(BIN)/python -m tests.timm_suite.prepare $(TIMM_TESTS) $(TIMM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -p tests.timm_suite.plugin -c $(TIMM_TESTS)/timm-$(TIMM)/pyproject.toml \
 		--rootdir $(TIMM_TESTS) $(TIMM_TESTS)/test_models.py -W ignore
+
+# Wheels for every Python, none of whose kernels knows it: x86-64, 64-bit Arm (Debian's g++-aarch64-linux-gnu) and without
+# kernels; and the source distribution. auditwheel says how old a glibc they run on: PyTorch's own wheels ask for 2.28.
+DIST := dist
+WHEEL = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel . --quiet --no-deps --no-build-isolation
+CROSS := CMAKE_SYSTEM_NAME=Linux CMAKE_SYSTEM_PROCESSOR=aarch64 CMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+wheels: install
+	rm -rf build/wheels $(DIST)
+	which aarch64-linux-gnu-g++ || apt-get install -y --no-install-recommends g++-aarch64-linux-gnu
+	$(WHEEL) --wheel-dir build/wheels -C cmake.define.VIMAMBA_MANYLINUX=ON
+	_PYTHON_HOST_PLATFORM=linux-aarch64 $(WHEEL) --wheel-dir build/wheels -C build-dir=build/aarch64 \
+	  -C cmake.define.VIMAMBA_MANYLINUX=ON $(addprefix -C cmake.define.,$(CROSS))
+	for machine in x86_64 aarch64; do PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir $(DIST) \
+	  --exclude libtorch_cpu.so build/wheels/*-linux_$$machine.whl || exit 1; done
+	if ls $(DIST) | grep -E 'manylinux_2_(29|[3-9])|-linux_'; then echo 'needs a newer glibc than PyTorch does' >&2; exit 1; fi
+	$(WHEEL) --wheel-dir $(DIST) -C wheel.cmake=false
+	$(BIN)/python -c "from scikit_build_core.build import build_sdist; build_sdist('$(DIST)')"
+	ls -l $(DIST)
+
+# Their operators' tests in clean environments without a compiler (gigabytes for each Python), the Arm kernels in qemu.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
+KERNELS := src/vimamba/ops/cpu
+test-wheels: install
+	which aarch64-linux-gnu-g++ qemu-aarch64 || apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user
+	aarch64-linux-gnu-g++ -std=c++20 -O2 -static -I$(KERNELS) tests/ops/cpu_kernels_alone.cpp $(KERNELS)/kernels.cpp -o build/alone
+	qemu-aarch64 build/alone
+	$(BIN)/python -m tests.installed $(DIST) $(PYTHONS)
 
 lint: install
 	$(BIN)/ruff check .

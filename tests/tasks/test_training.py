@@ -2,6 +2,8 @@
 
 import csv
 import inspect
+import logging
+import warnings
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,6 +19,7 @@ import vimamba
 from tests.cli.runs import train_arguments, write_photos
 from vimamba.cli import main
 from vimamba.errors import UserError
+from vimamba.quiet import TALKATIVE
 from vimamba.tasks.config import argument_kinds
 from vimamba.tasks.run_folder import LAST
 from vimamba.tasks.run_keeper import RunKeeper
@@ -49,6 +52,24 @@ def test_a_run_is_the_command_s(photos, tmp_path):
             [row["val_loss"] for row in run.history], rel=1e-4
         )
     assert run.predictor("cpu").predict(photos / "val/red/0.png").label in ("blue", "green", "red")
+
+
+def test_without_progress_other_libraries_are_silent(photos, tmp_path, monkeypatch):
+    said = []
+    for name in TALKATIVE:  # as in a process that has called no command
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+        logging.getLogger(name).manager._clear_cache()
+    lightning = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(lightning, "level", logging.INFO)
+    monkeypatch.setattr(lightning, "callHandlers", said.append)
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "callHandlers", said.append)
+    (photos / "train" / "red" / "0.png").write_bytes(b"")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        vimamba.train(data=photos, output=tmp_path / "run", max_undecodable=0.5, **TINY)
+    assert said == []
+    assert ["0.png" in str(warning.message) for warning in warned] == [True]  # our own is heard
+    assert lightning.level == logging.INFO
 
 
 def test_a_run_is_resumed_and_replaced(photos, tmp_path):

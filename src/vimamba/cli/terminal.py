@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import logging
 import sys
 import time
-import warnings
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from vimamba.cli.spelling import dashed
+from vimamba.quiet import quiet_libraries as quiet_libraries
 
 WORST_SHOWN = 20
 SECONDS_BETWEEN_LINES = 30.0
@@ -40,16 +39,6 @@ def warn(line: str) -> None:
     err = console(stderr=True)
     err.print("[yellow]warning:[/] ", end="")
     err.print(dashed(line), markup=False)
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to our own lines: no tips, hints or advice of the libraries."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero",
-                 "lightning.fabric.utilities.rank_zero", "timm", "torch.distributed",
-                 "torch.utils.cpp_extension", "tifffile", "rasterio",
-                 "onnxscript", "onnx_ir", "torch.onnx"):  # fmt: skip
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|torchmetrics|timm)(\.|$)")
 
 
 def progress_bar(to: Console, *extra: Any) -> Progress:

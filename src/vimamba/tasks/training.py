@@ -24,6 +24,7 @@ from vimamba.data.sources import open_data
 from vimamba.data.split import HELD_OUT, how_drawn
 from vimamba.errors import UserError, naming, one_line, out_of_memory
 from vimamba.models.description import BUILDING, check_arguments, check_plain
+from vimamba.quiet import libraries_quiet
 from vimamba.tasks.checkpoint_every import CheckpointEvery
 from vimamba.tasks.config import GROUPS, TrainConfig, default_output
 from vimamba.tasks.defaults import choose_lr, choose_schedule, steps_an_epoch
@@ -94,11 +95,12 @@ def train(
     values = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
     before = config_before(Path(resume), values).to_dict() if resume is not None else {}
     before.pop("output", None)  # the folder may have been moved
-    training = Training(
-        TrainConfig.of(before | values), Path(resume) if resume is not None else None, overwrite,
-        lambda line: warnings.warn(line, stacklevel=3), callbacks, loggers, progress,
-    )  # fmt: skip
-    return training.fit()
+    with contextlib.nullcontext() if progress else libraries_quiet():
+        training = Training(
+            TrainConfig.of(before | values), Path(resume) if resume is not None else None, overwrite,
+            lambda line: warnings.warn(line, stacklevel=3), callbacks, loggers, progress,
+        )  # fmt: skip
+        return training.fit()
 
 
 class Training:
@@ -323,7 +325,7 @@ def _document() -> None:
         overwrite: replace the run in the output folder.
         callbacks: Lightning's, such as EarlyStopping("val_loss").
         loggers: Lightning's, built; beside those that `logger` names.
-        progress: show a progress bar.
+        progress: show a progress bar, and what other libraries have to say.
 
     Returns:
         Run, with the folder, the rows of the epochs and a predictor.
