@@ -106,7 +106,7 @@ def _rolled(layer: Layer, row_BL: Tensor) -> Tensor:
         layer.back(c.scan(torch.ones_like(c.delta_BDL)).mean(1)[..., None], i) * layer.weight(i)
         for i, c in enumerate(positive)
     ]
-    read_BL1 = row_BL[..., None] / sum(sums_BL).clamp(min=SMALLEST)
+    read_BL1 = row_BL[..., None] / torch.stack(sums_BL).sum(0).clamp(min=SMALLEST)
     taken = [
         layer.back(c.transposed(_in_channels(layer.along(read_BL1 * layer.weight(i), i), c)).mean(1), i)
         for i, c in enumerate(positive)

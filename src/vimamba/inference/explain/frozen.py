@@ -62,7 +62,7 @@ def frozen(model: TokenModel) -> Iterator[None]:
         def linear(u: Tensor, weights_BLG: Tensor | None, reverse: bool, layout: Layout | None) -> Tensor:
             assert layout is not None  # models always give it
             weights_BLG = None if weights_BLG is None else weights_BLG.detach()
-            return _Linear.apply(u, Layer(mixer, u.detach(), weights_BLG, reverse, layout), merged)  # type: ignore
+            return _Linear.apply(u, Layer(mixer, u.detach(), weights_BLG, reverse, layout), merged)
 
         return linear
 
