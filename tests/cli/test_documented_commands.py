@@ -165,8 +165,8 @@ def small_train(**options):
 class Shell:
     """What a page's blocks of sh are taken for: commands of ours are called, others looked at."""
 
-    def __init__(self, vimamba, monkeypatch):
-        self.vimamba, self.monkeypatch = vimamba, monkeypatch
+    def __init__(self, capsys, monkeypatch):
+        self.capsys, self.monkeypatch = capsys, monkeypatch
 
     def __call__(self, text):
         for line in re.sub(r"\\\n\s*", "", text).splitlines():
@@ -181,7 +181,11 @@ class Shell:
         words = words[words.index("vimamba") + 1 : len(words) - bool(into)]
         elsewhere = "--num_nodes" in words  # on machines that are not here: it is read as they would, and no more
         more = ["--print_config"] if elsewhere else smaller(words)
-        status, out, err = self.vimamba(*words, *more)
+        try:
+            status = main([*words, *more])
+        except SystemExit as printed:  # --print_config
+            status = printed.code
+        out, err = self.capsys.readouterr()
         assert status == 0, f"{shlex.join(words)}: {err}"
         if into:
             Path(into).write_text(out)
@@ -220,7 +224,7 @@ def runs(workplace):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_block_of_a_page_runs(name, vimamba, runs, tmp_path, monkeypatch):
+def test_every_block_of_a_page_runs(name, capsys, runs, tmp_path, monkeypatch):
     """From top to bottom, in a folder with what pages speak of, or, where a page makes that itself, an empty one."""
     here = tmp_path / "here"
     if name in BEGINNINGS:
@@ -234,7 +238,7 @@ def test_every_block_of_a_page_runs(name, vimamba, runs, tmp_path, monkeypatch):
         monkeypatch.setattr(registry, registered, copy.copy(getattr(registry, registered)))
     page = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", page)
-    shell = Shell(vimamba, monkeypatch)
+    shell = Shell(capsys, monkeypatch)
     for language, text in blocks(PAGES[name]):
         included = re.findall(r'^--8<-- "([^":]+)', text, re.MULTILINE)
         if included:  # tests/test_examples.py and tests/export run them
