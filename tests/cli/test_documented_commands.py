@@ -26,7 +26,7 @@ from vimamba.models import checkpoints
 from vimamba.serve import server
 
 ROOT = Path(__file__).parents[2]
-README, EXPORT = ((ROOT / name).read_text() for name in ("README.md", "docs/export.md"))
+README, EXPORT, EXPLAIN = ((ROOT / name).read_text() for name in ("README.md", "docs/export.md", "docs/explain.md"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 OFFICIAL, OFFICIAL_SMALL = "vim_t_midclstok_76p1acc.pth", "vim_s_midclstok_80p5acc.pth"
 SMALLER = {
@@ -72,6 +72,7 @@ def commands_in(text: str) -> list[str]:
 DOCUMENTS = {
     "README.md": commands_in("".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))),
     "export.md": commands_in(EXPORT),
+    "explain.md": commands_in(EXPLAIN),
     **{path.name: commands_in(path.read_text()) for path in RECIPES},
     "help": [line for lines in EXAMPLES.values() for line in lines],
 }
