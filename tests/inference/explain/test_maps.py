@@ -8,6 +8,7 @@ import torch
 
 import vimamba
 from tests.inference.explain.test_attention import DESIGNS, images, small
+from vimamba import VisionMamba
 from vimamba.errors import UserError
 from vimamba.inference.explain.faithful import STEPS, curves, random_map
 from vimamba.inference.explain.maps import MAPS, reshape_transform
@@ -71,6 +72,45 @@ def test_a_right_map_beats_a_random_and_a_wrong_one_under_both_curves():
     assert len(good.deletion) == STEPS + 1
     assert good.deletion[0] == good.insertion[-1]  # the whole image
     assert good.deletion[-1] == good.insertion[0] == 0.5  # none of it
+
+
+def squares(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise with one patch of 4 × 4 that is brighter in one channel: images, which channel, which patch."""
+    generator = torch.Generator().manual_seed(seed)
+    found = 0.2 * torch.randn(count, 3, 32, 32, generator=generator)
+    labels, places = (torch.randint(most, (count,), generator=generator) for most in (3, 16))
+    for image, label, place in zip(found, labels.tolist(), places.tolist(), strict=True):
+        top, left = 8 * (place // 4), 8 * (place % 4)
+        image[label, top : top + 8, left : left + 8] += 2.0
+    return found, labels, places
+
+
+@pytest.fixture(scope="module")
+def finder():
+    """A model that has learnt which channel it is."""
+    torch.manual_seed(0)
+    model = VisionMamba(img_size=32, patch_size=8, embed_dim=16, depth=2, d_state=4, num_classes=3)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    for step in range(100):
+        examples, labels, _ = squares(32, step + 1)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(examples), labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_attribution_points_at_what_decides_and_its_deletion_changes_the_answer(finder):
+    examples, labels, places = squares(24, 1000)
+    with torch.no_grad():
+        assert (finder(examples).argmax(1) == labels).float().mean() > 0.9
+    maps = vimamba.explain(finder, examples, "attribution", labels.tolist())
+    assert (maps.flatten(1).argmax(1) == places).float().mean() > 0.6  # by chance 1 of 16
+    areas = []
+    for i in range(8):
+        of_image = (maps[i], random_map(maps[i], i))
+        areas.append([curves(finder, examples[i], each, int(labels[i])).deletion_area for each in of_image])
+    ours, chance = torch.tensor(areas).mean(0)
+    assert ours < 0.6 * chance
 
 
 def test_what_tokens_hold():
