@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: install demo demo-dense docs test test-sanitized test-browser test-timm wheels test-wheels lint types bench clean
+.PHONY: install demo demo-dense docs test test-compiled test-sanitized test-browser test-timm wheels test-wheels lint types bench clean
 
 install: $(VENV)/installed
 
@@ -42,6 +42,10 @@ docs: install
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/ops/interpreted
+
+# C++ programs: the example that runs a package without Python, and the kernels alone under the sanitizers.
+test-compiled: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m compiled tests/export tests/ops
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a library beside the installed one.
 SANITIZERS = $(shell for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done)

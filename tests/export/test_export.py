@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -19,9 +20,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.cli.runs import write_photos
 from tests.clients.test_graphs import DESIGNS, SMALL
-from vimamba import VisionMamba, load_run, onnx_library, train
+from vimamba import VisionMamba, load_run, onnx_library
 from vimamba.data.transforms import Preprocessing
 from vimamba.errors import UserError
 from vimamba.export import Source, export_aoti, export_int8, export_onnx, export_pt2, load_source, lowering
@@ -52,17 +52,6 @@ def source_of(model: torch.nn.Module, side: int = 32, in_chans: int = 3) -> Sour
 def small(**options) -> Source:
     torch.manual_seed(0)
     return source_of(VisionMamba(**{**SMALL, **options}), in_chans=options.get("in_chans", 3))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of a finished run on three colours."""
-    root = tmp_path_factory.mktemp("trained")
-    return train(
-        data=write_photos(root / "photos"), model="vim_nano", model_args={"depth": 1, "embed_dim": 16, "d_state": 4},
-        img_size=16, num_workers=0, batch_size=6, epochs=6, lr=5e-3, augment="none", accelerator="cpu",
-        output=root / "run", progress=False,
-    ).folder  # fmt: skip
 
 
 def run(path: Path, images: torch.Tensor, threads: int = 1) -> torch.Tensor:
@@ -120,26 +109,58 @@ def test_a_portable_file_runs_in_openvino(tmp_path):
         torch.testing.assert_close(found, source.model(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("export", [export_onnx, export_pt2, export_aoti])
-def test_any_size_and_preprocessing(export, tmp_path):
-    """One channel and another size too: a file that takes colour bytes and gives probabilities."""
-    source = small(in_chans=1)
-    path = tmp_path / "model.pt2"
-    found = export(source, path, img_size=(40, 48), dynamic_size=True, with_preprocessing=True)
-    assert found.difference <= 1e-5
-    assert found.seconds > 0
-    rgb = np.random.RandomState(0).randint(0, 256, (1, 33, 57, 3), np.uint8)
-    grey = np.asarray(Image.fromarray(rgb[0]).convert("L"))
+@pytest.fixture(scope="module")
+def any_size(tmp_path_factory):
+    """Of a kind, made once: a file that takes colour bytes of any size and gives probabilities, of one channel."""
+
+    @functools.cache
+    def exported(export):
+        path = tmp_path_factory.mktemp("any_size") / "model.pt2"
+        found = export(small(in_chans=1), path, img_size=(40, 48), dynamic_size=True, with_preprocessing=True)
+        assert found.difference <= 1e-5
+        assert found.seconds > 0
+        return path
+
+    return exported
+
+
+RGB = np.random.RandomState(0).randint(0, 256, (33, 57, 3), np.uint8)
+
+
+def probabilities() -> torch.Tensor:
+    """What PyTorch finds in RGB."""
+    grey = torch.tensor(np.asarray(Image.fromarray(RGB).convert("L")))
     with torch.inference_mode():
-        logits = source.model((torch.tensor(grey)[None, None] / 255 - 0.4) / 0.3)
-    images = torch.from_numpy(rgb)
+        return small(in_chans=1).model((grey[None, None] / 255 - 0.4) / 0.3).softmax(1)
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_pt2, export_aoti])
+def test_any_size_and_preprocessing(export, any_size):
+    path, images = any_size(export), torch.from_numpy(RGB)[None]
     if export is export_onnx:
         found = run(path, images)
     elif export is export_pt2:
         found = torch.export.load(path).module()(images)
     else:
         found = torch._inductor.aoti_load_package(str(path))(images)
-    torch.testing.assert_close(found, logits.softmax(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, probabilities(), rtol=1e-4, atol=1e-5)
+
+
+@built
+@pytest.mark.compiled
+def test_a_cpp_program_runs_a_package(any_size, tmp_path):
+    cmake, root = shutil.which("cmake"), torch.__path__[0]
+    if cmake is None:
+        pytest.skip("needs cmake")
+    picture = tmp_path / "image.ppm"
+    Image.fromarray(RGB).save(picture)
+    subprocess.run([cmake, "-S", ROOT / "examples/cpp", "-B", tmp_path, f"-DTORCH_ROOT={root}"], check=True)
+    subprocess.run([cmake, "--build", tmp_path], check=True)
+    command = [tmp_path / "classify", any_size(export_aoti), library.PATH, picture]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": os.defpath})
+    names, *lines = done.stdout.splitlines()
+    assert json.loads(names) == CLASSES
+    assert [float(line.split()[1]) for line in lines] == pytest.approx(probabilities()[0].tolist(), abs=1e-5)
 
 
 def test_the_file_tells_what_it_is(tmp_path):
@@ -243,22 +264,3 @@ def test_a_name_with_a_checkpoint_and_a_checkpoint_of_the_official_code(tmp_path
 def test_a_run_knows_its_own_arguments(trained):
     with pytest.raises(UserError, match="a run knows its own"):
         load_source(trained, model_args={"depth": 1})
-
-
-@built
-def test_a_cpp_program_runs_a_package(tmp_path):
-    cmake, root = shutil.which("cmake"), torch.__path__[0]
-    if cmake is None:
-        pytest.skip("needs cmake")
-    source, package, picture = small(), tmp_path / "model.pt2", tmp_path / "image.ppm"
-    export_aoti(source, package, with_preprocessing=True)
-    rgb = np.random.RandomState(0).randint(0, 256, (32, 32, 3), np.uint8)
-    Image.fromarray(rgb).save(picture)
-    subprocess.run([cmake, "-S", ROOT / "examples/cpp", "-B", tmp_path, f"-DTORCH_ROOT={root}"], check=True)
-    subprocess.run([cmake, "--build", tmp_path], check=True)
-    command = [tmp_path / "classify", package, library.PATH, picture]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": os.defpath})
-    names, *lines = done.stdout.splitlines()
-    assert json.loads(names) == CLASSES
-    wanted = Outputs(source, with_preprocessing=True)(torch.from_numpy(rgb)[None])[0].tolist()
-    assert [float(line.split()[1]) for line in lines] == pytest.approx(wanted, abs=1e-5)

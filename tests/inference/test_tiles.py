@@ -13,7 +13,7 @@ from skimage import measure
 from torch import nn
 
 import vimamba
-from tests.dense import SEGMENT, scene, write_masks
+from tests.dense import scene
 from vimamba.data.decode import DecodeError
 from vimamba.data.transforms import Preprocessing
 from vimamba.errors import UserError
@@ -161,14 +161,12 @@ def test_tags_of_the_place_on_earth_and_a_picture_go_with_the_mask(tmp_path, mon
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run that has learned something, with a large image of its kind; not to be changed."""
-    root = tmp_path_factory.mktemp("run")
-    data = write_masks(root / "masks")
-    run = vimamba.train(data=data, output=root / "run", **SEGMENT | {"epochs": 12, "lr": 1e-2, "augment": "none"})
+def run(segmented_run):
+    """With a large image of its kind beside it."""
     rows = [np.concatenate([scene(4 * row + column)[0] for column in range(4)], 1) for row in range(3)]
-    tifffile.imwrite(root / "large.tif", np.concatenate(rows), photometric="rgb", tile=(16, 16))
-    return run
+    path = segmented_run.folder.parent / "large.tif"
+    tifffile.imwrite(path, np.concatenate(rows), photometric="rgb", tile=(16, 16))
+    return segmented_run
 
 
 def test_a_run_sees_the_same_but_near_seams(run, tmp_path):

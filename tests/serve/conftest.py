@@ -5,12 +5,11 @@ import io
 import pytest
 from PIL import Image
 
-from tests.cli.conftest import detected, segmented, trained, vimamba  # noqa: F401 - fixtures
 from tests.serve.servers import Server
 
 
 @pytest.fixture(scope="package")
-def server(trained, tmp_path_factory):  # noqa: F811
+def server(trained, tmp_path_factory):
     """With bounds that a test can reach."""
     log = tmp_path_factory.mktemp("server") / "log"
     bounds = ["--max_upload_mb", "0.3", "--max_megapixels", "0.25", "--timeout_s", "2", "--max_queue", "40"]
@@ -19,7 +18,7 @@ def server(trained, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="session")
-def photographs(trained):  # noqa: F811
+def photographs(trained):
     """Files by name."""
     return {str(path): path.read_bytes() for path in sorted((trained.parent / "photos" / "val").glob("*/*.png"))}
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import vimamba
 from tests.cli.runs import write_photos
-from tests.dense import CLASSES, DETECT, LEARN, SEGMENT, TINY, scene, write_masks, write_objects
+from tests.dense import CLASSES, DETECT, SEGMENT, TINY, scene, write_masks, write_objects
 from vimamba.data.transforms import AugmentOptions, Preprocessing
 from vimamba.errors import UserError
 from vimamba.tasks.detection import DetectionTask
@@ -33,16 +33,15 @@ def data(tmp_path_factory):
     return write_objects(tmp_path_factory.mktemp("objects"))
 
 
-@pytest.fixture(scope="module")
-def more_data(tmp_path_factory):
-    """Enough to learn from."""
-    return write_objects(tmp_path_factory.mktemp("objects"), train=24, val=8)
+@pytest.fixture
+def run(detected_run):
+    return detected_run
 
 
-@pytest.fixture(scope="module")
-def run(more_data, tmp_path_factory):
-    """A finished run that has learned something; not to be changed."""
-    return vimamba.train(data=more_data, output=tmp_path_factory.mktemp("run") / "run", **LEARN)
+@pytest.fixture
+def more_data(detected):
+    """What it learned from."""
+    return detected.parent / "data"
 
 
 # -- average precision

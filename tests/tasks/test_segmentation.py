@@ -29,11 +29,9 @@ def data(tmp_path_factory):
     return write_masks(tmp_path_factory.mktemp("masks"))
 
 
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    """A finished run that has learned something; not to be changed."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    return vimamba.train(data=data, output=folder, **SEGMENT | {"epochs": 12, "lr": 1e-2, "augment": "none"})
+@pytest.fixture
+def run(segmented_run):
+    return segmented_run
 
 
 def confusion(found, wanted, classes):

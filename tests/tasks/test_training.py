@@ -16,7 +16,7 @@ from torch import nn
 from torchmetrics import MeanAbsoluteError
 
 import vimamba
-from tests.cli.runs import train_arguments, write_photos
+from tests.cli.runs import train_arguments
 from vimamba.cli import main
 from vimamba.errors import UserError
 from vimamba.quiet import TALKATIVE
@@ -30,11 +30,6 @@ TINY = {
     "model": "vim_nano", "model_args": {"depth": 1, "embed_dim": 16, "d_state": 4}, "img_size": 16, "num_workers": 0,
     "batch_size": 6, "epochs": 2, "accelerator": "cpu", "progress": False,
 }  # fmt: skip
-
-
-@pytest.fixture
-def photos(tmp_path):
-    return write_photos(tmp_path / "photos")
 
 
 def weights(run):

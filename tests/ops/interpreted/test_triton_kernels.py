@@ -72,9 +72,10 @@ def test_scan_over_several_chunks(reverse, short_chunks, either_way):
 @pytest.mark.parametrize("unroll", [1, 2, 4, 8])
 @pytest.mark.parametrize("sets", [1, 2, 3])
 def test_turns_and_sets(sets, unroll, monkeypatch):
-    """Several turns, of which the states before every 64 steps are kept, and channels in some sets only."""
-    monkeypatch.setattr(tiling, "forward_tiling", forward_in(tiling.ForwardTiling(32, sets, unroll, 0, 64)))
-    check_scan(scan_case(dim=35, length=150, state=3) | {"z": None})
+    """Several turns, of which the states before every 16 steps are kept, and channels in some sets only."""
+    monkeypatch.setattr(sizes, "CHUNK", 16)
+    monkeypatch.setattr(tiling, "forward_tiling", forward_in(tiling.ForwardTiling(32, sets, unroll, 0, 16)))
+    check_scan(scan_case(dim=35, length=35, state=3) | {"z": None})
 
 
 @pytest.mark.parametrize("lanes_first", [False, True])

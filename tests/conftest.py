@@ -1,10 +1,9 @@
-"""A folder of tiny pictures in three colours, and commands called in this process."""
+"""A folder of tiny pictures in three colours, commands called in this process, and runs that many tests look at."""
 
 import pytest
 
 from tests.cli.runs import train_arguments, write_photos
 from tests.dense import LEARN, SEGMENT, write_masks, write_objects
-from vimamba import train
 from vimamba.cli import main
 
 
@@ -35,15 +34,31 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def segmented(tmp_path_factory):
-    """The folder of a finished run on masks, with its data beside it; not to be changed."""
+def segmented_run(tmp_path_factory):
+    """A finished run on masks that has learned something, with its data beside it; not to be changed."""
+    from vimamba import train  # not for the tests of the operators, which need nothing of it
+
     root = tmp_path_factory.mktemp("segmented")
     more = {"epochs": 12, "lr": 1e-2, "augment": "none"}
-    return train(data=write_masks(root / "data"), output=root / "run", **SEGMENT | more).folder
+    return train(data=write_masks(root / "data"), output=root / "run", **SEGMENT | more)
 
 
 @pytest.fixture(scope="session")
-def detected(tmp_path_factory):
-    """The folder of a finished run on objects, with its data beside it; not to be changed."""
+def detected_run(tmp_path_factory):
+    """A finished run on objects that has learned something, with its data beside it; not to be changed."""
+    from vimamba import train
+
     root = tmp_path_factory.mktemp("detected")
-    return train(data=write_objects(root / "data", train=24, val=8), output=root / "run", **LEARN).folder
+    return train(data=write_objects(root / "data", train=24, val=8), output=root / "run", **LEARN)
+
+
+@pytest.fixture(scope="session")
+def segmented(segmented_run):
+    """Its folder."""
+    return segmented_run.folder
+
+
+@pytest.fixture(scope="session")
+def detected(detected_run):
+    """Its folder."""
+    return detected_run.folder
