@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -117,6 +118,18 @@ def test_a_portable_file_runs_in_openvino(tmp_path):
     images = example_images(source, False)
     with torch.inference_mode():
         found = torch.from_numpy(compiled({"images": images.numpy()})[0])
+        torch.testing.assert_close(found, source.model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_standard_file_is_what_onnx_says_it_is(tmp_path):
+    source, path = small(merge="gate"), tmp_path / "model.onnx"
+    export_onnx(source, path, operator="standard")
+    model = onnx.load(path)
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 27}
+    onnx.checker.check_model(model, full_check=True)
+    images = example_images(source, False)
+    found = torch.from_numpy(ReferenceEvaluator(model).run(None, {"images": images.numpy()})[0])
+    with torch.inference_mode():
         torch.testing.assert_close(found, source.model(images), rtol=1e-4, atol=1e-4)
 
 
