@@ -39,7 +39,14 @@ def standard_attention(u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Te
 
 
 def _gated(
-    operator: str, version: int | None, query: Tensor, key: Tensor, heads: int, u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor
+    operator: str,
+    version: int | None,
+    query: Tensor,
+    key: Tensor,
+    heads: int,
+    u_BLD: Tensor,
+    delta_BLD: Tensor,
+    A_DN: Tensor,
 ) -> Tensor:
     batch, _, dim = u_BLD.shape
     decay = (delta_BLD[..., None] * A_DN).flatten(2)
