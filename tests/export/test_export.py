@@ -253,6 +253,21 @@ def test_a_name_with_a_checkpoint_and_a_checkpoint_of_the_official_code(tmp_path
     assert source.license == "apache-2.0"
 
 
+@pytest.mark.parametrize("kind", ["stock", pytest.param("vimamba", marks=built)])
+def test_an_official_checkpoint_at_512_pixels(kind, tmp_path):
+    """At its full width; its depth is in the hand of whoever has the checkpoint."""
+    model = source_of(timm.create_model("vim_tiny_patch16_224", depth=2)).model
+    torch.save({"model": model.state_dict(), "args": Namespace()}, tmp_path / "official.pth")
+    published = dict(use_middle_cls_token=True, if_divide_out=True)
+    source, path = load_source(tmp_path / "official.pth", model_args=published).sized(512), tmp_path / "model.onnx"
+    assert export_onnx(source, path, **KINDS[kind][0]).difference <= 1e-4
+    images = torch.randn(1, 3, 512, 512, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted = source.model(images)
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(run(path, images, threads=2), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_run_knows_its_own_arguments(trained):
     with pytest.raises(UserError, match="a run knows its own"):
         load_source(trained, model_args={"depth": 1})
