@@ -141,7 +141,8 @@ def under_load(run: Path, files: list[bytes], expected: list[dict[str, float]], 
     faults = [one.fault for one in asked if one.fault]
     p50, p99 = np.percentile(times, [50, 99])
     return {
-        "requests": len(asked), "bad requests": sum(not one.good for one in asked), "faults": len(faults),
+        "requests": len(asked), "bad requests": sum(not one.good for one in asked),
+        "lost": sum(fault.startswith("lost") for fault in faults), "mixed": faults.count("mixed"),
         "kinds of fault": {fault: faults.count(fault) for fault in {*faults}},
         "p50 ms": 1000 * p50, "p99 ms": 1000 * p99, "p99 / p50": p99 / p50, "images/s": len(times) / options.seconds,
         "growth MB": grown / 1e6, "exit status": process.returncode,

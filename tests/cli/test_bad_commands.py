@@ -111,6 +111,8 @@ OTHERS = {
     "export run --format pt2 --output x.pt2 --portable": "--portable: is for --format onnx",
     "export run --format onnx --output x.onnx --int8": "--int8: give --data",
     "export run --format onnx --output x.onnx --int8 --portable": "--int8: goes without --portable",
+    "export run --format pt2 --output x.pt2 --operator vimamba": "--operator: is for --format onnx",
+    "export run --format onnx --output x.onnx --operator vimamba --portable": "--operator: goes without --portable",
     "bench --sizes 0": "--sizes 0: it must be at least 1",
     "bench --threads 100000": "--threads 100000",
     "bench --seconds -1": "--seconds",

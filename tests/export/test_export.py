@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -106,6 +107,18 @@ def test_a_portable_file_runs_in_openvino(tmp_path):
     images = example_images(source, False)
     with torch.inference_mode():
         found = torch.from_numpy(compiled({"images": images.numpy()})[0])
+        torch.testing.assert_close(found, source.model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_standard_file_is_what_onnx_says_it_is(tmp_path):
+    source, path = small(merge="gate"), tmp_path / "model.onnx"
+    export_onnx(source, path, operator="standard")
+    model = onnx.load(path)
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 27}
+    onnx.checker.check_model(model, full_check=True)
+    images = example_images(source, False)
+    found = torch.from_numpy(ReferenceEvaluator(model).run(None, {"images": images.numpy()})[0])
+    with torch.inference_mode():
         torch.testing.assert_close(found, source.model(images), rtol=1e-4, atol=1e-4)
 
 
@@ -259,6 +272,21 @@ def test_a_name_with_a_checkpoint_and_a_checkpoint_of_the_official_code(tmp_path
     assert source.model.layers[0].mixer.merge == "sum"
     assert (len(source.class_names), source.class_names[0]) == (1000, "tench, Tinca tinca")
     assert source.license == "apache-2.0"
+
+
+@pytest.mark.parametrize("kind", ["stock", pytest.param("vimamba", marks=built)])
+def test_an_official_checkpoint_at_512_pixels(kind, tmp_path):
+    """At its full width; its depth is in the hand of whoever has the checkpoint."""
+    model = source_of(timm.create_model("vim_tiny_patch16_224", depth=2)).model
+    torch.save({"model": model.state_dict(), "args": Namespace()}, tmp_path / "official.pth")
+    published = dict(use_middle_cls_token=True, if_divide_out=True)
+    source, path = load_source(tmp_path / "official.pth", model_args=published).sized(512), tmp_path / "model.onnx"
+    assert export_onnx(source, path, **KINDS[kind][0]).difference <= 1e-4
+    images = torch.randn(1, 3, 512, 512, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted = source.model(images)
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(run(path, images, threads=2), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_knows_its_own_arguments(trained):

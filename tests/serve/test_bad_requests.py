@@ -13,6 +13,8 @@ import pytest
 
 from tests.serve.conftest import encoded
 from tests.serve.servers import Server, form
+from vimamba.serve.options import Refused
+from vimamba.serve.uploads import Memory
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +177,17 @@ def test_memory_is_shared_out(trained, tmp_path, photograph):
         found = server.predict(encoded((300, 300)))
         assert (found.status, found.error.startswith("the server has its memory full")) == (429, True)
         assert server.number("vimamba_held_bytes") == 0
+
+
+def test_a_thread_that_outlives_its_request_holds_nothing():
+    memory = Memory(10)
+    with memory.share() as share:
+        share.add(6)
+        with pytest.raises(Refused, match="memory full"):
+            share.add(5)
+    with pytest.raises(Refused, match="has ended"):
+        share.add(1)
+    assert memory.held == 0
 
 
 def test_ten_thousand_connections(trained, tmp_path, photograph):

@@ -34,8 +34,8 @@ class ExportOptions:
         dynamic_size: take images of any size from half the model's own up
         with_preprocessing: take uint8 RGB (batch, height, width, 3) that has its size, and give probabilities
         portable: of onnx, use standard operators only, for other runtimes than ONNX Runtime
-        operator: of onnx, what computes the scan: ONNX Runtime's own operator (stock), or that of the library for ONNX
-            Runtime that vimamba.onnx_library() names (vimamba), which is several times faster
+        operator: of onnx, what computes the scan: ONNX Runtime's own operator (stock); that of a library for ONNX
+            Runtime, whose file vimamba.onnx_library() names (vimamba), the fastest; or that of opset 27 (standard)
         int8: of onnx, multiply matrices in 8-bit integers; --data says what is measured before and after
         data: images to check with, as eval takes them; built-in digits if not given
         runtime: of web, folder with onnxruntime-web's files, to be copied; the page loads them from a CDN if not given

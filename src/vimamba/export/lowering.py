@@ -18,6 +18,9 @@ from vimamba.ops.direction import Direction, directions_of
 CHUNK = 16
 """Steps of the scan that stand in the graph one by one; a loop goes over such chunks."""
 
+STANDARD_OPSET = 27
+"""The first with LinearAttention."""
+
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """u (B, L, D), delta (B, L, D), A (D, N), B and C (B, L, N) to the states read by C, (B, L, D)."""
 Softplus = Callable[[Tensor], Tensor]
@@ -25,12 +28,32 @@ Softplus = Callable[[Tensor], Tensor]
 
 def linear_attention(u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
     """The scan by ONNX Runtime's LinearAttention with the update rule "gated": every channel is a head that decays."""
+    return _gated("com.microsoft::LinearAttention", 1, C_BLN, B_BLN, 1, u_BLD, delta_BLD, A_DN)
+
+
+def standard_attention(u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
+    """The same by the operator that opset 27 has, of which every head has a query and a key of its own."""
+    dim = A_DN.shape[0]
+    query_BLM, key_BLM = (x_BLN.repeat(1, 1, dim) for x_BLN in (C_BLN, B_BLN))
+    return _gated("::LinearAttention", None, query_BLM, key_BLM, dim, u_BLD, delta_BLD, A_DN)
+
+
+def _gated(
+    operator: str,
+    version: int | None,
+    query: Tensor,
+    key: Tensor,
+    heads: int,
+    u_BLD: Tensor,
+    delta_BLD: Tensor,
+    A_DN: Tensor,
+) -> Tensor:
     batch, _, dim = u_BLD.shape
     decay = (delta_BLD[..., None] * A_DN).flatten(2)
     return torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::LinearAttention", (C_BLN, B_BLN, delta_BLD * u_BLD, None, decay),
-        {"q_num_heads": 1, "kv_num_heads": dim, "scale": 1.0, "update_rule": "gated"},
-        dtypes=(u_BLD.dtype,) * 2, shapes=(u_BLD.shape, (batch, dim, A_DN.shape[1], 1)), version=1,
+        operator, (query, key, delta_BLD * u_BLD, None, decay),
+        {"q_num_heads": heads, "kv_num_heads": dim, "scale": 1.0, "update_rule": "gated"},
+        dtypes=(u_BLD.dtype,) * 2, shapes=(u_BLD.shape, (batch, dim, A_DN.shape[1], 1)), version=version,
     )[0]  # fmt: skip
 
 
@@ -112,6 +135,7 @@ class Lowering(NamedTuple):
 LOWERINGS = {
     "stock": Lowering(unfused(linear_attention, softplus_in_steps), 21),
     "vimamba": Lowering(fused_mixer, 21),
+    "standard": Lowering(unfused(standard_attention, softplus_in_steps), STANDARD_OPSET),
     "portable": Lowering(unfused(chunked, softplus_in_one), 18),
 }
 

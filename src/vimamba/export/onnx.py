@@ -19,8 +19,9 @@ from vimamba.export.source import Source
 from vimamba.export.writing import Graph, export
 from vimamba.ops.cpu.library import onnx_library
 
-Operator = Literal["stock", "vimamba"]
+Operator = Literal["stock", "vimamba", "standard"]
 TOLERANCE = 1e-4
+WRITTEN = 21  # the last opset that every torch.onnx here writes
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -38,8 +39,8 @@ def export_onnx(
         path: of the file; weights of more than 2 GB lie beside it under its name with ".data" at the end.
         img_size, dynamic_size, with_preprocessing: as of `Graph`.
         portable: use standard operators only, no operator of ONNX Runtime's own.
-        operator: what computes the scan: "stock", ONNX Runtime's own operator, or "vimamba", that of our library for
-            ONNX Runtime (`vimamba.onnx_library()`).
+        operator: what computes the scan: "stock", ONNX Runtime's own operator; "vimamba", that of our library for ONNX
+            Runtime (`vimamba.onnx_library()`); or "standard", that of opset 27.
         samples: images to check with; built-in digits if not given.
 
     Raises:
@@ -55,10 +56,11 @@ def export_onnx(
         with torch.no_grad():
             found = torch.onnx.export(
                 program.run_decompositions(lowered.decompositions()), (), dynamo=True, verbose=False,
-                opset_version=lowered.opset, input_names=["images"],
+                opset_version=min(lowered.opset, WRITTEN), input_names=["images"],
                 output_names=["probabilities" if with_preprocessing else "logits"],
             )  # fmt: skip
         assert found is not None
+        found.model.opset_imports[""] = lowered.opset  # the operators in between have not changed but for more types
         found.model.metadata_props.update(metadata)
         found.save(partial)
 

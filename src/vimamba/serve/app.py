@@ -26,8 +26,9 @@ from vimamba.serve.masks import with_masks
 from vimamba.serve.options import Refused, ServeOptions
 from vimamba.serve.page import headers, page
 from vimamba.serve.schemas import ANSWERS, BODY
-from vimamba.serve.uploads import IN_WORK, Memory, Upload, picture, read_body, size_of, uploads
+from vimamba.serve.uploads import IN_WORK, Memory, Share, Upload, picture, read_body, size_of, uploads
 from vimamba.serve.watch import LOG, SHARED, Numbers, Watched
+from vimamba.tasks.results import Classification
 from vimamba_command import package_version
 
 PATHS = {"/", "/predict", "/health", "/metrics", "/openapi.json"}
@@ -44,6 +45,7 @@ class Service:
     def __init__(self, predictor: Predictor, options: ServeOptions):
         self.predictor, self.options = predictor, options
         self.numbers, self.memory = Numbers(), Memory(options.max_memory)
+        self.scores_alone = issubclass(predictor.task.result, Classification)  # of which an answer takes no time
         self.max_pixels = options.max_pixels(predictor.task.name, len(predictor.class_names))
         self.threads = ThreadPoolExecutor(max(1, cores()), "images")
         self.batcher = Batcher(
@@ -77,18 +79,20 @@ class Service:
         lines = [self._line(upload, answer) for upload, answer in zip(found, answers, strict=True)]
         return JSONResponse({"results": lines} if several else lines[0])
 
-    async def _answers(self, found: list[Upload], asked: Asked, masks: bool, share: Any) -> list[Any]:
-        items = [await self._item(upload, share) for upload in found]
+    async def _answers(self, found: list[Upload], asked: Asked, masks: bool, share: Share) -> list[Any]:
+        items = [await self._threaded(self._item, upload, share) for upload in found]
         good = [item for item in items if not isinstance(item, UserError)]
         results = iter(await self.batcher.answers(good))
         answers = [item if isinstance(item, UserError) else next(results) for item in items]
+        if self.scores_alone:
+            return [self._body(answer, asked, masks) for answer in answers]
         return [await self._threaded(self._body, answer, asked, masks) for answer in answers]
 
-    async def _item(self, upload: Upload, share: Any) -> Any:
+    def _item(self, upload: Upload, share: Share) -> Any:
         """A preprocessed image, or why there is none."""
         try:
-            share.add(IN_WORK * await self._threaded(size_of, upload, self.max_pixels))
-            return await self._threaded(lambda: self.predictor.item(picture(upload)))
+            share.add(IN_WORK * size_of(upload, self.max_pixels))
+            return self.predictor.item(picture(upload))
         except UserError as error:
             if getattr(error, "status", None) == 429:
                 raise

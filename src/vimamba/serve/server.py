@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import resource
 import signal
 import socket
 import tempfile
@@ -94,6 +93,10 @@ def listen(options: ServeOptions) -> socket.socket:
 
 def allow_connections(count: int) -> None:
     """Have the system allow as many open files as that takes, as far as it lets itself be asked."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, 2 * count + 256)
     with suppress(ValueError, OSError):

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -35,7 +36,7 @@ class Upload(NamedTuple):
 
 
 class Memory:
-    """Bytes that requests hold together.
+    """Bytes that requests hold together, counted from any thread.
 
     Args:
         limit: of them.
@@ -43,6 +44,7 @@ class Memory:
 
     def __init__(self, limit: int):
         self.limit, self.held = limit, 0
+        self.lock = Lock()
 
     @contextmanager
     def share(self) -> Iterator[Share]:
@@ -51,14 +53,16 @@ class Memory:
         try:
             yield share
         finally:
-            self.held -= share.held
+            with self.lock:
+                self.held -= share.held
+                share.ended = True
 
 
 class Share:
     """Of the memory."""
 
     def __init__(self, memory: Memory):
-        self.memory, self.held = memory, 0
+        self.memory, self.held, self.ended = memory, 0, False
 
     def add(self, count: int) -> None:
         """Hold so many bytes more.
@@ -66,10 +70,13 @@ class Share:
         Raises:
             Refused: they are not to be had now.
         """
-        if self.memory.held + count > self.memory.limit:
-            raise Refused(429, "the server has its memory full of other requests; try again in a moment")
-        self.memory.held += count
-        self.held += count
+        with self.memory.lock:
+            if self.ended:  # it was answered while a thread still worked for it
+                raise Refused(429, "the request has ended")
+            if self.memory.held + count > self.memory.limit:
+                raise Refused(429, "the server has its memory full of other requests; try again in a moment")
+            self.memory.held += count
+            self.held += count
 
 
 async def read_body(request: Request, options: ServeOptions, share: Share) -> bytes:

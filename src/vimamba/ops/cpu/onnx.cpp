@@ -1,8 +1,9 @@
-// The mixer as an operator of ONNX Runtime: session_options.register_custom_ops_library(vimamba.onnx_library()).
+// The mixer as an operator of ONNX Runtime:
+// session_options.register_custom_ops_library(vimamba.onnx_library()).
 //
-// vimamba::Mixer(xz (B, L, 2 D), gates (B, L or 1, directions) or none, 7 weights a direction as vimamba::mixer
-// takes them) -> (B, L, D), float32, with the attributes `reverse` (a number a direction: kConvReverse +
-// kScanReverse) and `scale`. It needs ONNX Runtime alone, whose threads do the work.
+// vimamba::Mixer(xz (B, L, 2 D), gates (B, L or 1, directions) or none, 7 weights a direction as
+// vimamba::mixer takes them) -> (B, L, D), float32, with the attributes `reverse` (a number a direction:
+// kConvReverse + kScanReverse) and `scale`. It needs ONNX Runtime alone, whose threads do the work.
 #include <array>
 #include <climits>
 #include <exception>
@@ -125,15 +126,16 @@ class MixerOp {
   Direction direction(const ort::KernelContext* context, size_t d, const Mixer& m) const {
     // conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D
     const std::array<int64_t, kWeights> floats = {
-        m.dim * m.width, m.dim, (m.dt_rank + 2 * m.state) * m.dim, m.dim * m.dt_rank, m.dim, m.dim * m.state, m.dim};
+        m.dim * m.width, m.dim, (m.dt_rank + 2 * m.state) * m.dim, m.dim * m.dt_rank, m.dim,
+        m.dim * m.state, m.dim};
     std::array<const float*, kWeights> w;
     for (size_t i = 0; i < w.size(); ++i) {
       const ort::Value* weight = api.input(context, 2 + d * kWeights + i);
       require(count(api.sizes(weight)) == floats[i], "vimamba::Mixer: a weight has not the expected size");
       w[i] = api.data(weight);
     }
-    return {static_cast<int64_t>(d), w[0], w[1], w[2], w[3], w[4], w[5], w[6], (reverse_[d] & kConvReverse) != 0,
-            (reverse_[d] & kScanReverse) != 0, nullptr};
+    return {static_cast<int64_t>(d), w[0], w[1], w[2], w[3], w[4], w[5], w[6],
+            (reverse_[d] & kConvReverse) != 0, (reverse_[d] & kScanReverse) != 0, nullptr};
   }
 
   const Sizes reverse_;
@@ -165,7 +167,9 @@ constexpr CustomOp kMixer = {
     .compute = nullptr,
     .destroy_kernel = [](void* kernel) { delete static_cast<MixerOp*>(kernel); },
     .input_presence =
-        [](const CustomOp*, size_t i) { return std::array{CustomOp::kRequired, CustomOp::kOptional, CustomOp::kVariadic}[i]; },
+        [](const CustomOp*, size_t i) {
+          return std::array{CustomOp::kRequired, CustomOp::kOptional, CustomOp::kVariadic}[i];
+        },
     .output_presence = [](const CustomOp*, size_t) { return CustomOp::kRequired; },
     .input_memory = [](const CustomOp*, size_t) { return 0; },  // OrtMemTypeDefault
     .variadic_inputs_least = [](const CustomOp*) { return static_cast<int>(kWeights); },
@@ -195,7 +199,8 @@ constexpr CustomOp kMixer = {
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
                                                                                  const ort::ApiBase* base) {
   const void* table = base->get_api(ort::kVersion);
-  if (!table) return ort::Api(base->get_api(1)).failure("vimamba's operators need ONNX Runtime 1.17 or later");
+  if (!table)
+    return ort::Api(base->get_api(1)).failure("vimamba's operators need ONNX Runtime 1.17 or later");
   const ort::Api api(table);
   return vimamba::guarded(api, [&] {
     static ort::Domain* const domain = [&] {  // it has to outlive every session

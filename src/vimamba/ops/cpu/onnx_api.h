@@ -1,6 +1,7 @@
-// The part of ONNX Runtime's C API that an operator needs, so that none of its headers has to be there when this
-// is built. A function is known by its place in the runtime's table, which only ever grows at its end; places and
-// layouts are those of onnxruntime_c_api.h, API version 17 (ONNX Runtime 1.17), the first with parallel loops.
+// The part of ONNX Runtime's C API that an operator needs, so that none of its headers has to be there when
+// this is built. A function is known by its place in the runtime's table, which only ever grows at its end;
+// places and layouts are those of onnxruntime_c_api.h, API version 17 (ONNX Runtime 1.17), the first with
+// parallel loops.
 #pragma once
 
 #include <cstddef>
@@ -96,7 +97,8 @@ class Api {
     return found;
   }
 
-  void parallel_for(const KernelContext* context, void (*run)(void*, size_t), size_t tasks, void* what) const {
+  void parallel_for(const KernelContext* context, void (*run)(void*, size_t), size_t tasks,
+                    void* what) const {
     check(call<Status*>(274, context, run, tasks, size_t{0}, what));
   }
 
