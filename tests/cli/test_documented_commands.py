@@ -196,7 +196,7 @@ class Shell:
             case ["pip", "install", *_, what]:
                 assert words in OTHERS or {*re.fullmatch(r"vimamba\[([\w,]+)\]", what)[1].split(",")} <= EXTRAS
             case ["cp", source, to]:
-                assert source == '$(python -c import vimamba; print(vimamba.onnx_library()))'
+                assert source == "$(python -c 'import vimamba; print(vimamba.onnx_library())')"
                 shutil.copy(vimamba_package.onnx_library(), to)
             case ["make", target]:
                 assert f"\n{target}: " in (ROOT / "Makefile").read_text()
