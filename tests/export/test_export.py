@@ -99,7 +99,7 @@ def test_a_portable_file_runs_in_openvino(tmp_path):
 
 @pytest.fixture(scope="module")
 def any_size(tmp_path_factory):
-    """Of a kind, made once: a model of one channel, now of another size, and its file: colour bytes to probabilities."""
+    """Of a kind, made once: a model of one channel, now of another size, and its file, from bytes to probabilities."""
 
     @functools.cache
     def exported(export):
