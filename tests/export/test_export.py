@@ -124,15 +124,15 @@ def test_a_standard_file_is_what_onnx_says_it_is(tmp_path):
 
 @pytest.fixture(scope="module")
 def any_size(tmp_path_factory):
-    """Of a kind, made once: a file that takes colour bytes of any size and gives probabilities, of one channel."""
+    """Of a kind, made once: a model of one channel, now of another size, and its file, from bytes to probabilities."""
 
     @functools.cache
     def exported(export):
-        path = tmp_path_factory.mktemp("any_size") / "model.pt2"
-        found = export(small(in_chans=1), path, img_size=(40, 48), dynamic_size=True, with_preprocessing=True)
+        source, path = small(in_chans=1), tmp_path_factory.mktemp("any_size") / "model.pt2"
+        found = export(source, path, img_size=(40, 48), dynamic_size=True, with_preprocessing=True)
         assert found.difference <= 1e-5
         assert found.seconds > 0
-        return path
+        return source, path
 
     return exported
 
@@ -140,23 +140,23 @@ def any_size(tmp_path_factory):
 RGB = np.random.RandomState(0).randint(0, 256, (33, 57, 3), np.uint8)
 
 
-def probabilities() -> torch.Tensor:
+def probabilities(source: Source) -> torch.Tensor:
     """What PyTorch finds in RGB."""
     grey = torch.tensor(np.asarray(Image.fromarray(RGB).convert("L")))
     with torch.inference_mode():
-        return small(in_chans=1).model((grey[None, None] / 255 - 0.4) / 0.3).softmax(1)
+        return source.model((grey[None, None] / 255 - 0.4) / 0.3).softmax(1)
 
 
 @pytest.mark.parametrize("export", [export_onnx, export_pt2, export_aoti])
 def test_any_size_and_preprocessing(export, any_size):
-    path, images = any_size(export), torch.from_numpy(RGB)[None]
+    (source, path), images = any_size(export), torch.from_numpy(RGB)[None]
     if export is export_onnx:
         found = run(path, images)
     elif export is export_pt2:
         found = torch.export.load(path).module()(images)
     else:
         found = torch._inductor.aoti_load_package(str(path))(images)
-    torch.testing.assert_close(found, probabilities(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, probabilities(source), rtol=1e-4, atol=1e-5)
 
 
 @built
@@ -165,15 +165,15 @@ def test_a_cpp_program_runs_a_package(any_size, tmp_path):
     cmake, root = shutil.which("cmake"), torch.__path__[0]
     if cmake is None:
         pytest.skip("needs cmake")
-    picture = tmp_path / "image.ppm"
+    (source, package), picture = any_size(export_aoti), tmp_path / "image.ppm"
     Image.fromarray(RGB).save(picture)
     subprocess.run([cmake, "-S", ROOT / "examples/cpp", "-B", tmp_path, f"-DTORCH_ROOT={root}"], check=True)
     subprocess.run([cmake, "--build", tmp_path], check=True)
-    command = [tmp_path / "classify", any_size(export_aoti), library.PATH, picture]
+    command = [tmp_path / "classify", package, library.PATH, picture]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": os.defpath})
     names, *lines = done.stdout.splitlines()
     assert json.loads(names) == CLASSES
-    assert [float(line.split()[1]) for line in lines] == pytest.approx(probabilities()[0].tolist(), abs=1e-5)
+    assert [float(line.split()[1]) for line in lines] == pytest.approx(probabilities(source)[0].tolist(), abs=1e-5)
 
 
 def test_the_file_tells_what_it_is(tmp_path):
