@@ -14,6 +14,7 @@ for (let i = 0; i < 3; i++) {
   reached.push(await page.evaluate(() => [document.activeElement.textContent.trim(), getComputedStyle(document.activeElement).outlineStyle]));
 }
 const results = count => page.waitForFunction(n => document.querySelectorAll(".result .found, .result .error").length === n, count, {timeout: 300000});
+if (await page.isVisible("#heat")) await page.check("#heat");
 await page.setInputFiles("#files", files);
 await results(files.length);
 const found = await page.$$eval(".result", entries => entries.map(entry => ({
@@ -21,6 +22,7 @@ const found = await page.$$eval(".result", entries => entries.map(entry => ({
   error: entry.querySelector(".error")?.textContent ?? null,
   lines: [...entry.querySelectorAll(".found li")].map(line => [line.querySelector(".name")?.textContent ?? line.textContent, line.querySelector(".share")?.textContent ?? null]),
   picture: entry.querySelector("canvas").ariaLabel,
+  heat: entry.querySelector(".heat")?.naturalWidth ?? 0,
 })));
 const said = await page.textContent("[aria-live]");
 await page.screenshot({path: shot, fullPage: true});

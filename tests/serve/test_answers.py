@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.serve.servers import Server, form
-from vimamba import load_run
+from vimamba import explain, load_run
 from vimamba.cli import main
+from vimamba.inference.explain import report
 
 ROUNDING = 2e-6  # of the sixth digit: a batch may be summed up otherwise than an image alone
 
@@ -51,6 +52,23 @@ def test_several_images_in_one_request_are_answered_in_their_order(server, photo
     assert [line["image"] for line in of_json] == [f"images[{i}]" for i in range(len(texts))]
     for found in (of_form, of_json):
         assert all(close(line, {"predictions": lines}) for line, lines in zip(found, single, strict=True))
+
+
+def test_a_heat_map_is_that_of_the_image(server, trained, photographs):
+    predictor = load_run(trained)
+    side = report.enlarged(Image.new("RGB", predictor.card.preprocessing.img_size)).size
+    for data in photographs.values():
+        answer = server.predict(data, "?heat_map=true").json
+        with Image.open(io.BytesIO(base64.b64decode(answer.pop("heat_map")))) as picture:
+            assert (picture.format, picture.size) == ("PNG", side)
+            seen = predictor.item(Image.open(io.BytesIO(data))).image
+            values = explain(predictor.model, seen[None], "attention")[0].numpy()
+            wanted = report.overlay(report.as_picture(seen, predictor.card.preprocessing), values)
+            assert np.abs(np.asarray(picture, int) - np.asarray(wanted, int)).max() <= 1
+        assert close(answer, server.predict(data).json)
+    body, kind = form(("bad.png", b"no image"), *photographs.items())
+    lines = server.predict(body, "?heat_map=true", content_type=kind).json["results"]
+    assert ["heat_map" in line for line in lines] == [False, *(True for _ in photographs)]
 
 
 def close(one, other):
@@ -107,6 +125,8 @@ def test_dense_tasks_answer_with_what_predict_prints_and_with_masks(task, reques
     expected = predicted(capsys, run, *paths[:4], *least)
     predictor = load_run(run)
     with Server(run, log=tmp_path / "log") as server:
+        refused = server.predict(paths[0].read_bytes(), "?heat_map=true")
+        assert (refused.status, refused.json["error"].split()[0]) == (422, "heat_map:")
         for path in paths[:4]:
             data, query = path.read_bytes(), "?min_score=0.2" if least else ""
             assert server.predict(data, query).json == {"image": "image", **expected[str(path)]}

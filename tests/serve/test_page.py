@@ -94,6 +94,7 @@ def test_classes_with_any_names(trained, tmp_path, width, scheme, ground):
         )
     check_whole(seen, 4)
     check_scores(seen["found"][:3], load_run(run), copies)
+    assert [entry["heat"] >= 224 for entry in seen["found"]] == [True, True, True, False]
     assert seen["found"][3]["error"] == "It is not an image in a format that Pillow reads"
     assert seen["said"].startswith("bad.png: ")
     assert seen["about"] == "vim_nano tells apart 3 classes."
@@ -109,6 +110,7 @@ def test_masks_and_boxes(segmented, detected, tmp_path):
         result = load_run(run).predict(path)
         result = result.above(0.5) if hasattr(result, "above") else result
         expected = [name for name, _ in result.top(12)] or ["Nothing was found."]
+        assert seen["found"][0]["heat"] == 0
         assert [name for name, _ in seen["found"][0]["lines"]] == expected
 
 

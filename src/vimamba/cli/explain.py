@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import timm
@@ -137,7 +137,7 @@ def explained(
     of_image = [name for name in what.method if name not in ("receptive_field", "directions")]
     values = {name: explain(model, batch, name, [number])[0] for name in of_image}
     numbers = {name: value.cpu().numpy() for name, value in values.items()}
-    image = as_picture(image_CHW, predictor.card.preprocessing)
+    image = report.as_picture(image_CHW, predictor.card.preprocessing)
     pictures = {
         name.replace("_", " "): (report.coloured if value.ndim == 3 else report.overlay)(image, value)
         for name, value in numbers.items()
@@ -165,13 +165,6 @@ def fields_of(predictor: Predictor, found: list[Found], what: ExplainOptions) ->
     alike = [each.batch for each in found if each.batch.shape == found[0].batch.shape][:FIELD_IMAGES]
     fields = receptive_fields(predictor.model, torch.cat(alike), what.compare)
     return {name: {way: field.cpu().numpy() for way, field in ways.items()} for name, ways in fields.items()}
-
-
-def as_picture(image_CHW: torch.Tensor, preprocessing: Any) -> Image.Image:
-    """What the model sees, as people see it."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    pixels = (255 * (image_CHW.cpu() * std + mean)).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
 
 
 def save(folder: Path, stem: str, pictures: dict[str, Image.Image]) -> None:

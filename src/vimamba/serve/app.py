@@ -17,11 +17,12 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client.multiprocess import mark_process_dead
 from starlette.exceptions import HTTPException
 
-from vimamba.errors import UserError
+from vimamba.errors import UserError, require
 from vimamba.inference.answers import Asked
 from vimamba.inference.predictor import Predictor
 from vimamba.processes import cores
 from vimamba.serve.batching import Batcher, Failed
+from vimamba.serve.heat import has_heat, heat_map
 from vimamba.serve.masks import with_masks
 from vimamba.serve.options import Refused, ServeOptions
 from vimamba.serve.page import headers, page
@@ -45,6 +46,7 @@ class Service:
     def __init__(self, predictor: Predictor, options: ServeOptions):
         self.predictor, self.options = predictor, options
         self.numbers, self.memory = Numbers(), Memory(options.max_memory)
+        self.has_heat = has_heat(predictor)
         self.scores_alone = issubclass(predictor.task.result, Classification)  # of which an answer takes no time
         self.max_pixels = options.max_pixels(predictor.task.name, len(predictor.class_names))
         self.threads = ThreadPoolExecutor(max(1, cores()), "images")
@@ -53,20 +55,23 @@ class Service:
             options.max_queue, self.numbers.batch,
         )  # fmt: skip
 
-    async def predict(self, request: Request, asked: Asked, masks: bool) -> JSONResponse:
+    async def predict(self, request: Request, asked: Asked, masks: bool, heat: bool) -> JSONResponse:
         """Answer a request.
 
         Raises:
             UserError: it gets no answer.
         """
         facts = request.scope["facts"]
+        require(
+            self.has_heat or not heat, f"heat_map: {self.predictor.card.model} is no classifier that reads by scans"
+        )
         try:
             with self.memory.share() as share:
                 body = await read_body(request, self.options, share)
                 found, several = await uploads(request, body)
                 facts |= {"bytes": len(body), "images": len(found)}
                 self.batcher.check_room(len(found))
-                answering = self._answers(found, asked, masks, share)
+                answering = self._answers(found, asked, masks, heat, share)
                 answers = await asyncio.wait_for(answering, self.options.timeout_s)
         except asyncio.TimeoutError:
             raise Refused(504, f"there was no answer within {self.options.timeout_s:g} s; try again later") from None
@@ -79,11 +84,19 @@ class Service:
         lines = [self._line(upload, answer) for upload, answer in zip(found, answers, strict=True)]
         return JSONResponse({"results": lines} if several else lines[0])
 
-    async def _answers(self, found: list[Upload], asked: Asked, masks: bool, share: Share) -> list[Any]:
+    async def _answers(self, found: list[Upload], asked: Asked, masks: bool, heat: bool, share: Share) -> list[Any]:
         items = [await self._threaded(self._item, upload, share) for upload in found]
         good = [item for item in items if not isinstance(item, UserError)]
         results = iter(await self.batcher.answers(good))
         answers = [item if isinstance(item, UserError) else next(results) for item in items]
+        if heat:
+            bodies = [self._body(answer, asked, masks) for answer in answers]
+            return [
+                body
+                if isinstance(body, Exception)
+                else body | await self._by_model(heat_map, self.predictor, item.image)
+                for body, item in zip(bodies, items, strict=True)
+            ]
         if self.scores_alone:
             return [self._body(answer, asked, masks) for answer in answers]
         return [await self._threaded(self._body, answer, asked, masks) for answer in answers]
@@ -110,6 +123,10 @@ class Service:
     async def _threaded(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.threads, functools.partial(call, *arguments))
 
+    async def _by_model(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """In the thread of the model, between batches."""
+        return await asyncio.get_running_loop().run_in_executor(self.batcher.thread, call, *arguments)
+
     def health(self) -> dict[str, Any]:
         """What is served."""
         card = self.predictor.card
@@ -130,7 +147,7 @@ def create_app(predictor: Predictor, options: ServeOptions) -> Watched:
     )  # fmt: skip
     _add_errors(app)
     card = predictor.card
-    text = page(card.model, card.task, card.class_names)
+    text = page(card.model, card.task, card.class_names, heat=service.has_heat)
 
     @app.get("/", response_class=HTMLResponse, summary="A page to try the model on")
     async def root() -> Response:
@@ -150,8 +167,9 @@ def create_app(predictor: Predictor, options: ServeOptions) -> Watched:
         top: Annotated[int | None, Query(ge=1, description="classes, or objects, for each image")] = None,
         min_score: Annotated[float, Query(ge=0, le=1, description="objects below it are left out")] = 0.5,
         masks: Annotated[bool, Query(description="add masks, as PNG in base64")] = False,
+        heat_map: Annotated[bool, Query(description="add what a classifier reads, as PNG in base64")] = False,
     ) -> JSONResponse:
-        return await service.predict(request, Asked.by(predictor, top, min_score), masks)
+        return await service.predict(request, Asked.by(predictor, top, min_score), masks, heat_map)
 
     # Twice for the request and its answer, once for a client that reads slowly.
     return Watched(app, service.numbers, PATHS, 3 * options.timeout_s)

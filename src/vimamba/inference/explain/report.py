@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from PIL import Image
 
 LEAST_SIDE = 224  # pixels of the shorter side of a picture: maps of small images are enlarged to be seen
@@ -28,6 +29,13 @@ class Explained(NamedTuple):
     """By what they show: each method's overlay, and the tokens' norms and colours."""
     areas: dict[str, tuple[float, float]]
     """By method, and "random": under deletion and insertion."""
+
+
+def as_picture(image_CHW: torch.Tensor, preprocessing: Any) -> Image.Image:
+    """What the model sees, as people see it."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    pixels = (255 * (image_CHW.cpu() * std + mean)).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
 
 
 def enlarged(image: Image.Image) -> Image.Image:
