@@ -40,11 +40,13 @@ PICTURES = {
     "val": ("camera", "chelsea", "gravel", "ihc"),
 }
 
-FEWEST, MOST = 2, 5  # digits in a scene
-SIZES = (56, 144)  # pixels of the square that a digit is drawn in; it fills five sevenths of that
-TURN = 30  # degrees, either way: a 6 stays a 6
-VISIBLE = 0.8  # least share of a digit that later ones leave uncovered
-CONTRAST = 90  # least difference in lightness, of 255, between a digit and what it lies on
+FEWEST, MOST = 2, 4  # digits in a scene
+SIZES = (104, 176)  # pixels of the square that a digit is drawn in; it fills five sevenths of that
+TURN = 15  # degrees, either way: a 6 stays a 6
+VISIBLE = 0.9  # least share of a digit that later ones leave uncovered
+CONTRAST = 100  # least difference in lightness, of 255, between a digit and what it lies on
+DARK = 140  # share, of 256, of its lightness that a picture keeps: digits are lighter,
+LIGHTEST = 225  # unless that would make them lighter than this, as on another digit: they are darker then
 SHADOW = 2  # pixels that a digit's shadow lies to the right of it and below
 PLACES = 8  # that are tried for a digit before it is left out
 
@@ -74,7 +76,7 @@ class Scenes:
         """The scene of a number."""
         if index not in self.drawn:
             draw = np.random.RandomState(mix_seed(*self.half.encode(), index))  # whose numbers are the same for ever
-            self.drawn[index] = _drawn(draw, _pictures(self.half), self.digits)
+            self.drawn[index] = _drawn(draw, _pictures(self.half), self.digits, index * MOST)
         return self.drawn[index]
 
     def image(self, index: int) -> Image.Image:
@@ -141,13 +143,14 @@ def _pictures(half: str) -> list[Image.Image]:
     return pictures
 
 
-def _drawn(draw: np.random.RandomState, pictures: list[Image.Image], digits: ArraySamples) -> Scene:
+def _drawn(draw: np.random.RandomState, pictures: list[Image.Image], digits: ArraySamples, first: int) -> Scene:
+    """A scene of the digits from number `first` on: no digit is in two scenes."""
     image_HWC = _background(draw, pictures[draw.randint(len(pictures))])
     owner_HW = np.zeros((SIDE, SIDE), dtype=np.uint8)
     shown: list[int] = []
     areas: list[int] = []
-    for _ in range(draw.randint(FEWEST, MOST + 1)):
-        which, size = draw.randint(len(digits)), draw.randint(SIZES[0], SIZES[1] + 1)
+    for which in range(first, first + draw.randint(FEWEST, MOST + 1)):
+        size = draw.randint(SIZES[0], SIZES[1] + 1)
         alpha_hw = _stamp(digits.images[which], size, draw.randint(-TURN, TURN + 1))
         mask_hw = alpha_hw > 128  # of 256
         place = _place(draw, owner_HW, mask_hw, areas)
@@ -171,7 +174,7 @@ def _background(draw: np.random.RandomState, picture: Image.Image) -> np.ndarray
         dark, light = draw.randint(0, 96, (3, 1)), draw.randint(128, 256, (3, 1))
         levels_C256 = (dark * (255 - levels_C256) + light * levels_C256) // 255
     tint, share = draw.randint(0, 256, (3, 1)), draw.randint(0, 97)  # of 256
-    levels_C256 = levels_C256 * (256 - share) + tint * share >> 8
+    levels_C256 = (levels_C256 * (256 - share) + tint * share) * DARK >> 16
     return np.array(part.convert("RGB").point(levels_C256.ravel().tolist()))
 
 
@@ -190,7 +193,7 @@ def _stamp(digit_HW: np.ndarray, size: int, turn: int) -> np.ndarray:
     upper = flat[corner] * (one - x) + flat[corner + 1] * x
     lower = flat[corner + MASTER] * (one - x) + flat[corner + MASTER + 1] * x
     value = upper * (one - y) + lower * y >> 2 * BITS
-    alpha = np.clip(4 * value - 192, 0, 256).astype(np.uint16)  # strokes with a narrow edge at a third of white
+    alpha = np.clip(4 * value - 96, 0, 256).astype(np.uint16)  # strokes with a narrow edge at a fifth of white
     rows, columns = (np.flatnonzero(alpha.any(axis)) for axis in (1, 0))
     ends = rows[-1] + 1 + SHADOW, columns[-1] + 1 + SHADOW
     return np.pad(alpha, (0, SHADOW))[rows[0] : ends[0], columns[0] : ends[1]]
@@ -216,8 +219,9 @@ def _painted(
 ) -> np.ndarray:
     """A part of the picture with a digit on it, in a colour that stands out, and its shadow."""
     behind = _lightness(part_hwC[mask_hw].sum(0, dtype=np.int64) // mask_hw.sum())
+    way = 1 if behind + CONTRAST <= LIGHTEST else -1
     colour = draw.randint(0, 256, 3)
-    while abs(_lightness(colour) - behind) < CONTRAST:
+    while way * (_lightness(colour) - behind) < CONTRAST:
         colour = draw.randint(0, 256, 3)
     shade_hw1 = 256 - (np.roll(alpha_hw, (SHADOW, SHADOW), (0, 1)) >> 1)[:, :, None]  # half as light
     alpha_hw1 = alpha_hw[:, :, None]
