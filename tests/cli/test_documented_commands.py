@@ -129,7 +129,7 @@ def test_every_document_shows_commands_and_every_command_is_shown():
     assert {line.split()[1] for text in shown for line in commands_in(text)} == {*COMMANDS} - {"serve"}
 
 
-def test_commands_run_one_after_the_other(vimamba):
+def test_commands_run_one_after_the_other(vimamba, runs):
     called = set()
     for where, lines in DOCUMENTS.items():
         for line in [line for line in lines if line not in called]:

@@ -157,8 +157,10 @@ def test_two_processes_and_then_one(vimamba, photos, tmp_path, nodes, devices, c
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_signals_of_schedulers_and_terminals_save(vimamba, photos, tmp_path, monkeypatch, name):
+def test_signals_of_schedulers_and_terminals_save(vimamba, photos, tmp_path, monkeypatch, request, name):
     signum = getattr(signal, name)
+    inherited = signal.signal(signum, signal.SIG_DFL)  # under nohup SIGHUP is ignored
+    request.addfinalizer(lambda: signal.signal(signum, inherited))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signum)]
 
     def twice():  # schedulers repeat themselves
