@@ -208,14 +208,22 @@ void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDi
   }
 }
 
+// Calls use(T()) with the type of the activations.
+template <class F>
+inline void with_type(const Mixer& m, const F& use) {
+  if (m.bf16)
+    use(bf16());
+  else
+    use(float());
+}
+
 void mixer_project(const Mixer& m, const Direction& direction, float* packed, int64_t b, int64_t step_begin,
                    int64_t step_end, float* projected, float* scratch) {
   const PackedDirection weights(m, packed);
   const MixerScratch s(m, scratch);
-  if (m.bf16)
-    mixer_project_typed<bf16>(m, direction, weights, b, step_begin, step_end, projected, s);
-  else
-    mixer_project_typed<float>(m, direction, weights, b, step_begin, step_end, projected, s);
+  with_type(m, [&](auto type) {
+    mixer_project_typed<decltype(type)>(m, direction, weights, b, step_begin, step_end, projected, s);
+  });
 }
 
 void mixer_scan(const Mixer& m, const Direction& direction, float* packed, int64_t b, int64_t step_begin,
@@ -223,12 +231,10 @@ void mixer_scan(const Mixer& m, const Direction& direction, float* packed, int64
                 bool first, bool last, float* scratch) {
   const PackedDirection weights(m, packed);
   const MixerScratch s(m, scratch);
-  if (m.bf16)
-    mixer_scan_typed<bf16>(m, direction, weights, b, step_begin, step_end, begin, end, projected, state,
-                           first, last, s);
-  else
-    mixer_scan_typed<float>(m, direction, weights, b, step_begin, step_end, begin, end, projected, state,
-                            first, last, s);
+  with_type(m, [&](auto type) {
+    mixer_scan_typed<decltype(type)>(m, direction, weights, b, step_begin, step_end, begin, end, projected,
+                                     state, first, last, s);
+  });
 }
 
 }  // namespace

@@ -68,7 +68,7 @@ struct MixerBackwardScratch : RetreatScratch {
   float *c, *slope, *dc, *ddelta_raw;  // (T, D padded)
   float *projected, *dprojected;       // (T, columns)
   float* dprojected_turned;            // (R + 2 N, T)
-  float *dsum;                         // (T + 2 (width - 1), W), zeros around
+  float* dsum;                         // (T + 2 (width - 1), W), zeros around
 
   static int64_t floats(const Mixer& m) {
     const int64_t T = kChunk, padded = MixerScratch::padded(m);
@@ -336,10 +336,9 @@ void mixer_backward(const Mixer& m, const Direction& direction, const MixerGradi
   const PackedBackward packed(m, memory);
   const MixerSums gathered(m, sums);
   const MixerBackwardScratch s(m, scratch);
-  if (m.bf16)
-    mixer_backward_typed<bf16>(m, direction, grad, packed, b, first, gathered, s);
-  else
-    mixer_backward_typed<float>(m, direction, grad, packed, b, first, gathered, s);
+  with_type(m, [&](auto type) {
+    mixer_backward_typed<decltype(type)>(m, direction, grad, packed, b, first, gathered, s);
+  });
 }
 
 // What has gathered, as the weights lie.

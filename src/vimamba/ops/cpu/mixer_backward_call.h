@@ -10,30 +10,17 @@
 
 namespace vimamba {
 
-// Whether every thread has images of its own, and all about as many.
-bool by_images(int64_t batch) { return batch % threads() == 0 || batch >= 4 * threads(); }
-
-// The gradients of one direction's weights, each like its weight.
-std::vector<Tensor> gradients_like(const Tensor* weights) {
-  std::vector<Tensor> gradients;
-  for (int64_t i = 0; i < kWeights; ++i) gradients.push_back(torch::stable::empty_like(weights[i]));
-  return gradients;
-}
-
 // The gradient of xz in S parts, (S, B, L, 2 D), to be summed, and those of all weights.
 std::tuple<Tensor, std::vector<Tensor>> mixer_backward(const Tensor given_dout, const Tensor given_xz,
-                                                       std::vector<Tensor> weights,
+                                                       std::vector<Tensor> given_weights,
                                                        std::vector<int64_t> reverse,
                                                        const Tensor given_states, double scale) {
   const Kernels& k = kernels();
   const int64_t count = reverse.size();
-  STD_TORCH_CHECK(count > 0 && static_cast<int64_t>(weights.size()) == kWeights * count,
-                  "vimamba_cpu: the mixer needs ", kWeights, " weights for each of one direction or more");
+  const std::vector<Tensor> weights = weights_of(given_weights, count);
   STD_TORCH_CHECK(given_xz.dim() == 3 && given_xz.size(2) > 1 && given_dout.dim() == 3,
                   "vimamba_cpu: xz is not (B, L, 2 D) or dout not (B, L, D)");
-  for (Tensor& weight : weights) weight = as_contiguous(weight);
-  const Tensor xz = given_xz.stride(2) == 1 ? given_xz : as_contiguous(given_xz);
-  const Tensor dout = given_dout.stride(2) == 1 ? given_dout : as_contiguous(given_dout);
+  const Tensor xz = channels_last(given_xz), dout = channels_last(given_dout);
   const Tensor states = as_contiguous(given_states);
   const int64_t batch = xz.size(0), length = xz.size(1), dim = xz.size(2) / 2;
   check_rows("dout", dout, {batch, length, dim}, xz);
@@ -44,14 +31,9 @@ std::tuple<Tensor, std::vector<Tensor>> mixer_backward(const Tensor given_dout, 
   const bool whole = by_images(batch) || count == 1;
   const int64_t parts_of_dxz = whole ? 1 : count, items = whole ? batch : batch * count;
   const Tensor dxz = torch::stable::new_empty(xz, Sizes{parts_of_dxz, batch, length, 2 * dim});
-  std::vector<Direction> directions;
+  const std::vector<Direction> directions = directions_of(weights, reverse, m, states);
   std::vector<Tensor> gradients;
-  for (int64_t d = 0; d < count; ++d) {
-    const Tensor* w = &weights[kWeights * d];
-    check_direction(w, m);
-    directions.push_back(direction_of(d, w, reverse[d], data(states) + d * states.stride(0)));
-    for (const Tensor& gradient : gradients_like(w)) gradients.push_back(gradient);
-  }
+  for (const Tensor& weight : weights) gradients.push_back(torch::stable::empty_like(weight));
   const int64_t packed_floats = k.mixer_backward_packed(m), sum_floats = k.mixer_backward_sums(m);
   const int64_t parts = std::max<int64_t>(1, std::min(threads(), items));
   float* packed = scratch<1>(count * (packed_floats + parts * sum_floats));

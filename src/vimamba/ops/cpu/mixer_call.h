@@ -22,10 +22,31 @@ void check_direction(const Tensor* w, const Mixer& m) {
   check_floats("D", w[6], {m.dim});
 }
 
-// states: (B, K, D, N) to write or to read, or none.
-Direction direction_of(int64_t index, const Tensor* w, int64_t reverse, float* states) {
-  return {index,      data(w[0]), data(w[1]), data(w[2]), data(w[3]), data(w[4]), data(w[5]),
-          data(w[6]), (reverse & kConvReverse) != 0, (reverse & kScanReverse) != 0, states};
+// kWeights tensors a direction, contiguous.
+std::vector<Tensor> weights_of(std::vector<Tensor> weights, int64_t directions) {
+  STD_TORCH_CHECK(directions > 0 && static_cast<int64_t>(weights.size()) == kWeights * directions,
+                  "vimamba_cpu: the mixer needs ", kWeights, " weights for each of one direction or more");
+  for (Tensor& weight : weights) weight = as_contiguous(weight);
+  return weights;
+}
+
+// (B, L, E) with contiguous channels.
+Tensor channels_last(const Tensor& rows_BLE) {
+  return rows_BLE.stride(2) == 1 ? rows_BLE : as_contiguous(rows_BLE);
+}
+
+// states: (directions, B, K, D, N) to write or to read, or none.
+std::vector<Direction> directions_of(const std::vector<Tensor>& weights, const std::vector<int64_t>& reverse,
+                                     const Mixer& m, const Maybe& states) {
+  std::vector<Direction> directions;
+  for (int64_t d = 0; d < static_cast<int64_t>(reverse.size()); ++d) {
+    const Tensor* w = &weights[kWeights * d];
+    check_direction(w, m);
+    directions.push_back({d, data(w[0]), data(w[1]), data(w[2]), data(w[3]), data(w[4]), data(w[5]),
+                          data(w[6]), (reverse[d] & kConvReverse) != 0, (reverse[d] & kScanReverse) != 0,
+                          states ? data(*states) + d * states->stride(0) : nullptr});
+  }
+  return directions;
 }
 
 // Sizes and activations; xz with contiguous channels, gates (B, L or 1, directions) or none.
@@ -58,16 +79,14 @@ Mixer mixer_of(const Tensor& xz, const std::vector<Tensor>& weights, int64_t dir
 
 // The mixed tokens (B, L, D), and the states (directions, B, K, D, N), or (directions, 0). weights: kWeights
 // tensors for each of `reverse`; gates: (B, L or 1, directions) or none.
-std::tuple<Tensor, Tensor> mixer_forward(const Tensor given_xz, std::vector<Tensor> weights,
+std::tuple<Tensor, Tensor> mixer_forward(const Tensor given_xz, std::vector<Tensor> given_weights,
                                          std::vector<int64_t> reverse, double scale, const Maybe given_gates,
                                          bool save_states) {
   const int64_t count = reverse.size();
-  STD_TORCH_CHECK(count > 0 && static_cast<int64_t>(weights.size()) == kWeights * count,
-                  "vimamba_cpu: the mixer needs ", kWeights, " weights for each of one direction or more");
+  const std::vector<Tensor> weights = weights_of(given_weights, count);
   STD_TORCH_CHECK(given_xz.dim() == 3 && given_xz.size(2) > 1 && weights[5].dim() == 2,
                   "vimamba_cpu: xz is not (B, L, 2 D) or A_log not (D, N)");
-  for (Tensor& weight : weights) weight = as_contiguous(weight);
-  const Tensor xz = given_xz.stride(2) == 1 ? given_xz : as_contiguous(given_xz);
+  const Tensor xz = channels_last(given_xz);
   const Maybe gates = as_contiguous(given_gates);
   const int64_t batch = xz.size(0), length = xz.size(1), dim = xz.size(2) / 2, state = weights[5].size(1);
   const Tensor out = torch::stable::new_empty(xz, Sizes{batch, length, dim});
@@ -75,12 +94,7 @@ std::tuple<Tensor, Tensor> mixer_forward(const Tensor given_xz, std::vector<Tens
                                     : new_floats(xz, {count, 0});
   if (out.numel() == 0) return {out, states};
   MixerCall call = {.k = kernels(), .mixer = mixer_of(xz, weights, count, scale, gates, out)};
-  for (int64_t d = 0; d < count; ++d) {
-    const Tensor* w = &weights[kWeights * d];
-    check_direction(w, call.mixer);
-    call.directions.push_back(
-        direction_of(d, w, reverse[d], save_states ? data(states) + d * states.stride(0) : nullptr));
-  }
+  call.directions = directions_of(weights, reverse, call.mixer, save_states ? Maybe(states) : Maybe());
   mix(call);
   return {out, states};
 }

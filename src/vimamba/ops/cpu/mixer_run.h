@@ -53,6 +53,9 @@ struct MixerCall {
   }
 };
 
+// Whether every thread has images of its own, and all about as many.
+bool by_images(int64_t batch) { return batch % threads() == 0 || batch >= 4 * threads(); }
+
 // A batch element a task, its directions one after the other.
 void mix_by_batch(const MixerCall& call) {
   const int64_t count = call.directions.size();
@@ -112,7 +115,7 @@ void mix(MixerCall& call) {
   call.blocks = blocks_of(m.dim, 1, call.k.lanes);
   call.packed_floats = call.k.mixer_packed(m), call.state_floats = call.blocks * m.state * call.k.lanes;
   const bool opposite = count == 2 && call.directions[0].scan_reverse != call.directions[1].scan_reverse;
-  const bool by_batch = m.batch % threads() == 0 || m.batch >= 4 * threads();
+  const bool by_batch = by_images(m.batch);
   const bool even = 2 * m.batch % threads() == 0 && !call.skips_any();
   const bool by_halves = !by_batch && opposite && even && m.length > 1;
   const int64_t projected = by_batch || by_halves ? 0 : m.batch * count * m.length * call.k.mixer_columns(m);
