@@ -16,6 +16,7 @@ from vimamba.cli.parsing import add_options, take
 from vimamba.errors import UserError, nearest, require
 from vimamba.files import write_text
 from vimamba.models import list_models
+from vimamba.quiet import quiet_libraries
 from vimamba.tasks.ablation import DESIGNS, Budget, Trial, design_costs, open_study_data, run_design
 from vimamba.tasks.optim import OptimOptions
 from vimamba.tasks.study import Findings, Study, append_run, best_lr, read_runs, summarise
@@ -73,7 +74,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(parser: ArgumentParser, parsed: Namespace) -> int:
     options = take(AblateOptions, parsed)
-    terminal.quiet_libraries()
+    quiet_libraries()
     console = terminal.console()
     folder = Path(options.output or f"runs/ablate-{options.data}")
     page = Path(options.page) if options.page else None

@@ -14,6 +14,7 @@ from vimamba.benchmark.entries import ATTENTIONS, DTYPES, MODES, PASSES, check_n
 from vimamba.cli import terminal
 from vimamba.errors import UserError, nearest, require
 from vimamba.processes import cores
+from vimamba.quiet import quiet_libraries
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -44,7 +45,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
     """Measure, print the table, write the files; the exit status is 1 if a model could not run."""
-    terminal.quiet_libraries()
+    quiet_libraries()
     check(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

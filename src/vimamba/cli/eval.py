@@ -14,6 +14,7 @@ from vimamba.data.sources import ImageData
 from vimamba.errors import require
 from vimamba.inference.evaluation import OWN, Split, evaluate, folder_of, open_for_eval
 from vimamba.inference.runner import DeviceOptions, Runner
+from vimamba.quiet import quiet_libraries
 from vimamba.tasks.figures import save_confusion
 from vimamba.tasks.find import find_task
 from vimamba.tasks.options import InferenceOptions
@@ -59,7 +60,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
     what, device, how = take(EvalOptions, options), take(DeviceOptions, options), take(InferenceOptions, options)
-    terminal.quiet_libraries()
+    quiet_libraries()
     model, card = load_model(options.run)
     task = find_task(card.task)
     task.check_inference(how)

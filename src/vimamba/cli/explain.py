@@ -24,6 +24,7 @@ from vimamba.inference.explain.faithful import curves, random_map
 from vimamba.inference.explain.maps import MAPS, METHODS, explain
 from vimamba.inference.explain.tokens import Use, direction_use, receptive_fields
 from vimamba.inference.predictor import PictureDataset, Pictures, Predictor, load_run
+from vimamba.quiet import quiet_libraries
 from vimamba.tasks.classification import ClassificationTask
 
 SHOWN = [name for name in METHODS if name not in ("gradcam", "integrated_gradients")]  # those without other packages
@@ -72,7 +73,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
     what = take(ExplainOptions, options)
-    terminal.quiet_libraries()
+    quiet_libraries()
     predictor = load_run(options.run, what.device)
     require(
         issubclass(predictor.task, ClassificationTask),

@@ -17,6 +17,7 @@ from vimamba.export import Source, export_aoti, export_int8, export_onnx, export
 from vimamba.export.check import Comparison
 from vimamba.export.onnx import Operator
 from vimamba.inference.evaluation import open_for_eval
+from vimamba.quiet import quiet_libraries
 from vimamba.tasks.find import find_task
 
 
@@ -80,7 +81,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
     what = take(ExportOptions, options)
-    terminal.quiet_libraries()
+    quiet_libraries()
     source = load_source(options.source, what.checkpoint, what.model_args)
     data = None if what.data is None else images_of(source, options.source, what.data)
     with terminal.console(stderr=True).status("exporting"):

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.markup import escape
 
 from vimamba.cli import package_version, terminal
+from vimamba.quiet import quiet_libraries
 
 PACKAGES = (
     "torch", "torchvision", "triton", "timm", "lightning", "torchmetrics", "jsonargparse",
@@ -26,7 +27,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
-    terminal.quiet_libraries()
+    quiet_libraries()
     facts = collect()
     if options.json:
         print(json.dumps(facts))

@@ -15,6 +15,7 @@ from rich.table import Table
 from vimamba.cli import terminal
 from vimamba.errors import UserError, nearest
 from vimamba.models.registry import count_flops, count_parameters
+from vimamba.quiet import quiet_libraries
 
 MAX_MEASURED = 40  # building a thousand models takes minutes
 
@@ -38,7 +39,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
-    terminal.quiet_libraries()
+    quiet_libraries()
     names = select(options.filter, options.all)
     console, measured = terminal.console(), []
     with terminal.progress_bar(terminal.console(stderr=True)) as bar:

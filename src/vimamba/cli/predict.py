@@ -31,6 +31,7 @@ from vimamba.inference.predictor import Predictor, load_run
 from vimamba.inference.runner import DeviceOptions, fitting
 from vimamba.inference.tiles import TileOptions, Tiling, detect, segment
 from vimamba.processes import default_workers
+from vimamba.quiet import quiet_libraries
 from vimamba.tasks.dense import DenseTask
 from vimamba.tasks.detection import DetectionTask
 from vimamba.tasks.options import InferenceOptions
@@ -81,7 +82,7 @@ def arguments(parser: ArgumentParser) -> None:
 def run(parser: ArgumentParser, options: Namespace) -> int:
     what, device = take(PredictOptions, options), take(DeviceOptions, options)
     tiles, how = take(TileOptions, options), take(InferenceOptions, options)
-    terminal.quiet_libraries()
+    quiet_libraries()
     predictor = load_run(options.run, device.device, device.precision, how.window, how.flip)
     predictor.task.check_inference(how)
     detects = issubclass(predictor.task, DetectionTask)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 
-from vimamba.cli import terminal
 from vimamba.cli.parsing import add_options, take
+from vimamba.quiet import quiet_libraries
 from vimamba.serve.options import ServeOptions
 from vimamba.tasks.options import InferenceOptions
 
@@ -21,7 +21,7 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     from vimamba.serve import server
 
     what, how = take(ServeOptions, options), take(InferenceOptions, options)
-    terminal.quiet_libraries()
+    quiet_libraries()
 
     def ready(address: str) -> None:
         print(f"{options.run} at {address} (Ctrl-C stops it)", flush=True)

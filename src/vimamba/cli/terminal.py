@@ -20,7 +20,6 @@ from rich.progress import (
 from rich.table import Table
 
 from vimamba.cli.spelling import dashed
-from vimamba.quiet import quiet_libraries as quiet_libraries
 
 WORST_SHOWN = 20
 SECONDS_BETWEEN_LINES = 30.0

@@ -16,6 +16,7 @@ from vimamba.data.mnist import write_digits
 from vimamba.data.scenes import write_scenes
 from vimamba.data.sources import BUILT_IN
 from vimamba.errors import require
+from vimamba.quiet import quiet_libraries
 from vimamba.tasks.config import GROUPS, TrainConfig, check_source, fetches, read_config
 from vimamba.tasks.dense import DenseTask
 from vimamba.tasks.resume import config_of
@@ -56,7 +57,7 @@ def before_parsing(arguments: list[str]) -> list[str]:
 
 def run(parser: ArgumentParser, options: Namespace) -> int:
     values = {name: value for name, value in options.as_dict().items() if name not in OF_THE_CALL}
-    terminal.quiet_libraries()
+    quiet_libraries()
     resumed_from = Path(options.resume) if options.resume else None
     training = Training(TrainConfig.of(values), resumed_from, options.overwrite, terminal.warn)
     console = terminal.console()
