@@ -22,7 +22,7 @@ from vimamba.inference.answers import Asked
 from vimamba.inference.predictor import Predictor
 from vimamba.processes import cores
 from vimamba.serve.batching import Batcher, Failed
-from vimamba.serve.heat import has_heat, heat_map
+from vimamba.serve.heat import has_heat, heat_map, heat_of
 from vimamba.serve.masks import with_masks
 from vimamba.serve.options import Refused, ServeOptions
 from vimamba.serve.page import headers, page
@@ -89,17 +89,21 @@ class Service:
         good = [item for item in items if not isinstance(item, UserError)]
         results = iter(await self.batcher.answers(good))
         answers = [item if isinstance(item, UserError) else next(results) for item in items]
-        if heat:
-            bodies = [self._body(answer, asked, masks) for answer in answers]
-            return [
-                body
-                if isinstance(body, Exception)
-                else body | await self._by_model(heat_map, self.predictor, item.image)
-                for body, item in zip(bodies, items, strict=True)
-            ]
-        if self.scores_alone:
-            return [self._body(answer, asked, masks) for answer in answers]
-        return [await self._threaded(self._body, answer, asked, masks) for answer in answers]
+        if not self.scores_alone:
+            return [await self._threaded(self._body, answer, asked, masks) for answer in answers]
+        bodies = [self._body(answer, asked, masks) for answer in answers]
+        if not heat:
+            return bodies
+        return [await self._with_heat(body, item) for body, item in zip(bodies, items, strict=True)]
+
+    async def _with_heat(self, body: Any, item: Any) -> Any:
+        if isinstance(body, Exception):
+            return body
+        loop = asyncio.get_running_loop()
+        heat_hw = await loop.run_in_executor(
+            self.batcher.thread, heat_of, self.predictor, item.image
+        )  # between batches
+        return body | {"heat_map": await self._threaded(heat_map, self.predictor, item.image, heat_hw)}
 
     def _item(self, upload: Upload, share: Share) -> Any:
         """A preprocessed image, or why there is none."""
@@ -122,10 +126,6 @@ class Service:
 
     async def _threaded(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.threads, functools.partial(call, *arguments))
-
-    async def _by_model(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """In the thread of the model, between batches."""
-        return await asyncio.get_running_loop().run_in_executor(self.batcher.thread, call, *arguments)
 
     def health(self) -> dict[str, Any]:
         """What is served."""

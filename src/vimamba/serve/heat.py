@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from typing import Any
-
 import torch
 
 from vimamba.errors import UserError
@@ -13,6 +9,7 @@ from vimamba.inference.explain import report
 from vimamba.inference.explain.frozen import require_tokens
 from vimamba.inference.explain.maps import explain
 from vimamba.inference.predictor import Predictor
+from vimamba.tasks.overlays import in_base64
 from vimamba.tasks.results import Classification
 
 METHOD = "attention"  # which takes two forward passes
@@ -27,13 +24,14 @@ def has_heat(predictor: Predictor) -> bool:
     return issubclass(predictor.task.result, Classification)
 
 
-def heat_map(predictor: Predictor, image_CHW: torch.Tensor) -> dict[str, Any]:
-    """What the model sees of an image, the patches that its answer reads in colour: a PNG in base64.
+def heat_of(predictor: Predictor, image_CHW: torch.Tensor) -> torch.Tensor:
+    """What the answer reads of each patch, (rows, columns).
 
     Nothing else may use the model meanwhile: its methods are replaced.
     """
-    map_hw = explain(predictor.model, image_CHW[None].to(predictor.device), METHOD)[0].cpu().numpy()
-    picture = report.overlay(report.as_picture(image_CHW, predictor.card.preprocessing), map_hw)
-    file = io.BytesIO()
-    picture.save(file, "png")
-    return {"heat_map": base64.b64encode(file.getvalue()).decode()}
+    return explain(predictor.model, image_CHW[None].to(predictor.device), METHOD)[0].cpu()
+
+
+def heat_map(predictor: Predictor, image_CHW: torch.Tensor, heat_hw: torch.Tensor) -> str:
+    """What the model sees of an image, with that in colour: a PNG in base64."""
+    return in_base64(report.overlay(report.as_picture(image_CHW, predictor.card.preprocessing), heat_hw.numpy()))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 from matplotlib import colors as mpl_colors
@@ -23,6 +26,13 @@ WHITE = (255, 255, 255)
 LEAST = 100  # pixels of the shorter side of an image that has room for names in it
 
 Colour = tuple[int, ...]
+
+
+def in_base64(picture: Image.Image, **how: Any) -> str:
+    """A picture as PNG in base64."""
+    file = io.BytesIO()
+    picture.save(file, "png", **how)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def colours(names: Sequence[str]) -> np.ndarray:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +10,8 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
+
+from vimamba.tasks.overlays import in_base64
 
 LEAST_SIDE = 224  # pixels of the shorter side of a picture: maps of small images are enlarged to be seen
 STRENGTH = 0.6  # share of the colours where a map is largest
@@ -152,7 +152,7 @@ def _isolated(text: str) -> str:
 
 def _row(pictures: dict[str, Image.Image]) -> str:
     figures = (
-        f'<figure><img alt="{html.escape(caption)}" src="{_inline(picture)}">'
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{in_base64(picture)}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for caption, picture in pictures.items()
     )
@@ -164,9 +164,3 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
         return "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
 
     return f'<div class="wide"><table>{line(head, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
-
-
-def _inline(picture: Any) -> str:
-    data = io.BytesIO()
-    picture.save(data, "png")
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
