@@ -138,6 +138,7 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "ignore_index": [Value("2", f"{SEGMENT} --data $full")],
         "dice": [Value("0.0", SEGMENT)],
         "aux_weight": [Value("0.0", f"{SEGMENT} --head upernet --head_args '{{width: 8, auxiliary: true}}'")],
+        "class_mix": [Value("0.5", SEGMENT)],
         "accelerator": [same("cpu")],
         "devices": [same("1")],
         "strategy": [same("ddp")],

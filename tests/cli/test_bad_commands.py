@@ -68,7 +68,7 @@ OUT_OF_RANGE = {
     "img_size": ("0", "-224", "[0, 5]"), "in_chans": ("0", "2", "4"), "val_fraction": ("-0.1", "1", "2", ".nan"),
     "num_workers": ("-1", "1000"), "max_undecodable": ("-1", "2", ".nan"), "seed": ("-1", "18446744073709551616"),
     "hflip": ("-0.1", "1.1"), "color_jitter": ("-1",), "random_erasing": ("2",), "mixup": ("-1", ".nan"),
-    "cutmix": ("-1",), "label_smoothing": ("1", "-0.1"), "repeated_augmentation": ("0",),
+    "cutmix": ("-1",), "class_mix": ("2",), "label_smoothing": ("1", "-0.1"), "repeated_augmentation": ("0",),
     "crop_scale": ("[0, 1]", "[0.5, 0.2]", "[0.5, 2]"), "auto_augment": ("nonsense", "rand-m9-foo"),
     "devices": ("0", "-2", "99", "[0, 0]", "x"), "num_nodes": ("0", "-1"), "accelerator": ("gpu", "tpu", "nonsense"),
     "strategy": ("nonsense", "ddp_spawn"), "precision": ("64", "bf16"), "schedule": ("linear",), "augment": ("all",),

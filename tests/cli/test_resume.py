@@ -86,7 +86,7 @@ REFUSED = {
     "color_jitter": 0.1, "auto_augment": "rand-m9", "random_erasing": 0.3, "mixup": 0.5, "cutmix": 0.5,
     "label_smoothing": 0.0, "repeated_augmentation": 2, "opt": "lamb", "task": "value", "head": "fpn",
     "head_args.width": 8, "short_side": 64, "long_side": 64, "ignore_index": 3, "dice": 0.5, "aux_weight": 0.1,
-    "scale_jitter": "[0.5, 1.0]",
+    "class_mix": 0.5, "scale_jitter": "[0.5, 1.0]",
 }  # fmt: skip
 
 

@@ -366,6 +366,7 @@ def test_a_run_starts_from_weights_of_any_task(data, tmp_path):
         ({"cutmix": 0.5}, "`cutmix` 0.5: is of no use to `task` detect"),
         ({"dice": 2.0}, "`dice` 2.0: is of no use to `task` detect"),
         ({"aux_weight": 1.0}, "`aux_weight` 1.0: is of no use to `task` detect"),
+        ({"class_mix": 0.5}, "`class_mix` 0.5: is of no use to `task` detect"),
         ({"ignore_index": 3}, "`ignore_index` 3: is of no use to `task` detect"),
         ({"class_names": "names.txt"}, "`class_names` names.txt: is of no use to objects; the categories of"),
         ({"data": "scenes-seg"}, "`data` scenes-seg: is of another task; give scenes-det or a folder"),

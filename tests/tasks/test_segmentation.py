@@ -17,7 +17,7 @@ from vimamba.errors import UserError
 from vimamba.tasks.optim import OptimOptions
 from vimamba.tasks.options import DenseOptions, InferenceOptions
 from vimamba.tasks.results import Segmentation
-from vimamba.tasks.segmentation import SegmentationTask, dice_loss, slid, starts
+from vimamba.tasks.segmentation import SegmentationTask, class_mixed, dice_loss, slid, starts
 from vimamba.tasks.task import evaluation_of, results_of
 from vimamba.tasks.weights import ModelCard, load_model
 
@@ -92,6 +92,26 @@ def test_the_loss_is_cross_entropy_and_dice_and_the_auxiliary_head_s():
     torch.testing.assert_close(task_of(nn.Identity(), dice=0.0).loss(logits, targets), entropy)
     nothing = torch.full_like(targets, IGNORE)
     assert float(task.loss((logits, auxiliary), nothing)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_half_the_classes_of_another_image_come_with_their_pixels():
+    """Two of three: the largest class stays where it is, and so do the pixels that do not count."""
+    four, one = [1] * 7 + [2, 3, 4, IGNORE, 2], [2] * 12
+    targets = torch.tensor([four, one], dtype=torch.int32).reshape(2, 3, 4)
+    images = torch.tensor([10, 20])[:, None, None, None] + targets[:, None].expand(2, 3, 3, 4)
+    pasted = set()
+    for _ in range(20):
+        mixed, wanted = class_mixed(images, targets, 1.0)
+        assert torch.equal(mixed[0], images[0])  # the other has nothing but its largest class
+        moved = mixed[1, 0] < 20
+        there = wanted[1][moved].unique()
+        assert torch.equal(moved, torch.isin(targets[0], there))
+        assert torch.equal(mixed[1, 0], torch.where(moved, 10, 20) + wanted[1])
+        pasted.add(tuple(there.tolist()))
+    assert pasted == {(2, 3), (2, 4), (3, 4)}
+    still = class_mixed(images, targets, 0.0)
+    assert torch.equal(still[0], images)
+    assert torch.equal(still[1], targets)
 
 
 @pytest.mark.parametrize(("length", "window"), [(8, 8), (5, 8), (9, 8), (100, 32), (683, 512), (2048, 512)])
@@ -198,7 +218,7 @@ def test_a_run_is_resumed_to_the_bit(data, tmp_path):
         {"head": "dpt", "head_args": {"width": 8, "auxiliary": True}, "layer_decay": 0.7},
         {"head_args": {"width": 8}, "model": "resnet18", "model_args": {}, "precision": "bf16-mixed", "head": None},
         {"grad_checkpointing": True, "schedule": "poly", "ema": 0.9, "scale_jitter": (0.9, 1.1)},
-        {"short_side": 24, "long_side": 40, "in_chans": 1, "hflip": 0.0},
+        {"short_side": 24, "long_side": 40, "in_chans": 1, "hflip": 0.0, "class_mix": 0.5},
     ],
 )  # fmt: skip
 def test_heads_and_options(data, tmp_path, more):
@@ -251,6 +271,7 @@ def test_a_run_starts_from_weights_of_any_task(data, tmp_path):
         ({"task": "classification", "data": "scenes-seg", "head": None}, "scenes-seg: is not for classification"),
         ({"ignore_index": 70000}, "`ignore_index` is 70000"),
         ({"dice": -1.0}, "`dice` is -1.0; it cannot be negative"),
+        ({"class_mix": 1.5}, "`class_mix` is 1.5; a probability lies between 0 and 1"),
         ({"short_side": 64, "long_side": 32}, "long_side is 32"),
         ({"scale_jitter": (2.0, 1.0)}, "`scale_jitter` is 2.0, 1.0"),
     ],

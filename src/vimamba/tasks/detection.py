@@ -40,7 +40,7 @@ class DetectionTask(DenseTask):
     batches = (4, 2)
     jitter = (0.1, 2.0)  # large-scale jitter (arXiv 2012.07177)
     largest = 1024
-    unused = ("ignore_index", "dice", "aux_weight")
+    unused = ("ignore_index", "dice", "aux_weight", "class_mix")
 
     @classmethod
     def source(cls) -> Source:

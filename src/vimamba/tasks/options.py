@@ -96,6 +96,7 @@ class DenseOptions:
         ignore_index: value of the pixels of a mask that do not count; 255 if not given
         dice: weight of the Dice loss beside the cross-entropy
         aux_weight: weight of the auxiliary head's loss
+        class_mix: probability that an image is covered with what another shows of half its classes, to segment
     """
 
     head: str | None = None
@@ -105,6 +106,7 @@ class DenseOptions:
     ignore_index: int | None = None
     dice: float = 1.0
     aux_weight: float = 0.4
+    class_mix: float = 0.0
 
     def __post_init__(self) -> None:
         self.head_args = {name: _listed(value) for name, value in self.head_args.items()}
@@ -119,6 +121,7 @@ class DenseOptions:
         for name in ("dice", "aux_weight"):
             value = getattr(self, name)
             require(0.0 <= value < math.inf, f"`{name}` is {value}; it cannot be negative")
+        require(0.0 <= self.class_mix <= 1.0, f"`class_mix` is {self.class_mix}; a probability lies between 0 and 1")
 
 
 @dataclasses.dataclass

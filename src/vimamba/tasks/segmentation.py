@@ -55,6 +55,9 @@ class SegmentationTask(DenseTask):
 
     # -- learning
 
+    def mix(self, images_BCHW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return class_mixed(images_BCHW, targets, self.dense.class_mix)
+
     @classmethod
     def criterion(cls, outputs: Tensor, targets: Tensor) -> Tensor:
         total = nn.functional.cross_entropy(outputs.float(), targets.long(), ignore_index=IGNORE, reduction="sum")
@@ -132,6 +135,23 @@ def class_row(name: str, tp: int, fp: int, tn: int, fn: int, support: int) -> di
         "recall": tp / support if support else None,
         "precision": tp / (tp + fp) if tp + fp else None,
     }
+
+
+def class_mixed(images_BCHW: Tensor, targets_BHW: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+    """ClassMix (arXiv 2007.07936) within a batch: on an image, what the one before it shows of half its classes.
+
+    The class that covers most of an image, which is what lies behind the others, stays where it is.
+    """
+    covered_BHW = torch.zeros_like(targets_BHW, dtype=torch.bool)
+    before_BHW = targets_BHW.roll(1, 0)
+    for chosen in (torch.rand(len(targets_BHW)) < probability).nonzero():
+        shown_HW = before_BHW[chosen.item()]
+        classes, pixels = shown_HW[shown_HW != IGNORE].unique(return_counts=True)
+        others = classes[pixels.argsort(descending=True)[1:]]
+        half = others[torch.randperm(len(others), device=others.device)[: (len(others) + 1) // 2]]
+        covered_BHW[chosen.item()] = torch.isin(shown_HW, half)
+    mixed_BCHW = torch.where(covered_BHW[:, None], images_BCHW.roll(1, 0), images_BCHW)
+    return mixed_BCHW, torch.where(covered_BHW, before_BHW, targets_BHW)
 
 
 def dice_loss(logits_BCHW: Tensor, targets_BHW: Tensor) -> Tensor:
