@@ -12,7 +12,7 @@ from vimamba.data.loaders import Batch
 from vimamba.data.transforms import AugmentOptions, Preprocessing
 from vimamba.errors import UserError
 from vimamba.tasks.classification import ClassificationTask, ClassResult
-from vimamba.tasks.optim import OptimOptions, lr_factor, parameter_groups
+from vimamba.tasks.optim import OptimOptions, build_optimizer, lr_factor, parameter_groups
 from vimamba.tasks.task import evaluation_of, results_of
 from vimamba.tasks.weights import ModelCard, load_model, save_model
 
@@ -35,6 +35,17 @@ def test_weight_decay_is_for_matrices_only(layer_decay):
     for name, value in named.items():
         exempt = name.endswith((".bias", "A_log", "A_b_log", ".D", ".D_b")) or "norm" in name
         assert value == (0.0 if exempt or name in ("pos_embed", "cls_token") else 0.1), name
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_muon_is_for_matrices_only(layer_decay):
+    model = tiny()
+    optimizer = build_optimizer(model, OptimOptions(opt="nmuon", layer_decay=layer_decay), fused=False)
+    model(torch.randn(2, 1, 16, 16)).sum().backward()
+    optimizer.step()
+    by_muon = {name for name, p in model.named_parameters() if optimizer.state[p]["use_muon"]}
+    assert {"layers.0.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"} <= by_muon
+    assert all(name.endswith("weight") and "norm" not in name and "conv1d" not in name for name in by_muon)
 
 
 def test_a_marked_parameter_is_exempt():

@@ -92,16 +92,16 @@ def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict[str, 
     """Groups with their weight decay and learning rate.
 
     Exempt from weight decay: biases and other one-dimensional parameters, what `model.no_weight_decay()` names,
-    and parameters with the attribute `_no_weight_decay` (the mark that mamba_ssm uses).
+    and parameters with the attribute `_no_weight_decay` (the mark that mamba_ssm uses). What is named so, tables of
+    positions and rates rather than matrices, learns by AdamW beside Muon.
     """
     named: Any = getattr(model, "no_weight_decay", set)
     exempt = set(named())
     exempt |= {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    more: dict[str, Any] = {"no_weight_decay_list": exempt, "fallback_no_weight_decay": "muon" in options.opt}
     if options.layer_decay is None:
-        return param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=exempt)
-    groups = param_groups_layer_decay(
-        model, options.weight_decay, no_weight_decay_list=exempt, layer_decay=options.layer_decay
-    )
+        return param_groups_weight_decay(model, options.weight_decay, **more)
+    groups = param_groups_layer_decay(model, options.weight_decay, layer_decay=options.layer_decay, **more)
     return [{**group, "lr": options.highest_lr * group["lr_scale"]} for group in groups]
 
 
