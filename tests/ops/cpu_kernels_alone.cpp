@@ -284,6 +284,12 @@ static void check_mixer(const Sizes& s) {
       scale += std::abs(double(grads[i][j]) * along[i][j]);
     }
   expect("mixer backward", found, wanted, scale);
+
+  // With what chooses constant; the values are tested against autograd, the memory here.
+  mixer.gates = gates.data();
+  k.mixer_frozen_backward(mixer, way, {.dout = rows(dout), .dx = rows(grads[0])}, packed.data(), 0, true,
+                          scratch.data());
+  for (const float each : grads[0]) expect("frozen mixer backward", std::isfinite(each), 1, 1);
 }
 
 int main() {
