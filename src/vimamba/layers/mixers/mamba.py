@@ -279,9 +279,9 @@ class BidirectionalMixer(DirectionalMixer):
         modules: dict[str, Any] = self._modules
         names = self.names[scan.weights]
         state = getattr(self, names.A_log).shape[1]
-        x_dbl_BLE = modules[names.x_proj](c_BDL.transpose(1, 2))
+        x_dbl_BLE = _project(modules[names.x_proj], c_BDL.transpose(1, 2))
         dt_BLR, B_BLN, C_BLN = x_dbl_BLE.split([x_dbl_BLE.shape[-1] - 2 * state, state, state], dim=-1)
-        return modules[names.dt_proj](dt_BLR), B_BLN, C_BLN  # the bias of delta included
+        return _project(modules[names.dt_proj], dt_BLR), B_BLN, C_BLN  # the bias of delta included
 
     def decay_rates(self, scan: Scan) -> Tensor:
         """A direction's A (dim, state), in float32 or float64."""
