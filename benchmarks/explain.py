@@ -1,8 +1,8 @@
 """Explanations that are measured: digits on canvases, and the time of a hidden attention at 1248 px.
 
 `python benchmarks/explain.py` trains a small model on digits that stand anywhere on a canvas, prints how often each
-method's largest value lies in the digit (the pointing game), the areas under deletion and insertion beside those of a
-random map, and the time of a map of one large picture in forward passes.
+method's largest value lies on the digit and in its box (the pointing game, arXiv 1608.00507), the areas under deletion
+and insertion beside those of a random map, and the time of a map of one large picture in forward passes.
 """
 
 from __future__ import annotations
@@ -63,10 +63,17 @@ def train(steps: int, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def inside(map_hw: Tensor, digit_HW: Tensor) -> bool:
-    """Whether the patch of the largest value touches the digit."""
-    patches = F.adaptive_max_pool2d(digit_HW[None].float(), map_hw.shape)[0]
-    return bool(patches.flatten()[map_hw.argmax()] > -0.5)
+def points(map_hw: Tensor, image_1HW: Tensor) -> tuple[bool, bool]:
+    """Whether the part of the image with the largest value touches the digit, and its middle is in the digit's box."""
+    ink_HW = image_1HW[0] > -0.5
+    touches_hw = F.adaptive_max_pool2d(ink_HW[None].float(), map_hw.shape)[0] > 0
+    at = int(map_hw.argmax())
+    place = [(i + 0.5) * SIDE / n for i, n in zip(divmod(at, map_hw.shape[1]), map_hw.shape, strict=True)]
+    digit = ink_HW.nonzero()
+    in_box = all(
+        low <= i < high + 1 for i, low, high in zip(place, digit.amin(0).tolist(), digit.amax(0).tolist(), strict=True)
+    )
+    return bool(touches_hw.flatten()[at]), in_box
 
 
 def judge(model: nn.Module, count: int) -> None:
@@ -77,20 +84,18 @@ def judge(model: nn.Module, count: int) -> None:
     print(f"top-1 {right.float().mean():.3f} of {count}; of those that are right:")
     images, labels = images[right], labels[right]
     blank = torch.full_like(images[0], -1.0)
-    print(f"{'method':<22}{'pointing':>9}{'deletion':>10}{'insertion':>11}")
+    print(f"{'method':<22}{'on digit':>9}{'in box':>8}{'deletion':>10}{'insertion':>11}")
     for method in [*MAPS, "random"]:
-        hits, deletion, insertion = [], [], []
+        found_of: list[tuple[float, ...]] = []
         for i in range(len(images)):
             if method == "random":
                 found = random_map(torch.empty(SIDE // PATCH, SIDE // PATCH), i)
             else:
                 found = explain(model, images[i : i + 1], method, [int(labels[i])])[0]
             judged = curves(model, images[i], found, int(labels[i]), blank)
-            hits.append(inside(found, images[i]))
-            deletion.append(judged.deletion_area)
-            insertion.append(judged.insertion_area)
-        means = [statistics.mean(values) for values in (hits, deletion, insertion)]
-        print(f"{method:<22}{means[0]:>9.3f}{means[1]:>10.3f}{means[2]:>11.3f}", flush=True)
+            found_of.append((*points(found, images[i]), judged.deletion_area, judged.insertion_area))
+        on, box, deletion, insertion = map(statistics.mean, zip(*found_of, strict=True))
+        print(f"{method:<22}{on:>9.3f}{box:>8.3f}{deletion:>10.3f}{insertion:>11.3f}", flush=True)
 
 
 def time_large(side: int) -> None:
@@ -119,7 +124,7 @@ def main() -> None:
     """Train, judge, time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000, help="of training")
-    parser.add_argument("--images", type=int, default=100, help="that are judged")
+    parser.add_argument("--images", type=int, default=300, help="that are judged")
     parser.add_argument("--large", type=int, default=1248, help="side of the large picture, pixels; 0 for none")
     options = parser.parse_args()
     if options.images:

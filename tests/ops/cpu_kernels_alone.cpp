@@ -169,8 +169,10 @@ struct Sizes {
   bool conv_reverse, scan_reverse;
 };
 
-// The mixer in double, with a scale of 1; v: x, z (L, D), then the weights in the order of Direction.
-static vector<double> plain_mixer(const Sizes& s, const vector<vector<double>>& v) {
+// The mixer in double, with a scale of 1; v: x, z (L, D), then the weights in the order of Direction. `terms`
+// takes how large the terms are that each output is the sum of: rounding goes by those, not by their sum.
+static vector<double> plain_mixer(const Sizes& s, const vector<vector<double>>& v,
+                                  vector<double>* terms = nullptr) {
   const auto [D, L, N, R, conv_reverse, scan_reverse] = s;
   const auto &x = v[0], &z = v[1], &taps = v[2], &conv_bias = v[3], &x_proj = v[4], &dt_proj = v[5];
   vector<double> c(L * D), projected(L * (R + 2 * N)), h(D * N), out(L * D);
@@ -190,15 +192,16 @@ static vector<double> plain_mixer(const Sizes& s, const vector<vector<double>>& 
     const int64_t t = scan_reverse ? L - 1 - step : step;
     const double *dt = &projected[t * (R + 2 * N)], *B = dt + R, *C = B + N;
     for (int64_t d = 0; d < D; ++d) {
-      double raw = v[6][d], y = v[8][d] * c[t * D + d];
+      double raw = v[6][d], y = v[8][d] * c[t * D + d], size = std::abs(y);
       for (int64_t r = 0; r < R; ++r) raw += dt_proj[d * R + r] * dt[r];
       const double delta = softplus(raw);
       for (int64_t n = 0; n < N; ++n) {
         double& state = h[d * N + n];
         state = std::exp(-delta * std::exp(v[7][d * N + n])) * state + delta * c[t * D + d] * B[n];
-        y += state * C[n];
+        y += state * C[n], size += std::abs(state * C[n]);
       }
       out[t * D + d] = y * silu(z[t * D + d]);
+      if (terms) (*terms)[t * D + d] = std::abs(size * silu(z[t * D + d]));
     }
   }
   return out;
@@ -209,6 +212,7 @@ static void check_mixer(const Sizes& s) {
   vector<vector<float>> v = {normal(L * D),      normal(L * D),                normal(D * 4),
                              normal(D),          normal((R + 2 * N) * D, 0.2), normal(D * R, 0.3),
                              normal(D, 1, -2),   normal(D * N, 0.5),           normal(D)};
+  vector<double> terms(L * D);
   auto shifted = [&](double step, const vector<vector<float>>& along) {
     vector<vector<double>> doubles;
     for (size_t i = 0; i < v.size(); ++i) {
@@ -216,7 +220,7 @@ static void check_mixer(const Sizes& s) {
       if (step != 0)
         for (size_t j = 0; j < v[i].size(); ++j) doubles[i][j] += step * along[i][j];
     }
-    return plain_mixer(s, doubles);
+    return plain_mixer(s, doubles, step == 0 ? &terms : nullptr);
   };
   const vector<float> gates = normal(L);
   vector<float> out(L * D), states(chunks_of(L) * D * N);
@@ -254,7 +258,7 @@ static void check_mixer(const Sizes& s) {
                  scratch.data());
   const vector<double> plain = shifted(0, v);
   for (int64_t i = 0; i < L * D; ++i)
-    expect("mixer", out[i], 0.5 * gates[i / D] * plain[i], 1 + std::abs(plain[i]));
+    expect("mixer", out[i], 0.5 * gates[i / D] * plain[i], 1 + terms[i]);
 
   // Gradients, which are of a mixer without gates, as those of the scan.
   mixer.gates = nullptr;
@@ -284,6 +288,12 @@ static void check_mixer(const Sizes& s) {
       scale += std::abs(double(grads[i][j]) * along[i][j]);
     }
   expect("mixer backward", found, wanted, scale);
+
+  // With what chooses constant; the values are tested against autograd, the memory here.
+  mixer.gates = gates.data();
+  k.mixer_frozen_backward(mixer, way, {.dout = rows(dout), .dx = rows(grads[0])}, packed.data(), 0, true,
+                          scratch.data());
+  for (const float each : grads[0]) expect("frozen mixer backward", std::isfinite(each), 1, 1);
 }
 
 int main() {

@@ -214,6 +214,59 @@ def test_gradients_of_a_bfloat16_mixer_are_close(each_set):
         assert error(found, truth) < 1e-2
 
 
+def frozen_truth(xz_BLE, dout_BLD, weights, reverse, gates_BLR) -> Tensor:
+    """The gradient of x in float64, with delta, B, C, z and the sigmoids detached; half of the directions' sum."""
+    xz_BEL = xz_BLE.double().transpose(1, 2)
+    x_BDL, z_BDL = xz_BEL[:, :40].requires_grad_(), xz_BEL[:, 40:]
+    total_BDL = torch.zeros_like(z_BDL)
+    for r, way in enumerate(directions_of([w.double() for w in weights], reverse)):
+        taps_DW = way.conv_weight.flatten(1)
+        sum_BDL = reference.causal_conv1d(x_BDL, taps_DW, way.conv_bias, reverse=way.conv_reverse)
+        c_BDL = sum_BDL * sum_BDL.detach().sigmoid()
+        dt_BRL, B_BNL, C_BNL = (way.x_proj_weight @ c_BDL.detach()).split([3, 16, 16], dim=1)
+        y_BDL = reference.selective_scan(
+            c_BDL, way.dt_proj_weight @ dt_BRL, way.decay_rates, B_BNL, C_BNL, way.D, z_BDL, way.dt_bias, True,
+            reverse=way.scan_reverse,
+        )  # fmt: skip
+        total_BDL = total_BDL + (y_BDL if gates_BLR is None else y_BDL * gates_BLR[:, None, :, r])
+    return torch.autograd.grad(0.5 * total_BDL, x_BDL, dout_BLD.double().transpose(1, 2))[0].transpose(1, 2)
+
+
+@pytest.mark.parametrize("gated", ["no", "images", "tokens"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 135), (2, 66), (3, 33)])
+def test_the_frozen_gradient_however_its_work_is_divided(batch, length, count, gated, threads, each_set):
+    threads(count)
+    for reverse in ((0, 3), (3,), (0, 1, 2)):
+        xz, dout, weights, _ = mixer_gradients(batch, length, reverse)
+        steps = {"no": 0, "images": 1, "tokens": length}[gated]
+        gates = torch.rand(batch, steps, len(reverse), generator=torch.Generator().manual_seed(1)) if steps else None
+        truth = frozen_truth(xz, dout, weights, reverse, gates)
+        kernel = torch.ops.vimamba_cpu.mixer_frozen_backward
+        assert error(kernel(dout, xz, weights, reverse, 0.5, gates).sum(0), truth) < TOLERANCE
+        found = kernel(dout.bfloat16(), xz.bfloat16(), weights, reverse, 0.5, gates)
+        assert found.dtype == torch.bfloat16
+        assert error(found.sum(0), truth) < 1e-2
+
+
+@pytest.mark.parametrize("width", [1, 3, 16])
+def test_the_frozen_gradient_with_other_convolutions(width):
+    xz, dout, weights, _ = mixer_gradients(2, 66, (0, 3))
+    weights = [torch.randn(40, 1, width) / 2 if i % 7 == 0 else w for i, w in enumerate(weights)]
+    found = cpu.mixer_frozen_backward(dout, xz, weights, (0, 3), 0.5, None)
+    assert error(found, frozen_truth(xz, dout, weights, (0, 3), None)) < TOLERANCE
+
+
+def test_there_is_no_kernel_for_the_frozen_gradient_of_a_wide_convolution_or_many_threads(threads):
+    xz, dout, weights, _ = mixer_gradients(1, 135, (0, 3))
+    threads(5)
+    assert cpu.mixer_frozen_backward(dout, xz, weights, (0, 3), 0.5, None) is None
+    threads(4)
+    assert cpu.mixer_frozen_backward(dout, xz, weights, (0, 3), 0.5, None) is not None
+    weights = [torch.randn(40, 1, 17) if i % 7 == 0 else w for i, w in enumerate(weights)]
+    assert cpu.mixer_frozen_backward(dout, xz, weights, (0, 3), 0.5, None) is None
+
+
 def test_bfloat16_mixer_is_close(each_set):
     xz, ways, (truth, _, _) = mixer_problem(2, 66)
     out, _ = cpu.mixer_forward(xz.bfloat16(), *flat(ways), 0.5, None, False)
@@ -368,6 +421,10 @@ def test_the_operators_themselves_refuse_sizes_that_they_would_read_beyond():
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=f"vimamba_cpu: {message}"):
             back(bad_dout, xz, weights, reverse, bad_states, 1.0)
+    frozen = torch.ops.vimamba_cpu.mixer_frozen_backward
+    for bad_dout, gates in ((dout[:, :8], None), (dout.bfloat16(), None), (dout[0], None), (dout, torch.ones(1, 5, 2))):
+        with pytest.raises(RuntimeError, match="vimamba_cpu: "):
+            frozen(bad_dout, xz, weights, reverse, 1.0, gates)
     with pytest.raises(RuntimeError, match="vimamba_cpu: the mixer needs"):
         mix(xz, [], [], 1.0, None, False)
     with pytest.raises(RuntimeError, match="vimamba_cpu: gates"):

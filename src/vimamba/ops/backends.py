@@ -125,6 +125,13 @@ class Backend(ABC):
         """The gradients of xz and of the weights, from a forward pass without gates."""
         return composed_mixer.backward(self, dout, xz, directions_of(weights, reverse), states, scale)
 
+    def mixer_frozen_backward(
+        self, dout: Tensor, xz: Tensor, weights: Sequence[Tensor], reverse: Sequence[int], scale: float,
+        gates: Tensor | None, /,
+    ) -> Tensor | None:  # fmt: skip
+        """The gradient of x (B, L, D), see `mixer.frozen_backward`; None where there is no kernel for it."""
+        return None
+
     def _lacks(self, function: str) -> UserError:
         return UserError(
             f"backend={self.name!r} has no {function}: it computes values only, train with another backend"

@@ -76,6 +76,25 @@ def mixer(
     return run(xz, weights, reverse, scale, gates, save_states, backend or "")[0]
 
 
+def frozen_backward(
+    dout: Tensor, xz: Tensor, directions: Sequence[Direction], scale: float = 1.0, gates: Tensor | None = None
+) -> Tensor | None:
+    """The gradient of the mixer's x with what chooses held constant: delta, B, C, z and the sigmoids of its SiLUs.
+
+    Args:
+        dout: the gradient of what `mixer` gives, (batch, length, dim), in xz's type.
+        xz, directions, scale, gates: as `mixer` takes them; they have been checked.
+
+    Returns:
+        (batch, length, dim) in xz's type; None where no backend has a kernel for it.
+    """
+    weights, reverse = flat(directions)
+    dtype = wide(xz.dtype)
+    gates = None if gates is None else gates.to(dtype)
+    backend = backends.resolve("", xz.device, xz.dtype)
+    return backend.mixer_frozen_backward(dout, xz, [w.to(dtype) for w in weights], reverse, scale, gates)
+
+
 def _check(xz: Tensor, directions: Sequence[Direction], gates: Tensor | None) -> None:
     if not isinstance(directions, Sequence) or not directions:
         raise ValueError(f"directions must be a sequence of one Direction or more, got {directions!r}")

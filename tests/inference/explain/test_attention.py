@@ -9,6 +9,7 @@ import vimamba
 from vimamba import VisionMamba
 from vimamba.inference.explain.attention import attention, look, read_weights, rollout, to_grid
 from vimamba.inference.explain.frozen import _Linear, frozen
+from vimamba.inference.explain.layer import softplus
 
 SMALL = dict(img_size=64, patch_size=8, embed_dim=16, depth=2, d_state=4, num_classes=5)  # 64 patches
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
@@ -57,6 +58,11 @@ def matrix(layer, index: int, absolute: bool) -> torch.Tensor:
         alpha = alpha[:, :, found.rank][..., found.rank]
     weight = layer.weight(index)
     return alpha * (weight[:, None] if isinstance(weight, torch.Tensor) else weight)
+
+
+def test_softplus_keeps_the_digits_of_small_and_large_numbers():
+    x = torch.cat([torch.linspace(-30, 30, 1001), torch.tensor([-80.0, 0.0, 1e4])])
+    torch.testing.assert_close(softplus(x).double(), torch.log1p(x.double().exp()).where(x < 30, x), rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("options", DESIGNS, ids=str)

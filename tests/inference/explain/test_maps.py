@@ -10,6 +10,7 @@ import vimamba
 from tests.inference.explain.test_attention import DESIGNS, images, small
 from vimamba import VisionMamba
 from vimamba.errors import UserError
+from vimamba.inference.explain.attention import to_places
 from vimamba.inference.explain.faithful import STEPS, curves, random_map
 from vimamba.inference.explain.maps import MAPS, reshape_transform
 from vimamba.inference.explain.tokens import direction_use, receptive_field, receptive_fields
@@ -47,6 +48,33 @@ def test_attribution_is_of_what_the_class_changes(options):
     assert not torch.allclose(one, other)
     likeliest = model(images()).argmax(1).tolist()
     assert torch.equal(vimamba.explain(model, images()), vimamba.explain(model, images(), "attribution", likeliest))
+
+
+@pytest.mark.parametrize(
+    "options", [dict(patch_size=8), dict(patch_size=16, stride=8), dict(patch_size=8, stem="conv")], ids=str
+)
+def test_a_token_stands_where_it_sees(options):
+    """The middle of the pixels that change a token, and the middle of the parts of the image that its value goes to."""
+    model = small(img_size=96, **options)
+    pixels = torch.randn(1, 3, 96, 96, requires_grad=True)
+    rows, columns = model.patch_embed.grid_size((96, 96))
+    token = model.patch_embed(pixels).unflatten(1, (rows, columns))[0, 2, 5]
+    seen = torch.autograd.grad(token.sum(), pixels)[0][0].abs().sum(0).nonzero().double()
+    middle = (seen.amin(0) + seen.amax(0)) / 2
+    one = torch.zeros(1, rows, columns, dtype=torch.double)
+    one[0, 2, 5] = 3.0
+    placed = to_places(one, model, (96, 96))
+    middles = [(torch.arange(count).double() + 0.5) * 96 / count - 0.5 for count in (rows, columns)]
+    assert placed.sum() == pytest.approx(3)
+    assert placed[0].sum(1) @ middles[0] / 3 == pytest.approx(middle[0])
+    assert placed[0].sum(0) @ middles[1] / 3 == pytest.approx(middle[1])
+
+
+def test_patches_side_by_side_keep_their_values_and_what_a_stem_sees_first_stays_in_the_image():
+    maps = torch.randn(2, 5, 12)
+    assert torch.equal(to_places(maps, small(), (40, 96)), maps)
+    placed = to_places(maps, small(stem="conv"), (40, 96))
+    torch.testing.assert_close(placed.sum((1, 2)), maps.sum((1, 2)), rtol=1e-5, atol=1e-5)
 
 
 def brightness_model() -> torch.nn.Module:

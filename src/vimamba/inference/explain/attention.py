@@ -70,6 +70,21 @@ def to_grid(values: Tensor, layout: Layout) -> Tensor:
     return patches.reshape(*values.shape[:-1], *layout.grid)
 
 
+def to_places(maps_Bhw: Tensor, model: TokenModel, size: Sequence[int]) -> Tensor:
+    """Values of tokens (batch, rows, columns) as values of as many equal parts of images of this height and width.
+
+    A token is shared out between the parts between whose middles it stands: those of a convolutional stem see around
+    their patches' corners. The sum stays, and so do all values where patches lie side by side.
+    """
+    embed, shares = model.patch_embed, []
+    for count, pixels, first, stride in zip(maps_Bhw.shape[1:], size, embed.origin, embed.stride, strict=True):
+        parts = torch.arange(count, dtype=maps_Bhw.dtype, device=maps_Bhw.device)
+        places = ((first + parts * stride + 0.5) * count / pixels - 0.5).clamp(0, count - 1)
+        shares.append((1 - (parts[:, None] - places).abs()).clamp(min=0))
+    rows, columns = shares
+    return rows @ maps_Bhw @ columns.t()
+
+
 def grid_layout(layer: Layer) -> Layout:
     """Where the tokens of the model stand, without the token that a layer pooled for itself."""
     return _without(layer.layout, layer.pooled_at)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,10 @@ from vimamba.errors import UserError
 from vimamba.inference.explain.layer import Layer
 from vimamba.layers.grid import Layout
 from vimamba.layers.mixers import BidirectionalMixer, DirectionalMixer
+from vimamba.layers.mixers.directional import Scan
 from vimamba.layers.norm import LayerNorm, RMSNorm
 from vimamba.models.token_model import TokenModel
+from vimamba.ops.mixer import frozen_backward
 
 Merged = Callable[[Tensor, Tensor | None, bool, Layout | None], Tensor]
 """`DirectionalMixer._merged`."""
@@ -123,12 +125,31 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_BLD: Tensor) -> tuple[Tensor, None, None]:
         layer: Layer = ctx.layer
-        x_BLD, z_BLD = layer.u.chunk(2, dim=-1)
-        dy_BLD = nn.functional.silu(z_BLD).mul_(dy_BLD)
         du_BLE = torch.zeros_like(layer.u)
-        for i in range(len(layer.mixer.scans)):
-            du_BLE[..., : x_BLD.shape[-1]] += _direction_backward(layer, i, dy_BLD * layer.weight(i))
+        dx_BLD = du_BLE[..., : dy_BLD.shape[-1]]
+        for _, first, scans in layer.mixer.scans_of_paths:
+            fused_BLD = _fused_backward(layer, first, scans, dy_BLD)
+            if fused_BLD is not None:
+                dx_BLD += fused_BLD
+            else:
+                silu_BLD = nn.functional.silu(layer.u.chunk(2, dim=-1)[1])
+                for i in range(first, first + len(scans)):
+                    dx_BLD += _direction_backward(layer, i, dy_BLD * silu_BLD * layer.weight(i))
         return du_BLE, None, None
+
+
+def _fused_backward(layer: Layer, first: int, scans: Sequence[Scan], dy_BLD: Tensor) -> Tensor | None:
+    """The gradient of x by all directions of a path, in one kernel; None where there is none."""
+    mixer: Any = layer.mixer
+    directions = mixer.fused_directions(scans, layer.reverse)
+    if directions is None:
+        return None
+    dy_BLD, u_BLE = (layer.along(values, first) for values in (dy_BLD.to(layer.u.dtype), layer.u))
+    gates_BLG = layer.weights_BLG
+    if gates_BLG is not None:
+        gates_BLG = layer.along(gates_BLG[..., first : first + len(scans)], first)
+    dx_BLD = frozen_backward(dy_BLD, u_BLE, directions, layer.scale, gates_BLG)
+    return None if dx_BLD is None else layer.back(dx_BLD, first)
 
 
 def _direction_backward(layer: Layer, index: int, dy_BLD: Tensor) -> Tensor:

@@ -17,6 +17,14 @@ from vimamba.ops.arguments import widen
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
+def softplus(x: Tensor) -> Tensor:
+    """torch.nn.functional.softplus, whose log1p takes twice as long on a CPU as all of this, to the last digits."""
+    small = x.abs().neg_().exp_()
+    one_and_small = small + 1
+    lost = small.sub_(one_and_small - 1).div_(one_and_small)  # of its digits, beside the 1
+    return one_and_small.log_().add_(lost).add_(x.clamp(min=0))
+
+
 class Carried(NamedTuple):
     """What chooses in a scan, along its path: held constant, the scan is linear in what it carries."""
 
@@ -100,8 +108,12 @@ class Layer:
 
     def weight(self, index: int) -> Tensor | float:
         """What a direction counts in the merge, (batch, length or 1, 1)."""
-        scale = 1.0 if self.mixer.merge == "sum" else 1 / len(self.mixer.scans)
-        return scale if self.weights_BLG is None else scale * self.weights_BLG[..., index : index + 1]
+        return self.scale if self.weights_BLG is None else self.scale * self.weights_BLG[..., index : index + 1]
+
+    @property
+    def scale(self) -> float:
+        """What all directions count in the merge."""
+        return 1.0 if self.mixer.merge == "sum" else 1 / len(self.mixer.scans)
 
     def read(self, index: int) -> Tensor:
         """What a direction of Mamba's reads, (batch, dim, length), along its path."""
@@ -118,7 +130,7 @@ class Layer:
         with torch.no_grad():
             convolved_BDL = self.convolved(index, self.read(index)) if convolved_BDL is None else convolved_BDL
             delta, B, C = mixer.choices(F.silu(convolved_BDL[:, :, within]), mixer.scans[index])
-            delta_BDL, B_BNL, C_BNL = (widen(t).transpose(1, 2) for t in (F.softplus(delta), B, C))
+            delta_BDL, B_BNL, C_BNL = (t.transpose(1, 2) for t in (softplus(widen(delta)), widen(B), widen(C)))
             return Carried(delta_BDL, mixer.decay_rates(mixer.scans[index]), B_BNL, C_BNL, self.backward(index))
 
     def gates(self) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vimamba.errors import UserError, nearest, require
-from vimamba.inference.explain.attention import attention, grid_layout, look, rollout, to_grid
+from vimamba.inference.explain.attention import attention, grid_layout, look, rollout, to_grid, to_places
 from vimamba.inference.explain.frozen import frozen, require_tokens, watched
 from vimamba.inference.explain.layer import Layer
 from vimamba.inference.explain.tokens import direction_use, principal_colours, receptive_field, token_norms
@@ -35,9 +35,9 @@ def explain(
         target: the class of each image that is asked about; the likeliest if not given. Attention asks about none.
 
     Returns:
-        (batch, rows, columns), a value for each patch; for "integrated_gradients" and "receptive_field" one for each
-        pixel; for "principal_components" a colour, (batch, rows, columns, 3); for "directions" the share of each,
-        (batch, layers, directions).
+        (batch, rows, columns), a value for each patch as it lies in the image; for "integrated_gradients" and
+        "receptive_field" one for each pixel; for "principal_components" a colour, (batch, rows, columns, 3); for
+        "directions" the share of each, (batch, layers, directions).
 
     Raises:
         UserError: there is no such method, it does not fit the model, its package is missing, or a class is unknown.
@@ -92,7 +92,8 @@ def _attribution(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     finally:
         handle.remove()
     values_BL = (kept[0].detach() * gradient).sum(-1)
-    return values_BL.unflatten(1, tokens_model.patch_embed.grid_size(tuple(images.shape[2:])))
+    size = tuple(images.shape[2:])
+    return to_places(values_BL.unflatten(1, tokens_model.patch_embed.grid_size(size)), tokens_model, size)
 
 
 def _attention(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
@@ -104,13 +105,13 @@ def _attention(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 
     with torch.no_grad(), watched(found, see):
         found(images)
-    return torch.stack(rows).mean(0)
+    return to_places(torch.stack(rows).mean(0), found, images.shape[2:])
 
 
 def _rollout(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     found = require_tokens(model)
     layers = look(found, images)
-    return to_grid(rollout(found, layers), grid_layout(layers[0]))
+    return to_places(to_grid(rollout(found, layers), grid_layout(layers[0])), found, images.shape[2:])
 
 
 def _gradcam(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
@@ -130,7 +131,10 @@ def _gradcam(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     with GradCAM(model, [layer], reshape_transform=to_map) as cam, torch.enable_grad():
         shown = torch.from_numpy(cam(images, targets))
     grid = token_layout(model.class_token, model.patch_embed.grid_size(tuple(images.shape[2:]))).grid
-    return torch.nn.functional.interpolate(shown[:, None], grid, mode="area")[:, 0]
+    maps = torch.nn.functional.interpolate(shown[:, None], grid, mode="area")[:, 0]
+    # A mean, where the other methods' values are parts of a sum.
+    held = to_places(torch.ones_like(maps), model, images.shape[2:])
+    return to_places(maps, model, images.shape[2:]) / held
 
 
 def _integrated_gradients(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:

@@ -76,6 +76,8 @@ class PatchEmbed(nn.Module):
         check_whole("embed_dim", embed_dim)
         self.patch_size = patch_size
         self.stride = stride
+        self.origin = tuple((p - 1) / 2 for p in patch_size)
+        """The middle of what the first token sees; that of the next is a stride away."""
         conv: Any = CONVS[len(patch_size)]
         self.proj = conv(in_chans, embed_dim, patch_size, stride, device=device, dtype=dtype)
 
@@ -120,6 +122,8 @@ class ConvStem(nn.Module):
         if embed_dim % 2 ** (steps - 1):
             raise ValueError(f'stem="conv" with patch_size {size} needs embed_dim divisible by {2 ** (steps - 1)}')
         self.patch_size = self.stride = patch_size
+        self.origin = (0.0, 0.0)
+        """The middle of what the first token sees: not its patch's, but its patch's first pixel."""
         widths = [in_chans, *(embed_dim // 2 ** (steps - 1 - i) for i in range(steps))]
         self.convs = nn.Sequential(
             *(

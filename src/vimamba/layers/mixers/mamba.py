@@ -233,10 +233,16 @@ class BidirectionalMixer(DirectionalMixer):
         self, u: Tensor, scans: Sequence[Scan], reverse: bool, scale: float, weights: Tensor | None
     ) -> Tensor:
         """All directions of a path in one call, unless a module was replaced or is hooked."""
-        if all(self._fusible(scan) for scan in scans):
-            directions = [self._direction(scan, reverse) for scan in scans]
+        directions = self.fused_directions(scans, reverse)
+        if directions is not None:
             return mixer(u, directions, scale, weights, skip=self.skips)
         return super().along_path(u, scans, reverse, scale, weights)
+
+    def fused_directions(self, scans: Sequence[Scan], reverse: bool) -> list[Direction] | None:
+        """The weights of directions, as the fused kernels take them; None where a module was replaced or is hooked."""
+        if all(self._fusible(scan) for scan in scans):
+            return [self._direction(scan, reverse) for scan in scans]
+        return None
 
     def _fusible(self, scan: Scan) -> bool:
         modules: dict[str, Any] = self._modules
@@ -273,9 +279,9 @@ class BidirectionalMixer(DirectionalMixer):
         modules: dict[str, Any] = self._modules
         names = self.names[scan.weights]
         state = getattr(self, names.A_log).shape[1]
-        x_dbl_BLE = modules[names.x_proj](c_BDL.transpose(1, 2))
+        x_dbl_BLE = _project(modules[names.x_proj], c_BDL.transpose(1, 2))
         dt_BLR, B_BLN, C_BLN = x_dbl_BLE.split([x_dbl_BLE.shape[-1] - 2 * state, state, state], dim=-1)
-        return modules[names.dt_proj](dt_BLR), B_BLN, C_BLN  # the bias of delta included
+        return _project(modules[names.dt_proj], dt_BLR), B_BLN, C_BLN  # the bias of delta included
 
     def decay_rates(self, scan: Scan) -> Tensor:
         """A direction's A (dim, state), in float32 or float64."""

@@ -144,14 +144,37 @@ class CPU(Backend):
         scale: float,
     ) -> tuple[Tensor, list[Tensor]]:
         """Fused, unless half of the threads would wait for want of sequences, or the convolution is too wide."""
-        narrow = weights[0].shape[-1] <= torch.ops.vimamba_cpu.max_width()
-        if narrow and 2 * len(xz_BLE) * len(reverse) >= torch.get_num_threads() and dout_BLD.numel():
+        if _fuses_backward(dout_BLD, weights, reverse):
             dxz_SBLE, grads = torch.ops.vimamba_cpu.mixer_backward(dout_BLD, xz_BLE, weights, reverse, states, scale)
-            return dxz_SBLE[0] if len(dxz_SBLE) == 1 else dxz_SBLE.sum(0), grads
+            return _sum_slices(dxz_SBLE), grads
         return super().mixer_backward(dout_BLD, xz_BLE, weights, reverse, states, scale)
+
+    def mixer_frozen_backward(
+        self,
+        dout_BLD: Tensor,
+        xz_BLE: Tensor,
+        weights: Sequence[Tensor],
+        reverse: Sequence[int],
+        scale: float,
+        gates: Tensor | None,
+    ) -> Tensor | None:
+        """Fused, or None: as `mixer_backward`."""
+        if not _fuses_backward(dout_BLD, weights, reverse):
+            return None
+        dx_SBLD = torch.ops.vimamba_cpu.mixer_frozen_backward(dout_BLD, xz_BLE, weights, reverse, scale, gates)
+        return _sum_slices(dx_SBLD)
 
 
 BACKEND = CPU()
+
+
+def _fuses_backward(dout_BLD: Tensor, weights: Sequence[Tensor], reverse: Sequence[int]) -> bool:
+    narrow = weights[0].shape[-1] <= torch.ops.vimamba_cpu.max_width()
+    return narrow and 2 * len(dout_BLD) * len(reverse) >= torch.get_num_threads() and dout_BLD.numel() > 0
+
+
+def _sum_slices(slices: Tensor) -> Tensor:
+    return slices[0] if len(slices) == 1 else slices.sum(0)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -5,6 +5,7 @@
 #include "linear.h"
 #include "mixer.h"
 #include "mixer_backward.h"
+#include "mixer_frozen_backward.h"
 #include "norm.h"
 #include "scan.h"
 #include "scan_backward.h"
@@ -52,6 +53,7 @@ const Kernels& VIMAMBA_TABLE() {
       .mixer_backward_scratch = mixer_backward_scratch,
       .mixer_backward = mixer_backward,
       .mixer_backward_unpack = mixer_backward_unpack,
+      .mixer_frozen_backward = mixer_frozen_backward,
   };
   return table;
 }

@@ -99,8 +99,8 @@ struct MixerChunk {
   bool first;  // whether this direction is the first to write dx and dz
 };
 
-// c = SiLU(conv(x)) and its slope.
-template <class T>
+// c = SiLU(conv(x)) and its slope; with the sigmoid in it held constant, that is the sigmoid.
+template <class T, bool frozen>
 void convolve_chunk(const Mixer& m, const Direction& direction, const PackedDirection& packed,
                     const MixerChunk& at, const MixerBackwardScratch& s) {
   const int64_t row_floats = MixerScratch::padded(m);
@@ -108,7 +108,7 @@ void convolve_chunk(const Mixer& m, const Direction& direction, const PackedDire
                   [&](int t, int64_t i, vf sum) {
                     const vf s_of_sum = sigmoid(sum), c = sum * s_of_sum;
                     store(s.c + t * row_floats + i * W, c);
-                    store(s.slope + t * row_floats + i * W, s_of_sum + c * (1.0f - s_of_sum));
+                    store(s.slope + t * row_floats + i * W, frozen ? s_of_sum : s_of_sum + c * (1.0f - s_of_sum));
                   });
 }
 
@@ -264,7 +264,7 @@ inline void retreat_taps(const Mixer& m, const Direction& direction, const Mixer
 // dx of one block: what the chunk's sums give to its own tokens, and to width - 1 neighbours that lie in the
 // chunk walked next (they wait in dx_carry) or, where convolution and scan run opposite ways, in the last one.
 template <class T>
-inline void retreat_tokens(const Mixer& m, const Direction& direction, const PackedBackward& packed,
+inline void retreat_tokens(const Mixer& m, const Direction& direction, const PackedDirection& packed,
                            const MixerGradients& grad, const MixerChunk& at, int64_t i,
                            const MixerBackwardScratch& s) {
   const Block block = block_at(i, m.dim, 1);
@@ -311,7 +311,7 @@ void mixer_backward_typed(const Mixer& m, const Direction& direction, const Mixe
   for (int64_t chunk = chunks_of(m.length) - 1; chunk >= 0; --chunk) {
     const int64_t step = chunk * kChunk;
     const MixerChunk at = {b, step, (int)(m.length - step < kChunk ? m.length - step : kChunk), first};
-    convolve_chunk<T>(m, direction, packed, at, s);
+    convolve_chunk<T, false>(m, direction, packed, at, s);
     project_tile(m, packed, s.c, at.steps, s.projected);
     memset(s.dB, 0, at.steps * N * W * sizeof(float));
     memset(s.dC, 0, at.steps * N * W * sizeof(float));

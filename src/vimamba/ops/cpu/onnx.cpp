@@ -8,6 +8,8 @@
 #include <climits>
 #include <exception>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
 
 #include "mixer_run.h"
@@ -36,19 +38,19 @@ void for_each_task(int64_t tasks, const std::function<void(int64_t)>& run) {
   struct Work {
     const std::function<void(int64_t)>& run;
     std::mutex mutex;
-    std::exception_ptr error;
-  } work{run, {}, nullptr};
+    std::string error;  // its text: GCC 11's exception_ptr asks for a younger libstdc++ than manylinux has
+  } work{run, {}, {}};
   const auto one = [](void* what, size_t task) {  // nothing may be thrown through the runtime
     Work& work = *static_cast<Work*>(what);
     try {
       work.run(static_cast<int64_t>(task));
-    } catch (...) {
+    } catch (const std::exception& error) {
       const std::lock_guard<std::mutex> lock(work.mutex);
-      work.error = std::current_exception();
+      work.error = error.what();
     }
   };
   running.api->parallel_for(running.context, one, static_cast<size_t>(tasks), &work);
-  if (work.error) std::rethrow_exception(work.error);
+  if (!work.error.empty()) throw std::runtime_error(work.error);
 }
 
 namespace {

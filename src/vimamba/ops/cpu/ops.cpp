@@ -88,6 +88,8 @@ STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
         " -> (Tensor, Tensor)");
   m.def("mixer_backward(Tensor dout, Tensor xz, Tensor[] weights, int[] reverse, Tensor states, float scale)"
         " -> (Tensor, Tensor[])");
+  m.def("mixer_frozen_backward(Tensor dout, Tensor xz, Tensor[] weights, int[] reverse, float scale, Tensor? gates)"
+        " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vimamba, m) {
@@ -118,6 +120,7 @@ STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("mixer_forward", TORCH_BOX(&mixer_forward));
   m.impl("mixer_backward", TORCH_BOX(&mixer_backward));
+  m.impl("mixer_frozen_backward", TORCH_BOX(&mixer_frozen_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vimamba, CompositeExplicitAutograd, m) {
