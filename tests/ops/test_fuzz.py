@@ -27,7 +27,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.float16: 5e-3, torc
 class Draws(random.Random):
     """Draws of sizes, types and tensors."""
 
-    def __init__(self, *seed: object) -> None:
+    def __init__(self, seed: tuple[str, int]) -> None:
         super().__init__(repr(seed))
         self.generator = torch.Generator().manual_seed(self.getrandbits(60))
 
@@ -111,7 +111,7 @@ def sizes(draw: Draws) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("case", range(CASES), ids=lambda i: f"scan-{i}")
 def test_selective_scan(case):
-    draw = Draws("scan", case)
+    draw = Draws(("scan", case))
     (batch, dim, length), state = sizes(draw), draw.choice((1, 3, 4, 8, 16, 17, 20))
     dtype = draw.choice(tuple(TOLERANCE))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -151,7 +151,7 @@ def test_selective_scan(case):
 
 @pytest.mark.parametrize("case", range(CASES), ids=lambda i: f"conv-{i}")
 def test_causal_conv1d(case):
-    draw = Draws("conv", case)
+    draw = Draws(("conv", case))
     (batch, dim, length), width = sizes(draw), draw.choice((1, 2, 3, 4, 4, 4, 7, 16, 19))
     dtype = draw.choice(tuple(TOLERANCE))
     inputs = {
@@ -172,7 +172,7 @@ def test_causal_conv1d(case):
 
 @pytest.mark.parametrize("case", range(CASES), ids=lambda i: f"norm-{i}")
 def test_rms_norm(case):
-    draw = Draws("norm", case)
+    draw = Draws(("norm", case))
     shape = [draw.choice((0, 1, 2, 5)) for _ in range(draw.randrange(3))] + [draw.choice((1, 3, 16, 33, 192))]
     dtype = draw.choice(tuple(TOLERANCE))
     inputs = {"x": draw.laid_out(*shape).to(dtype), "weight": draw.normal(shape[-1]).to(draw.choice(tuple(TOLERANCE)))}
@@ -192,7 +192,7 @@ def test_rms_norm(case):
 
 @pytest.mark.parametrize("case", range(CASES), ids=lambda i: f"linear-{i}")
 def test_linear(case):
-    draw = Draws("linear", case)
+    draw = Draws(("linear", case))
     rows = [draw.choice((0, 1, 2, 20, 50)) for _ in range(draw.randrange(1, 3))]
     wide_in, wide_out = draw.choice((1, 3, 16, 37, 192)), draw.choice((1, 5, 16, 48, 101))
     dtype = draw.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16))
@@ -210,7 +210,7 @@ def test_linear(case):
 
 @pytest.mark.parametrize("case", range(CASES), ids=lambda i: f"mixer-{i}")
 def test_mixer(case):
-    draw = Draws("mixer", case)
+    draw = Draws(("mixer", case))
     batch, dim, length = sizes(draw)
     state, rank, width = draw.choice((1, 4, 16, 17)), draw.choice((1, 3, 5)), draw.choice((1, 4, 4, 7, 18))
     dtype = draw.choice((torch.float32, torch.float32, torch.bfloat16, torch.float64, torch.float16))

@@ -38,8 +38,7 @@ def attention(model: TokenModel, layer: Layer) -> Tensor:
     in the merge and, last, for their sum. One product of a vector with the scan's Jacobian a direction; no matrix of
     length × length.
     """
-    plain = _without(layer.layout, layer.pooled_at)
-    read_L = _padded(read_weights(model, plain)[None], layer.pooled_at)
+    read_L = _padded(read_weights(model, grid_layout(layer))[None], layer.pooled_at)
     rows = [_row(layer, i, read_L) for i in range(len(layer.mixer.scans))]
     rows_BGLD = torch.stack([*rows, sum(rows[1:], rows[0])], 1)
     return _cut(rows_BGLD.abs().mean(-1), layer.pooled_at)
@@ -56,8 +55,7 @@ def rollout(model: TokenModel, layers: Sequence[Layer]) -> Tensor:
     of_index = _in_order(model, layers)
     for step in reversed(of_index):
         if row is None:
-            plain = _without(step[0].layout, step[0].pooled_at)
-            row = read_weights(model, plain).expand(len(step[0].u), -1)
+            row = read_weights(model, grid_layout(step[0])).expand(len(step[0].u), -1)
         row = torch.stack([_rolled(layer, row) for layer in step]).mean(0)
     assert row is not None
     return row
@@ -86,8 +84,13 @@ def to_places(maps_Bhw: Tensor, model: TokenModel, size: Sequence[int]) -> Tenso
 
 
 def grid_layout(layer: Layer) -> Layout:
-    """Where the tokens of the model stand, without the token that a layer pooled for itself."""
-    return _without(layer.layout, layer.pooled_at)
+    """Where the tokens of the model stand, without the token that a layer pooled for itself: what `with_token` got."""
+    pooled_at = layer.pooled_at
+    if pooled_at is None:
+        return layer.layout
+    moved = int(pooled_at == 0)
+    registers = tuple(place - moved for place in layer.layout.registers if place != pooled_at)
+    return Layout(layer.layout.grid, tuple(place - moved for place in layer.layout.classes), registers)
 
 
 def _in_order(model: TokenModel, layers: Sequence[Layer]) -> list[list[Layer]]:
@@ -140,12 +143,3 @@ def _cut(values: Tensor, pooled_at: int | None) -> Tensor:
     if pooled_at is None:
         return values
     return values[..., 1:] if pooled_at == 0 else values[..., :-1]
-
-
-def _without(layout: Layout, pooled_at: int | None) -> Layout:
-    """The layout that `with_token` got."""
-    if pooled_at is None:
-        return layout
-    moved = int(pooled_at == 0)
-    registers = tuple(place - moved for place in layout.registers if place != pooled_at)
-    return Layout(layout.grid, tuple(place - moved for place in layout.classes), registers)

@@ -128,28 +128,24 @@ class _Linear(torch.autograd.Function):
         du_BLE = torch.zeros_like(layer.u)
         dx_BLD = du_BLE[..., : dy_BLD.shape[-1]]
         for _, first, scans in layer.mixer.scans_of_paths:
-            fused_BLD = _fused_backward(layer, first, scans, dy_BLD)
-            if fused_BLD is not None:
-                dx_BLD += fused_BLD
-            else:
-                silu_BLD = nn.functional.silu(layer.u.chunk(2, dim=-1)[1])
-                for i in range(first, first + len(scans)):
-                    dx_BLD += _direction_backward(layer, i, dy_BLD * silu_BLD * layer.weight(i))
+            dx_BLD += _path_backward(layer, first, scans, dy_BLD)
         return du_BLE, None, None
 
 
-def _fused_backward(layer: Layer, first: int, scans: Sequence[Scan], dy_BLD: Tensor) -> Tensor | None:
-    """The gradient of x by all directions of a path, in one kernel; None where there is none."""
+def _path_backward(layer: Layer, first: int, scans: Sequence[Scan], dy_BLD: Tensor) -> Tensor:
+    """The gradient of x by all directions of a path: by one kernel, where there is one and it knows their modules."""
     mixer: Any = layer.mixer
-    directions = mixer.fused_directions(scans, layer.reverse)
-    if directions is None:
-        return None
-    dy_BLD, u_BLE = (layer.along(values, first) for values in (dy_BLD.to(layer.u.dtype), layer.u))
-    gates_BLG = layer.weights_BLG
-    if gates_BLG is not None:
-        gates_BLG = layer.along(gates_BLG[..., first : first + len(scans)], first)
-    dx_BLD = frozen_backward(dy_BLD, u_BLE, directions, layer.scale, gates_BLG)
-    return None if dx_BLD is None else layer.back(dx_BLD, first)
+    directions, weights_BLG = mixer.fused_directions(scans, layer.reverse), layer.weights_BLG
+    if directions is not None:
+        if weights_BLG is not None:
+            weights_BLG = layer.along(weights_BLG[..., first : first + len(scans)], first)
+        dy_along_BLD, u_BLE = layer.along(dy_BLD, first), layer.along(layer.u, first)
+        fused_BLD = frozen_backward(dy_along_BLD, u_BLE, directions, layer.scale, weights_BLG)
+        if fused_BLD is not None:
+            return layer.back(fused_BLD, first)
+    dy_BLD = nn.functional.silu(layer.u.chunk(2, dim=-1)[1]).mul_(dy_BLD)
+    indices = range(first, first + len(scans))
+    return torch.stack([_direction_backward(layer, i, dy_BLD * layer.weight(i)) for i in indices]).sum(0)
 
 
 def _direction_backward(layer: Layer, index: int, dy_BLD: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ figure { margin: 0; width: 224px; max-width: calc(50% - .5rem); } figure img { w
 figcaption { font-size: .85rem; opacity: .8; }
 p { margin: .3rem 0; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; }
-td, th { padding: .2rem .8rem; text-align: right; white-space: nowrap; }
+td, th { padding: .2rem .8rem; text-align: right; }
+td { white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; } tr + tr { border-top: 1px solid #8884; }
 """
 

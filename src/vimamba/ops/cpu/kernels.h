@@ -160,8 +160,8 @@ struct Kernels {
   void (*mixer_backward_unpack)(const Mixer&, float* packed, float* sums, const DirectionGradients&);
 
   // That of x alone, with what chooses held constant: see mixer_frozen_backward.h.
-  void (*mixer_frozen_backward)(const Mixer&, const Direction&, const MixerGradients&, float* packed, int64_t b,
-                                bool first, float* scratch);
+  void (*mixer_frozen_backward)(const Mixer&, const Direction&, const MixerGradients&, float* packed,
+                                int64_t b, bool first, float* scratch);
 };
 
 const Kernels& kernels_portable();

@@ -107,8 +107,9 @@ void convolve_chunk(const Mixer& m, const Direction& direction, const PackedDire
   for_each_sum<T>(m, direction, packed, at.b, at.step, at.steps, 0, blocks_of(m.dim, 1, W),
                   [&](int t, int64_t i, vf sum) {
                     const vf s_of_sum = sigmoid(sum), c = sum * s_of_sum;
+                    const vf slope = frozen ? s_of_sum : s_of_sum + c * (1.0f - s_of_sum);
                     store(s.c + t * row_floats + i * W, c);
-                    store(s.slope + t * row_floats + i * W, frozen ? s_of_sum : s_of_sum + c * (1.0f - s_of_sum));
+                    store(s.slope + t * row_floats + i * W, slope);
                   });
 }
 

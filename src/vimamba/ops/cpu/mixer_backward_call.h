@@ -10,8 +10,8 @@
 
 namespace vimamba {
 
-// Calls run(part, b, d, s) for every direction of every image, each thread one part of the calls: direction d's
-// gradient goes into slice s of those of all images, whose first direction is s too.
+// Calls run(part, b, d, s) for every direction of every image, each thread one part of the calls: direction
+// d's gradient goes into slice s of those of all images, whose first direction is s too.
 template <class F>
 void for_each_direction(int64_t batch, int64_t count, int64_t slices, int64_t parts, const F& run) {
   const int64_t items = batch * slices, each = count / slices;
@@ -78,8 +78,9 @@ std::tuple<Tensor, std::vector<Tensor>> mixer_backward(const Tensor given_dout, 
 }
 
 // The gradient of x in S parts, (S, B, L, D), to be summed, with what chooses held constant.
-Tensor mixer_frozen_backward(const Tensor given_dout, const Tensor given_xz, std::vector<Tensor> given_weights,
-                             std::vector<int64_t> reverse, double scale, const Maybe given_gates) {
+Tensor mixer_frozen_backward(const Tensor given_dout, const Tensor given_xz,
+                             std::vector<Tensor> given_weights, std::vector<int64_t> reverse, double scale,
+                             const Maybe given_gates) {
   const Kernels& k = kernels();
   const int64_t count = reverse.size();
   const std::vector<Tensor> weights = weights_of(given_weights, count);
@@ -97,7 +98,8 @@ Tensor mixer_frozen_backward(const Tensor given_dout, const Tensor given_xz, std
   const int64_t parts = std::max<int64_t>(1, std::min(threads(), m.batch * slices));
   for_each_direction(m.batch, count, slices, parts, [&](int64_t, int64_t b, int64_t d, int64_t slice) {
     char* to = static_cast<char*>(dx.data_ptr()) + slice * dx.stride(0) * element;
-    const MixerGradients grad = {{dout.data_ptr(), dout.stride(0), dout.stride(1)}, {to, dx.stride(1), dx.stride(2)}};
+    const MixerGradients grad = {{dout.data_ptr(), dout.stride(0), dout.stride(1)},
+                                 {to, dx.stride(1), dx.stride(2)}};
     k.mixer_frozen_backward(m, directions[d], grad, packed + d * packed_floats, b, d == slice,
                             scratch<0>(k.mixer_backward_scratch(m)));
   });

@@ -1,9 +1,9 @@
-// The gradient of x in the fused mixer with what chooses held constant: delta, B, C, z and the sigmoids of the
-// SiLUs. The mixer is linear then, and this is its transpose.
+// The gradient of x in the fused mixer with what chooses held constant: delta, B, C, z and the sigmoids of
+// the SiLUs. The mixer is linear then, and this is its transpose.
 //
-// Layout and tasks as in mixer_backward.h, but no states are needed: for each step, walked back, the channel's
-// g = exp(delta A) (g + C dy) of the step behind is all that it has to know. Operations for each (step, channel):
-// those of the forward, and the convolution once more.
+// Layout and tasks as in mixer_backward.h, but no states are needed: for each step, walked back, the
+// channel's g = exp(delta A) (g + C dy) of the step behind is all that it has to know. Operations for each
+// (step, channel): those of the forward, and the convolution once more.
 #pragma once
 
 #include "mixer_backward.h"
@@ -12,8 +12,8 @@ namespace {
 
 // States [first, first + count) of one block and chunk: ddelta_u gains sum_n B_t[n] (g[n] + C_t[n] dy_t).
 template <int count>
-inline void retreat_frozen(const RetreatScratch& s, int steps, int64_t first, const float* decay, float* carry,
-                           Coefficients<false> B, Coefficients<false> C) {
+inline void retreat_frozen(const RetreatScratch& s, int steps, int64_t first, const float* decay,
+                           float* carry, Coefficients<false> B, Coefficients<false> C) {
   vf g[count];
 #pragma GCC unroll 16
   for (int n = 0; n < count; ++n) g[n] = load(carry + (first + n) * W);
@@ -32,8 +32,8 @@ inline void retreat_frozen(const RetreatScratch& s, int steps, int64_t first, co
   for (int n = 0; n < count; ++n) store(carry + (first + n) * W, g[n]);
 }
 
-inline void retreat_frozen_all(const RetreatScratch& s, int steps, int64_t N, const float* decay, float* carry,
-                               Coefficients<false> B, Coefficients<false> C) {
+inline void retreat_frozen_all(const RetreatScratch& s, int steps, int64_t N, const float* decay,
+                               float* carry, Coefficients<false> B, Coefficients<false> C) {
   int64_t n = 0;
   for (; n + kStates <= N; n += kStates) retreat_frozen<kStates>(s, steps, n, decay, carry, B, C);
   if constexpr (kStates > 4)
@@ -89,8 +89,8 @@ void mixer_frozen_backward_typed(const Mixer& m, const Direction& direction, con
 
 // dx of one direction of one image, stored if it is the `first`, else added. `memory` is that of mixer_pack,
 // `scratch` as large as for mixer_backward.
-void mixer_frozen_backward(const Mixer& m, const Direction& direction, const MixerGradients& grad, float* memory,
-                           int64_t b, bool first, float* scratch) {
+void mixer_frozen_backward(const Mixer& m, const Direction& direction, const MixerGradients& grad,
+                           float* memory, int64_t b, bool first, float* scratch) {
   const PackedDirection packed(m, memory);
   const MixerBackwardScratch s(m, scratch);
   with_type(m, [&](auto type) {
