@@ -57,13 +57,16 @@ def small(**options) -> Source:
     return source_of(VisionMamba(**{**SMALL, **options}), in_chans=options.get("in_chans", 3))
 
 
-def run(path: Path, images: torch.Tensor, threads: int = 1) -> torch.Tensor:
+def session_of(path: Path, threads: int = 1) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if library.ONNX_PATH.exists():
         options.register_custom_ops_library(onnx_library())
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run(path: Path, images: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    return torch.from_numpy(session_of(path, threads).run(None, {"images": images.numpy()})[0])
 
 
 KINDS = {
@@ -300,12 +303,11 @@ def test_a_detector_finds_what_pytorchs_does(head, options, detected, tmp_path):
         )
         source = dataclasses.replace(source_of(model), task="detect")
     assert export_onnx(source, path, samples=data.val, **options).difference <= 1e-4
-    names = [output.name for output in onnx.load(path).graph.output]
+    given = onnx.load(path).graph.output
+    names = [output.name for output in given]
     assert names == ["boxes", "labels", "scores", "masks"][: 4 if "mask" in head else 3]
-    given = onnxruntime.SessionOptions()
-    if library.ONNX_PATH.exists():
-        given.register_custom_ops_library(onnx_library())
-    session, found = onnxruntime.InferenceSession(path, given), 0
+    assert {output.type.tensor_type.shape.dim[0].dim_param for output in given} == {"objects"}
+    session, found = session_of(path), 0
     raw = "with_preprocessing" in options
     for image in example_images(source.sized(options.get("img_size")), raw, data.val).split(1):
         outputs = dict(zip(names, map(torch.from_numpy, session.run(None, {"images": image.numpy()})), strict=True))
@@ -341,6 +343,8 @@ def test_what_of_a_detector_cannot_be_exported_is_said(detected, tmp_path):
     source, path = load_source(detected), tmp_path / "model.pt2"
     with pytest.raises(UserError, match="`dynamic_size`: the boxes that a detector begins with belong to one size"):
         export_onnx(source, path, dynamic_size=True)
+    with pytest.raises(UserError, match="`operator` standard: ONNX Runtime has no RoiAlign of that opset"):
+        export_onnx(source, path, operator="standard")
     for export in (export_pt2, export_aoti):
         with pytest.raises(UserError, match="`task` detect: is exported as onnx alone"):
             export(source, path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 
 from vimamba.data.image_data import ImageData
 from vimamba.data.samples import Samples
@@ -90,8 +91,11 @@ def _batches(
     for first in range(0, len(rows), batch):
         pairs = [(samples.image(row), samples.target(row)) for row in rows[first : first + batch]]
         images = prepared(source, [image for image, _ in pairs], with_preprocessing)
-        targets = [transform(*pair)[1] if source.task == "segment" else torch.tensor(pair[1]) for pair in pairs]
-        yield images, torch.stack(targets)
+        if source.task == "segment":  # steps move stacks of masks
+            stacks = [transform(image, tv_tensors.Mask(mask[None]))[1] for image, mask in pairs]
+            yield images, torch.cat(stacks)
+        else:
+            yield images, torch.tensor([target for _, target in pairs])
 
 
 def _measured(exported: Exported, source: Source, samples: Samples, with_preprocessing: bool) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from vimamba.errors import UserError, one_line, require
 from vimamba.export.check import Comparison
 from vimamba.export.detection import OUTPUTS
 from vimamba.export.lowering import LOWERINGS
-from vimamba.export.source import Source
+from vimamba.export.source import Source, load_source
 from vimamba.export.writing import Graph, export
 from vimamba.ops.cpu.library import onnx_library
 
@@ -52,13 +53,17 @@ def export_onnx(
     """
     for name in PACKAGES:
         require(find_spec(name) is not None, f"`format` onnx needs the package {name}: pip install 'vimamba[export]'")
+    source = source if isinstance(source, Source) else load_source(source)
+    known = source.task != "detect" or portable or operator != "standard"
+    require(known, "`operator` standard: ONNX Runtime has no RoiAlign of that opset; leave it out for a detector")
     lowered = LOWERINGS["portable" if portable else operator]
     load = functools.partial(session, library=onnx_library() if operator == "vimamba" else None)
 
     def write(program: ExportedProgram, metadata: dict[str, str], partial: Path) -> None:
         given = len(program.graph_signature.user_outputs)
         single = ["probabilities" if with_preprocessing else "logits"]
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             found = torch.onnx.export(
                 program.run_decompositions(lowered.decompositions()), (), dynamo=True, verbose=False,
                 opset_version=min(lowered.opset, WRITTEN), input_names=["images"],
@@ -67,6 +72,8 @@ def export_onnx(
         assert found is not None
         found.model.opset_imports[""] = lowered.opset  # the operators in between have not changed but for more types
         found.model.metadata_props.update(metadata)
+        for output in found.model.graph.outputs if given > 1 else ():
+            output.shape = type(output.shape)(["objects", *list(output.shape)[1:]])
         found.save(partial)
 
     graph = Graph(img_size, dynamic_size, with_preprocessing)
