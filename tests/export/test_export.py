@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,13 +24,14 @@ from safetensors.torch import save_file
 
 from tests.clients.test_graphs import DESIGNS, SMALL
 from vimamba import VisionMamba, load_run, onnx_library
+from vimamba.data.samples import ArraySamples
 from vimamba.data.transforms import Preprocessing
 from vimamba.errors import UserError
-from vimamba.export import Source, export_aoti, export_int8, export_onnx, export_pt2, load_source, lowering
-from vimamba.export.check import example_images
-from vimamba.export.outputs import Outputs
+from vimamba.export import Source, export_aoti, export_int8, export_onnx, export_pt2, export_web, load_source, lowering
+from vimamba.export.check import example_images, of_objects
+from vimamba.export.outputs import Outputs, normalised
 from vimamba.inference.evaluation import open_for_eval
-from vimamba.models.heads import build_segmenter, enlarge
+from vimamba.models.heads import build_detector, build_segmenter, enlarge
 from vimamba.ops.cpu import library
 from vimamba.tasks.find import find_task
 
@@ -55,13 +57,16 @@ def small(**options) -> Source:
     return source_of(VisionMamba(**{**SMALL, **options}), in_chans=options.get("in_chans", 3))
 
 
-def run(path: Path, images: torch.Tensor, threads: int = 1) -> torch.Tensor:
+def session_of(path: Path, threads: int = 1) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if library.ONNX_PATH.exists():
         options.register_custom_ops_library(onnx_library())
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run(path: Path, images: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    return torch.from_numpy(session_of(path, threads).run(None, {"images": images.numpy()})[0])
 
 
 KINDS = {
@@ -230,20 +235,131 @@ def test_int8_tells_the_accuracy_before_and_after(trained, tmp_path):
     data = open_for_eval(trained, find_task("classification"), str(trained.parent / "photos"))[0]
     export_onnx(trained, tmp_path / "float.onnx")
     found = export_int8(trained, tmp_path / "model.onnx", data)
-    assert (found.images, found.top1_before) == (12, load_run(trained).evaluate().numbers["top1"])
-    assert found.top1 >= found.top1_before - 0.1
+    assert (found.images, found.before) == (12, load_run(trained).evaluate().numbers["top1"])
+    assert found.after >= found.before - 0.1
     assert 0 < found.difference < 1
     assert [entry.name for entry in tmp_path.iterdir() if entry.name != "float.onnx"] == ["model.onnx"]
     kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear", "LinearAttention"} <= kinds
-    with pytest.raises(UserError, match="`int8`: is for models that classify"):
-        export_int8(dataclasses.replace(small(), task="segment"), tmp_path / "x.onnx", data)
+    with pytest.raises(UserError, match="`int8`: is for models that classify or segment"):
+        export_int8(dataclasses.replace(small(), task="detect"), tmp_path / "x.onnx", data)
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_size": True, "with_preprocessing": True}], ids=str)
+def test_int8_of_a_segmenter_tells_the_mean_iou(options, segmented, tmp_path):
+    data = open_for_eval(segmented, find_task("segment"), str(segmented.parent / "data"))[0]
+    found = export_int8(segmented, tmp_path / "model.onnx", data, **options)
+    assert (found.measure, found.images) == ("mIoU", 4)
+    assert found.before == pytest.approx(load_run(segmented).evaluate().numbers["miou"], abs=1e-3)
+    assert found.before > 0.6
+    assert abs(found.after - found.before) < 0.1
+    assert 0 < found.difference < (1 if options else 5)
+    assert str(found).startswith(f"mIoU {found.after:.2%} of 4 images, {found.before:.2%} in float32; ")
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+
+
+SEGMENTERS = {
+    "linear": "vim_nano", "upernet": "vim_nano", "fpn": "vim_tiny_patch16_224", "dpt": "vim_nano",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("head", "options"),
+    [*((head, {}) for head in SEGMENTERS), ("upernet", {"portable": True, "with_preprocessing": True})],
+    ids=str,
+)
+def test_a_segmenter_of_any_size(head, options, tmp_path):
+    torch.manual_seed(0)
+    args = dict(depth=4, embed_dim=16, d_state=4)
+    model = build_segmenter(SEGMENTERS[head], args, 5, 3, (64, 64), {"head": head, "width": 64})
+    source, path = dataclasses.replace(source_of(model, side=64), task="segment"), tmp_path / "model.onnx"
+    export_onnx(source, path, dynamic_size=True, **options)
+    wanted = Outputs(source, "with_preprocessing" in options)
+    for height, width in ((64, 96), (33, 45), (70, 41), (18, 200)):
+        images = torch.randn(2, 3, height, width)
+        if options:
+            images = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
+        with torch.inference_mode():
+            torch.testing.assert_close(run(path, images), wanted(images), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="`dynamic_size`: of a model that segments is for `format` onnx"):
+        export_pt2(source, path, dynamic_size=True)
+
+
+DETECTORS = [
+    ("mask_rcnn", {}), ("cascade_mask_rcnn", {"portable": True}), ("faster_rcnn", {"img_size": (40, 64)}),
+    ("mask_rcnn", {"with_preprocessing": True}), pytest.param("mask_rcnn", {"operator": "vimamba"}, marks=built),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("head", "options"), DETECTORS, ids=str)
+def test_a_detector_finds_what_pytorchs_does(head, options, detected, tmp_path):
+    source, path = load_source(detected), tmp_path / "model.onnx"
+    data = open_for_eval(detected, find_task("detect"), str(detected.parent / "data"))[0]
+    if head != "mask_rcnn":  # of a fresh one every box is as sure as any
+        torch.manual_seed(0)
+        args = dict(width=16, box_width=32, proposals=40, anchor_sizes=[6, 11, 16, 24, 32], score_threshold=0.2)
+        model = build_detector(
+            "vim_nano", dict(depth=2, embed_dim=16, d_state=4), 3, 3, (32, 32), {"head": head, **args}
+        )
+        source = dataclasses.replace(source_of(model), task="detect")
+    assert export_onnx(source, path, samples=data.val, **options).difference <= 1e-4
+    given = onnx.load(path).graph.output
+    names = [output.name for output in given]
+    assert names == ["boxes", "labels", "scores", "masks"][: 4 if "mask" in head else 3]
+    assert {output.type.tensor_type.shape.dim[0].dim_param for output in given} == {"objects"}
+    session, found = session_of(path), 0
+    raw = "with_preprocessing" in options
+    for image in example_images(source.sized(options.get("img_size")), raw, data.val).split(1):
+        outputs = dict(zip(names, map(torch.from_numpy, session.run(None, {"images": image.numpy()})), strict=True))
+        with torch.inference_mode():
+            (wanted,) = source.model(normalised(image, source.preprocessing) if raw else image)
+        assert outputs["boxes"].shape == wanted["boxes"].shape
+        assert outputs["labels"].tolist() == wanted["labels"].tolist()
+        torch.testing.assert_close(outputs["boxes"], wanted["boxes"], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(outputs["scores"], wanted["scores"], rtol=0, atol=1e-4)
+        if "masks" in names:
+            torch.testing.assert_close(outputs["masks"], wanted["masks"][:, 0], rtol=0, atol=1e-3)
+        found += len(wanted["boxes"])
+    assert found > 2
+
+
+def test_objects_are_held_against_their_partners():
+    torch.manual_seed(0)
+    boxes, labels, scores = torch.rand(100, 4) * 32, torch.arange(100) % 3, torch.rand(100).sort(descending=True).values
+    wanted = boxes, labels, scores, torch.rand(100, 28, 28)
+    order = torch.randperm(100)
+    assert of_objects([values[order] for values in wanted], wanted) == 0
+    assert of_objects([values[1:] for values in wanted], wanted) == 0  # one of a hundred
+    assert of_objects([values[3:] for values in wanted], wanted) > 0.1
+    assert of_objects([values[:4] for values in wanted], [values[:3] for values in wanted]) > 0.1
+    assert of_objects([values[:0] for values in wanted], wanted) == math.inf
+    assert of_objects((boxes, (labels + 1) % 3, *wanted[2:]), wanted) > 0.1
+    assert of_objects((boxes + 0.32, *wanted[1:]), wanted) == pytest.approx(0.01, rel=0.05)
+    assert of_objects((boxes, labels, scores + 2e-4, wanted[3]), wanted) == pytest.approx(2e-4, rel=0.01)
+    assert of_objects((*wanted[:3], wanted[3] + 3e-4), wanted) == pytest.approx(3e-4, rel=0.01)
+
+
+def test_what_of_a_detector_cannot_be_exported_is_said(detected, tmp_path):
+    source, path = load_source(detected), tmp_path / "model.pt2"
+    with pytest.raises(UserError, match="`dynamic_size`: the boxes that a detector begins with belong to one size"):
+        export_onnx(source, path, dynamic_size=True)
+    with pytest.raises(UserError, match="`operator` standard: ONNX Runtime has no RoiAlign of that opset"):
+        export_onnx(source, path, operator="standard")
+    for export in (export_pt2, export_aoti):
+        with pytest.raises(UserError, match="`task` detect: is exported as onnx alone"):
+            export(source, path)
+    with pytest.raises(UserError, match="`format` web: is for models that classify or segment, not of task detect"):
+        export_web(source, tmp_path / "page")
+    black = ArraySamples(np.zeros((1, 32, 32), np.uint8), np.zeros(1), "black")
+    with pytest.raises(UserError, match="the model finds no object in the images that the export is checked with"):
+        export_onnx(source, path, samples=black)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
     source, path = small(), tmp_path / "model.onnx"
-    with pytest.raises(UserError, match="`task` detect: is not exported yet"):
-        export_pt2(dataclasses.replace(source, task="detect"), path)
+    with pytest.raises(UserError, match="`task` depth: is not exported; export a model of one of classification, "):
+        export_pt2(dataclasses.replace(source, task="depth"), path)
     with pytest.raises(UserError, match="`img_size` 4 x 4: the model cannot take it"):
         export_pt2(source, path, img_size=4)
     with pytest.raises(UserError, match="cannot be written"):

@@ -23,6 +23,7 @@ const found = await page.$$eval(".result", entries => entries.map(entry => ({
   lines: [...entry.querySelectorAll(".found li")].map(line => [line.querySelector(".name")?.textContent ?? line.textContent, line.querySelector(".share")?.textContent ?? null]),
   picture: entry.querySelector("canvas").ariaLabel,
   heat: entry.querySelector(".heat")?.naturalWidth ?? 0,
+  pixels: entry.querySelector("canvas").toDataURL(),
 })));
 const said = await page.textContent("[aria-live]");
 await page.screenshot({path: shot, fullPage: true});

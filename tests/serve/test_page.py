@@ -1,8 +1,10 @@
 """The page in a browser, of a server and of a folder: `make test-browser` installs Chromium and what drives it."""
 
+import base64
 import dataclasses
 import functools
 import http.server
+import io
 import json
 import os
 import subprocess
@@ -10,7 +12,9 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.cli.runs import write_photos
 from tests.serve.servers import Server
@@ -114,6 +118,42 @@ def test_masks_and_boxes(segmented, detected, tmp_path):
         assert [name for name, _ in seen["found"][0]["lines"]] == expected
 
 
+def pixels(entry):
+    """What is painted on the canvas."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(entry["pixels"].split(",")[1]))).convert("RGB")).astype(
+        int
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme", "sides"), [(1100, "light", {}), (375, "dark", {"short_side": 40, "long_side": 200})]
+)
+def test_a_folder_segments_as_the_server_does(width, scheme, sides, segmented, tmp_path):
+    """A small image, larger ones, and one over which windows slide; by its own size, and scaled before."""
+    model, card = load_model(str(segmented))
+    prep = dataclasses.replace(card.preprocessing, **sides)
+    run = tmp_path / "model.safetensors"
+    save_model(run, model, dataclasses.replace(card, class_names=["background", *NAMES[:2]], preprocessing=prep))
+    picture = Image.open(segmented.parent / "data" / "val" / "images" / "10.png")
+    paths = [tmp_path / f"{w} by {h}.png" for w, h in ((32, 32), (70, 45), (61, 90), (150, 101))]
+    for path in paths:
+        wide, high = map(int, path.stem.split(" by "))
+        picture.resize((wide, high), Image.Resampling.BICUBIC).save(path)
+    web(run, tmp_path / "page")
+    with served(tmp_path / "page") as address, Server(run, log=tmp_path / "log") as server:
+        seen = visit(address, tmp_path / "page.png", *paths, width=width, scheme=scheme)
+        wanted = visit(f"http://{server.host}:{server.port}/", tmp_path / "server.png", *paths, width=width)
+    check_whole(seen, len(paths))
+    check_scores(seen["found"], load_run(run), paths)
+    assert seen["about"] == "vim_nano finds, pixel by pixel, 3 classes."
+    for found, other in zip(seen["found"], wanted["found"], strict=True):
+        painted, same = pixels(found), pixels(other)
+        assert painted.shape == same.shape
+        assert (abs(painted - same).max(-1) > 8).mean() < 0.002
+        assert len(found["lines"]) == 3
+    assert all(request.startswith(("GET " + address, "GET blob:", "GET data:")) for request in seen["requests"])
+
+
 def web(run, folder):
     assert main(["export", str(run), "--format", "web", "--output", str(folder), "--runtime", str(RUNTIME)]) == 0
 
@@ -153,8 +193,6 @@ def test_a_folder_runs_the_model_in_the_browser(kind, trained, tmp_path, photo_f
 @pytest.fixture(scope="module")
 def photo_folder(tmp_path_factory):
     """Pictures that have to be scaled down, upright and across."""
-    from PIL import Image
-
     root = write_photos(tmp_path_factory.mktemp("large"), halves=(("train", 4), ("val", 1)))
     for i, path in enumerate(sorted(root.glob("*/*/*.png"))):
         Image.open(path).resize([(500, 400), (260, 640)][i % 2], Image.Resampling.BICUBIC).save(path)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from vimamba.data.mnist import load_mnist
 from vimamba.data.samples import Samples
 from vimamba.data.transforms import eval_transform
-from vimamba.errors import UserError
+from vimamba.errors import UserError, require
 from vimamba.export.outputs import WHITE, normalised
 from vimamba.export.source import Source
 
 IMAGES = 4
 REPEATS = 5
+PARTED = 0.01  # share of the objects in an image that may differ: of two that are as sure, either may be chosen
 
-Exported = Callable[[Tensor], Tensor]
+Exported = Callable[[Tensor], Any]
+"""Images to a tensor, or to a tuple of what a detector finds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +60,53 @@ def prepared(source: Source, images: Sequence[Image.Image], with_preprocessing: 
     return rgb_BHWC if with_preprocessing else normalised(rgb_BHWC, prep)
 
 
-def compare(exported: Exported, model: nn.Module, batches: Sequence[Tensor], tolerance: float) -> Comparison:
+def compare(exported: Exported, model: Exported, batches: Sequence[Tensor], tolerance: float) -> Comparison:
     """Hold the outputs for some batches against each other, and the times for an image of the first.
 
     Raises:
-        UserError: they differ by more than `tolerance`.
+        UserError: they differ by more than `tolerance`, or there is nothing to compare.
     """
     with torch.inference_mode():
-        difference = max(float((exported(batch) - model(batch)).abs().max()) for batch in batches)
+        pairs = [(exported(batch), model(batch)) for batch in batches]
+        difference = max(_difference(*pair) for pair in pairs)
         if not difference <= tolerance:  # nor is NaN
             raise UserError(
                 f"the exported model differs from PyTorch's by {difference:.1e}, more than {tolerance:.0e}: nothing "
                 "was written; please report it with the command"
             )
+        seen = any(not isinstance(wanted, tuple) or len(wanted[0]) for _, wanted in pairs)
+        require(seen, "the model finds no object in the images that the export is checked with; give `data` with some")
         image = batches[0][:1]
         times = [(_seconds(exported, image), _seconds(model, image)) for _ in range(REPEATS)]
     return Comparison(difference, *map(statistics.median, zip(*times, strict=True)))
+
+
+def _difference(found: Any, wanted: Any) -> float:
+    if not isinstance(wanted, tuple):
+        return float((found - wanted).abs().max())
+    return of_objects(found, wanted)
+
+
+def of_objects(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest difference of objects from their partners: of places, as shares of the largest, of scores, of masks.
+
+    Args:
+        found, wanted: boxes (n, 4), labels (n,), scores (n,), the surest first, and masks (n, rows, columns) if any.
+
+    Returns:
+        Infinity where objects have no partner of their class, but for one in a hundred.
+    """
+    most, fewest = max(len(found[0]), len(wanted[0])), min(len(found[0]), len(wanted[0]))
+    if fewest == 0:
+        return 0.0 if most == 0 else math.inf
+    (boxes, labels, scores, *masks), (other_boxes, other_labels, other_scores, *other_masks) = found, wanted
+    scale = float(other_boxes.abs().max())
+    values = [(boxes / scale, other_boxes / scale), (scores[:, None], other_scores[:, None])]
+    values += [(mask.flatten(1), other.flatten(1)) for mask, other in zip(masks, other_masks, strict=True)]
+    apart_NM = torch.stack([torch.cdist(one, other, p=math.inf) for one, other in values]).amax(0)
+    apart_NM[labels[:, None] != other_labels] = math.inf
+    nearest = torch.cat([apart_NM.amin(0), apart_NM.amin(1)]).sort().values
+    return float(nearest[math.ceil((1 - PARTED) * len(nearest)) - 1])
 
 
 def _seconds(run: Exported, image: Tensor) -> float:

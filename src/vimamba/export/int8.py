@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 
 from vimamba.data.image_data import ImageData
 from vimamba.data.samples import Samples
+from vimamba.data.transforms import eval_transform
 from vimamba.errors import require
 from vimamba.export.check import Comparison, Exported, compare, example_images, prepared
 from vimamba.export.onnx import export_onnx, session
@@ -21,22 +23,24 @@ from vimamba.export.source import Source, load_source
 from vimamba.export.writing import placed
 from vimamba.inference.evaluation import RenamedClasses
 from vimamba.tasks.find import find_task
+from vimamba.tasks.task import evaluation_of, results_of
 
 CALIBRATION = 128  # images from which the ranges of activations are taken
-BATCH = 32
+BATCH = 32  # images at once, fewer of a dense task
 QUANTISED = ("MatMul", "Gemm")  # the products with weights; scans and convolutions stay in float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantised(Comparison):
-    """With the share of the images that are named right before and after, and how many they are."""
+    """With the number that decides in training, before and after, its name, and of how many images it is."""
 
-    top1_before: float
-    top1: float
+    measure: str
+    before: float
+    after: float
     images: int
 
     def __str__(self) -> str:
-        shares = f"top-1 {self.top1:.2%} of {self.images} images, {self.top1_before:.2%} in float32"
+        shares = f"{self.measure} {self.after:.2%} of {self.images} images, {self.before:.2%} in float32"
         return f"{shares}; {super().__str__()}"
 
 
@@ -44,18 +48,19 @@ def export_int8(
     source: Source | str | os.PathLike[str], path: str | os.PathLike[str], data: ImageData, *,
     img_size: int | tuple[int, int] | None = None, dynamic_size: bool = False, with_preprocessing: bool = False,
 ) -> Quantised:  # fmt: skip
-    """Write a classifier as an ONNX file in 8 bits, once its float32 form has been held against PyTorch's.
+    """Write a model that classifies or segments as an ONNX file in 8 bits, once its float32 form has been held against
+    PyTorch's.
 
     Args:
         source, path, img_size, dynamic_size, with_preprocessing: as of `export_onnx`.
         data: the ranges of activations are taken from its training images, or its held-out ones where there are none,
-            and the accuracy from the held-out ones.
+            and top-1 or mean IoU from the held-out ones, which are brought to the size of the graph and cut to it.
 
     Raises:
-        UserError: as of `export_onnx`, or the model is no classifier, or does not know a class of the data.
+        UserError: as of `export_onnx`, or the model detects, or does not know a class of the data.
     """
     source = source if isinstance(source, Source) else load_source(source)
-    require(source.task == "classification", "`int8`: is for models that classify")
+    require(source.task in ("classification", "segment"), "`int8`: is for models that classify or segment")
     options = dict(img_size=img_size, dynamic_size=dynamic_size, with_preprocessing=with_preprocessing)
     task = find_task(source.task)
     held_out = RenamedClasses(data.val, task, data.class_names, source.class_names)
@@ -67,31 +72,39 @@ def export_int8(
         every = max(1, len(learned) // CALIBRATION)
         rows = range(0, len(learned), every)[:CALIBRATION]
         _quantise(whole, partial, (batch for batch, _ in _batches(source, learned, rows, with_preprocessing)))
-        found = [_top1(session(file), source, held_out, with_preprocessing) for file in (whole, partial)]
+        before, after = (_measured(session(file), source, held_out, with_preprocessing) for file in (whole, partial))
         for file in partial.parent.glob(f"{whole.name}*"):  # with the weights beside it
             file.unlink()
         images = example_images(source, with_preprocessing, data.val)
         module = Outputs(source, with_preprocessing).eval()
         compared = compare(session(partial), module, [images], tolerance=float("inf"))
-    return Quantised(**dataclasses.asdict(compared), top1_before=found[0], top1=found[1], images=len(held_out))
+    measure = task.columns[task.monitor].removesuffix(" %")
+    return Quantised(**dataclasses.asdict(compared), measure=measure, before=before, after=after, images=len(held_out))
 
 
 def _batches(
     source: Source, samples: Samples, rows: Iterable[int], with_preprocessing: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images as the exported graph takes them, and their classes."""
-    rows = list(rows)
-    for first in range(0, len(rows), BATCH):
-        some = rows[first : first + BATCH]
-        images = prepared(source, [samples.image(row) for row in some], with_preprocessing)
-        yield images, torch.tensor([samples.target(row) for row in some])
+    """Images as the exported graph takes them, and their classes: of each image, or of its pixels."""
+    rows, transform = list(rows), eval_transform(source.preprocessing)
+    batch = min(BATCH, find_task(source.task).eval_batch)
+    for first in range(0, len(rows), batch):
+        pairs = [(samples.image(row), samples.target(row)) for row in rows[first : first + batch]]
+        images = prepared(source, [image for image, _ in pairs], with_preprocessing)
+        if source.task == "segment":  # steps move stacks of masks
+            stacks = [transform(image, tv_tensors.Mask(mask[None]))[1] for image, mask in pairs]
+            yield images, torch.cat(stacks)
+        else:
+            yield images, torch.tensor([target for _, target in pairs])
 
 
-def _top1(exported: Exported, source: Source, samples: Samples, with_preprocessing: bool) -> float:
-    right = 0
+def _measured(exported: Exported, source: Source, samples: Samples, with_preprocessing: bool) -> float:
+    """The number that decides which of a task's models is the best."""
+    task = find_task(source.task)
+    evaluation = evaluation_of(task, source.class_names)
     for images, targets in _batches(source, samples, range(len(samples)), with_preprocessing):
-        right += int((exported(images).argmax(1) == targets).sum())
-    return right / len(samples)
+        task.update(evaluation, exported(images), targets)
+    return results_of(task, evaluation, source.class_names).numbers[task.monitor]
 
 
 def _quantise(given: Path, path: Path, batches: Iterator[Tensor]) -> None:

@@ -129,7 +129,10 @@ class Lowering(NamedTuple):
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         """For `torch.export.ExportedProgram.run_decompositions`: the operators that a model's graph has."""
-        return {torch.ops.vimamba.mixer.default: self.mixer, torch.ops.vimamba.rms_norm.default: _rms_norm}
+        return {
+            torch.ops.vimamba.mixer.default: self.mixer, torch.ops.vimamba.rms_norm.default: _rms_norm,
+            torch.ops.aten.adaptive_avg_pool2d.default: _pool, torch.ops.aten._adaptive_avg_pool2d.default: _pool,
+        }  # fmt: skip
 
 
 LOWERINGS = {
@@ -160,6 +163,20 @@ def _conv(x_BLD: Tensor, direction: Direction, reverse: bool) -> Tensor:
     padded = F.pad(x_BLD.transpose(1, 2), (0, width - 1) if reverse else (width - 1, 0))
     weight_D1W = weight_D1W.flip(-1) if reverse else weight_D1W
     return F.silu(F.conv1d(padded, weight_D1W, direction.conv_bias, groups=dim)).transpose(1, 2)
+
+
+def _pool(x_BCHW: Tensor, size: list[int]) -> Tensor:
+    """Adaptive average pooling as two products with matrices of shares: torch.onnx's takes the size of the example."""
+    rows, columns = (_shares(x_BCHW.shape[axis], count) for axis, count in zip((2, 3), size, strict=True))
+    return rows @ x_BCHW @ columns.T
+
+
+def _shares(length: Any, count: int) -> Tensor:
+    """What each of so many parts of an axis takes from each place, (count, length)."""
+    part, place = torch.arange(count)[:, None], torch.arange(length)
+    begin, end = part * length // count, ((part + 1) * length + count - 1) // count
+    inside = ((place >= begin) & (place < end)).float()
+    return inside / inside.sum(1, keepdim=True)
 
 
 def _rms_norm(x, weight, residual, eps, out_dtype, backend):

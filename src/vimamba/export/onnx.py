@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from vimamba.data.samples import Samples
 from vimamba.errors import UserError, one_line, require
 from vimamba.export.check import Comparison
+from vimamba.export.detection import OUTPUTS
 from vimamba.export.lowering import LOWERINGS
-from vimamba.export.source import Source
+from vimamba.export.source import Source, load_source
 from vimamba.export.writing import Graph, export
 from vimamba.ops.cpu.library import onnx_library
 
@@ -32,7 +35,8 @@ def export_onnx(
 ) -> Comparison:  # fmt: skip
     """Write a model as an ONNX file, once its outputs have been held against PyTorch's.
 
-    The graph's input is `images` and its output `logits`, or `probabilities`. The batch may be of any size.
+    The graph's input is `images` and its output `logits`, or `probabilities`; a detector's are `boxes`, `labels`,
+    `scores` and, where the model has them, `masks`, of one image. Any other batch may be of any size.
 
     Args:
         source: what `load_source` gives or takes.
@@ -49,19 +53,27 @@ def export_onnx(
     """
     for name in PACKAGES:
         require(find_spec(name) is not None, f"`format` onnx needs the package {name}: pip install 'vimamba[export]'")
+    source = source if isinstance(source, Source) else load_source(source)
+    known = source.task != "detect" or portable or operator != "standard"
+    require(known, "`operator` standard: ONNX Runtime has no RoiAlign of that opset; leave it out for a detector")
     lowered = LOWERINGS["portable" if portable else operator]
     load = functools.partial(session, library=onnx_library() if operator == "vimamba" else None)
 
     def write(program: ExportedProgram, metadata: dict[str, str], partial: Path) -> None:
-        with torch.no_grad():
+        given = len(program.graph_signature.user_outputs)
+        single = ["probabilities" if with_preprocessing else "logits"]
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             found = torch.onnx.export(
                 program.run_decompositions(lowered.decompositions()), (), dynamo=True, verbose=False,
                 opset_version=min(lowered.opset, WRITTEN), input_names=["images"],
-                output_names=["probabilities" if with_preprocessing else "logits"],
+                output_names=single if given == 1 else OUTPUTS[:given],
             )  # fmt: skip
         assert found is not None
         found.model.opset_imports[""] = lowered.opset  # the operators in between have not changed but for more types
         found.model.metadata_props.update(metadata)
+        for output in found.model.graph.outputs if given > 1 else ():
+            output.shape = type(output.shape)(["objects", *list(output.shape)[1:]])
         found.save(partial)
 
     graph = Graph(img_size, dynamic_size, with_preprocessing)
@@ -69,7 +81,7 @@ def export_onnx(
 
 
 def session(path: Path, library: str | None = None) -> Any:
-    """A function from images to the output of an ONNX file, in ONNX Runtime on as many threads as PyTorch has.
+    """A function from images to the output of an ONNX file, or a tuple of several, on as many threads as PyTorch has.
 
     Args:
         path: of the file.
@@ -89,4 +101,9 @@ def session(path: Path, library: str | None = None) -> Any:
     except Exception as error:  # its exceptions have no common base but this
         found = f"onnxruntime {onnxruntime.__version__} cannot run the file ({one_line(error)})"
         raise UserError(f"`format` onnx: {found}; upgrade it, or give `portable`") from error
-    return lambda images: torch.from_numpy(running.run(None, {"images": images.contiguous().numpy()})[0])
+
+    def run(images: Tensor) -> Any:
+        outputs = tuple(map(torch.from_numpy, running.run(None, {"images": images.contiguous().numpy()})))
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    return run

@@ -26,6 +26,10 @@ class Outputs(nn.Module):
         self.dense = source.task == "segment"
         self.preprocessing = source.preprocessing if with_preprocessing else None
 
+    def original(self, images: Tensor) -> Tensor:
+        """What the model itself gives, which is this."""
+        return self(images)
+
     def forward(self, images: Tensor) -> Tensor:
         """Images to logits (batch, classes) or (batch, classes, height, width), or to probabilities."""
         images_BCHW = images if self.preprocessing is None else normalised(images, self.preprocessing)

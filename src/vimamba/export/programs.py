@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from vimamba.data.samples import Samples
 from vimamba.errors import UserError, one_line, require
 from vimamba.export.check import Comparison
-from vimamba.export.source import Source
+from vimamba.export.source import Source, load_source
 from vimamba.export.writing import Graph, export
 from vimamba.ops.cpu import library
 
@@ -35,7 +35,7 @@ def export_pt2(
     def write(program: ExportedProgram, metadata: dict[str, str], partial: Path) -> None:
         torch.export.save(program, partial, extra_files=dict(metadata))
 
-    graph = Graph(img_size, dynamic_size, with_preprocessing)
+    source, graph = checked(source, dynamic_size), Graph(img_size, dynamic_size, with_preprocessing)
     return export(source, path, graph, write, lambda file: torch.export.load(file).module(), TOLERANCE, samples)
 
 
@@ -61,8 +61,23 @@ def export_aoti(
         except RuntimeError as error:  # no compiler for one
             raise UserError(f"`format` aoti: the model cannot be compiled ({one_line(error)})") from error
 
-    graph = Graph(img_size, dynamic_size, with_preprocessing)
+    source, graph = checked(source, dynamic_size), Graph(img_size, dynamic_size, with_preprocessing)
     return export(source, path, graph, write, _package, TOLERANCE, samples)
+
+
+def checked(source: Source | str | os.PathLike[str], dynamic_size: bool) -> Source:
+    """What can be written as a program: torch.export's have assertions that some sizes of it would not meet.
+
+    Raises:
+        UserError: it cannot.
+    """
+    source = source if isinstance(source, Source) else load_source(source)
+    require(source.task != "detect", "`task` detect: is exported as onnx alone; give that as `format`")
+    require(
+        source.task != "segment" or not dynamic_size,
+        "`dynamic_size`: of a model that segments is for `format` onnx; leave it out",
+    )
+    return source
 
 
 def _package(path: Path) -> Any:

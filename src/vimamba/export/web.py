@@ -12,11 +12,13 @@ from typing import Any
 
 from vimamba.data.samples import Samples
 from vimamba.data.steps import MAX_ASPECT
+from vimamba.data.transforms import MAX_SIDE
 from vimamba.errors import require
 from vimamba.export.check import Comparison
 from vimamba.export.onnx import export_onnx
 from vimamba.export.source import Source, load_source
 from vimamba.files import write_text
+from vimamba.serve.options import largest
 from vimamba.serve.page import page, with_rules
 
 VERSION = "1.30.0"
@@ -36,7 +38,8 @@ def export_web(
 ) -> Comparison:  # fmt: skip
     """Write a page, index.html, and the model that it runs, model.onnx; any server of static files can serve them.
 
-    Images are prepared as `vimamba predict` does it.
+    Images are prepared as `vimamba predict` does it, and a model that segments looks at them as that does, at images of
+    any size.
 
     Args:
         source: what `load_source` gives or takes.
@@ -46,28 +49,33 @@ def export_web(
             if not given.
 
     Raises:
-        UserError: the model is no classifier, the runtime is not there, the folder cannot be written, or as of
-            `export_onnx`.
+        UserError: the model detects, `img_size` is given of one that segments, the runtime is not there, the folder
+            cannot be written, or as of `export_onnx`.
     """
     files = [Path(runtime) / name for name in (SCRIPT, WASM)] if runtime is not None else []
     for file in files:
         require(file.is_file(), f"`runtime` {runtime}: has no {file.name}; give node_modules/onnxruntime-web/dist")
     folder = Path(folder)
     require(not folder.exists() or folder.is_dir(), f"`output` {folder}: is a file; give a folder")
-    source = (source if isinstance(source, Source) else load_source(source)).sized(img_size)
-    classifies = source.task == "classification"
+    source = source if isinstance(source, Source) else load_source(source)
+    dense = source.task == "segment"
+    known = dense or source.task == "classification"
     require(
-        classifies, f"`format` web: is for models that classify, not of task {source.task}; `vimamba serve` has a page"
+        known,
+        f"`format` web: is for models that classify or segment, not of task {source.task}; `vimamba serve` has a page",
     )
+    require(not dense or img_size is None, "`img_size`: the page of a model that segments takes any size; leave it out")
+    source = source.sized(img_size)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         require(False, f"`output` {folder}: cannot be made ({error.strerror})")
-    found = export_onnx(source, folder / "model.onnx", with_preprocessing=True, samples=samples)
+    found = export_onnx(source, folder / "model.onnx", with_preprocessing=True, dynamic_size=dense, samples=samples)
     for file in files:
         shutil.copyfile(file, folder / file.name)
     web: dict[str, Any] = {
         "model": "model.onnx", "script": SCRIPT, "wasm": WASM, "max_aspect": MAX_ASPECT,
+        "max_side": MAX_SIDE, "max_pixels": largest(source.task, len(source.class_names)),
         "preprocessing": dataclasses.asdict(source.preprocessing),
         "runtime": "./" if files else f"{CDN}/npm/onnxruntime-web@{VERSION}/dist/",
         "integrity": {file.name: integrity(file) for file in files} or INTEGRITY,

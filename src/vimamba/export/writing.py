@@ -21,11 +21,16 @@ from vimamba.data.samples import Samples
 from vimamba.data.transforms import MAX_SIDE
 from vimamba.errors import UserError, one_line, require
 from vimamba.export.check import Comparison, Exported, compare, example_images
+from vimamba.export.detection import DetectionOutputs
 from vimamba.export.outputs import Outputs
 from vimamba.export.source import Source, load_source
 from vimamba_command import package_version
 
-TASKS = ("classification", "segment")
+TASKS: dict[str, type[Outputs] | type[DetectionOutputs]] = {
+    "classification": Outputs, "segment": Outputs, "detect": DetectionOutputs,
+}  # fmt: skip
+STEP = 32  # pixels of the coarsest map's stride in a dense model
+UNLIKE = 13  # pixels: what holds of a size with this remainder, as of an odd number, holds of most
 
 Write = Callable[[ExportedProgram, dict[str, str], Path], None]
 """A traced graph and what must be known of it to a file."""
@@ -34,11 +39,11 @@ Load = Callable[[Path], Exported]
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """What an exported graph takes and gives; its batch may be of any size.
+    """What an exported graph takes and gives; its batch may be of any size, but for a detector's, which is one image.
 
     Args:
         img_size: height and width of the images, pixels; the model's own if None.
-        dynamic_size: take images of any size from half of that up.
+        dynamic_size: take images of any size from half of that up, to segment of any size over 32 pixels.
         with_preprocessing: take uint8 RGB (batch, height, width, 3) that has its size, and give probabilities.
     """
 
@@ -51,22 +56,36 @@ class Graph:
         """The axes of the images' height and width."""
         return (1, 2) if self.with_preprocessing else (2, 3)
 
-    def trace(self, module: nn.Module, images: Tensor) -> ExportedProgram:
+    def trace(self, module: nn.Module, images: Tensor, task: str) -> ExportedProgram:
         """
         Raises:
             UserError: what the module computes depends on the size in a way that no graph can hold.
         """
-        sizes: dict[int, Any] = {0: Dim("batch")}
+        example, sizes = images[:2], {0: Dim("batch")}
+        if task == "detect":
+            example, sizes = images[:1], {}
+        how: dict[str, Any] = {}
+        if self.dynamic_size and task == "segment":
+            # Maps are cut to the image's size, which torch.export asks about and cannot answer for all sizes.
+            example, how = self._unlike(example), {"prefer_deferred_runtime_asserts_over_guards": True}
         if self.dynamic_size:
             for axis, name in zip(self.sides, ("height", "width"), strict=True):
-                sizes[axis] = Dim(name, min=max(2, images.shape[axis] // 2), max=MAX_SIDE)
+                least = STEP + 1 if task == "segment" else max(2, images.shape[axis] // 2)
+                sizes[axis] = Dim(name, min=least, max=MAX_SIDE)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return torch.export.export(module, (images[:2],), dynamic_shapes=(sizes,))
+                return torch.export.export(module, (example,), dynamic_shapes=(sizes,), **how)
             except (ValueError, RuntimeError) as error:
                 way_out = "; leave `dynamic_size` out" if self.dynamic_size else ""
                 raise UserError(f"the model cannot be exported ({one_line(error)}){way_out}") from error
+
+    def _unlike(self, images: Tensor) -> Tensor:
+        """Empty images about as large, of a size that is a multiple of nothing."""
+        shape = [*images.shape]
+        for axis in self.sides:
+            shape[axis] = max(STEP, shape[axis] // STEP * STEP) + UNLIKE
+        return images.new_zeros(shape)
 
     def smaller(self, images: Tensor) -> Tensor:
         """Images of another size: a part of them, in order, as AOTInductor's packages take for granted."""
@@ -85,16 +104,21 @@ def export(
         UserError: the model cannot be exported like that, the file cannot be written, or the outputs differ.
     """
     source = source if isinstance(source, Source) else load_source(source)
+    known = ", ".join(TASKS)
+    require(source.task in TASKS, f"`task` {source.task}: is not exported; export a model of one of {known}")
     require(
-        source.task in TASKS, f"`task` {source.task}: is not exported yet; export a model that classifies or segments"
+        source.task != "detect" or not graph.dynamic_size,
+        "`dynamic_size`: the boxes that a detector begins with belong to one size; leave it out",
     )
     with placed(Path(path)) as partial:
         source = source.sized(graph.img_size)
-        module = Outputs(source, graph.with_preprocessing).eval()
+        module = TASKS[source.task](source, graph.with_preprocessing).eval()
         images = example_images(source, graph.with_preprocessing, samples)
-        write(graph.trace(module, images), _metadata(source, graph), partial)
+        write(graph.trace(module, images, source.task), _metadata(source, graph), partial)
         batches = [images, images[:1], *([graph.smaller(images)] if graph.dynamic_size else [])]
-        return compare(load(partial), module, batches, tolerance)
+        if source.task == "detect":
+            batches = [*images.split(1)]
+        return compare(load(partial), module.original, batches, tolerance)
 
 
 def _metadata(source: Source, graph: Graph) -> dict[str, str]:

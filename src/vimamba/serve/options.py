@@ -84,6 +84,9 @@ class ServeOptions:
 
     def max_pixels(self, task: str, classes: int) -> int:
         """The pixels of the largest image that is taken."""
-        if self.max_megapixels is not None:
-            return int(self.max_megapixels * 1e6)
-        return min(PIXELS, LOGITS // max(1, classes)) if task == "segment" else PIXELS
+        return largest(task, classes) if self.max_megapixels is None else int(self.max_megapixels * 1e6)
+
+
+def largest(task: str, classes: int) -> int:
+    """The pixels of the largest image that fits into an ordinary computer's memory with all that is made of it."""
+    return min(PIXELS, LOGITS // max(1, classes)) if task == "segment" else PIXELS

@@ -227,7 +227,7 @@ def _chosen_layers(name: str, depth: int, count: int, layers: Sequence[int] | No
 
 
 def _up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
+    return (size + unit - 1) // unit * unit  # of no negative number: ONNX rounds those up
 
 
 def padded(images: Tensor, height: int, width: int) -> Tensor:
