@@ -73,7 +73,8 @@ def export_onnx(
         assert found is not None
         found.model.opset_imports[""] = lowered.opset  # the operators in between have not changed but for more types
         found.model.metadata_props.update(metadata)
-        for output in found.model.graph.outputs if given > 1 else ():
+        outputs: Any = found.model.graph.outputs if given > 1 else ()
+        for output in outputs:
             output.shape = type(output.shape)(["objects", *list(output.shape)[1:]])
         found.save(partial)
 
