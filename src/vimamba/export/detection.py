@@ -80,7 +80,7 @@ class DetectionOutputs(nn.Module):
 
     def _proposals(self, maps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Boxes (K, 4) and which of them count, (K,) bool."""
-        rpn = self.model.rpn
+        rpn: Any = self.model.rpn
         scores_A1, deltas_A4 = concat_box_prediction_layers(*rpn.head([*maps.values()]))
         most, rows, levels, first = rpn.pre_nms_top_n(), [], [], 0
         for level, scores in enumerate(scores_A1[:, 0].split(self.counts)):
@@ -100,13 +100,14 @@ class DetectionOutputs(nn.Module):
     def _objects(self, maps: dict[str, Tensor], boxes_K4: Tensor, counts_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The objects that are chosen of the proposals: boxes (N, 4), labels (N,) from 0 and scores (N,)."""
         scores = []
-        for stage in self.model.heads.stages:
+        stages: Any = self.model.heads.stages
+        for stage in stages:
             logits_KC, deltas = stage.box_predictor(stage.box_head(pooled(stage.box_roi_pool, maps, boxes_K4)))
             scores.append(logits_KC.softmax(-1))
             moved = stage.box_coder.decode_single(deltas, boxes_K4).reshape(*logits_KC.shape, 4)
             moved_KC4 = clip_boxes_to_image(moved, self.size)
             boxes_K4 = moved_KC4[:, 0]  # what the next stage of a cascade takes
-        last: Any = self.model.heads.stages[-1]
+        last = stages[-1]
         scores_KC = torch.stack(scores).mean(0)[:, 1:]
         labels_KC = torch.arange(scores_KC.shape[1]).expand_as(scores_KC)
         sure_KC = (scores_KC > last.score_thresh) & counts_K[:, None] & (sides(moved_KC4[:, 1:]) >= SMALLEST)
