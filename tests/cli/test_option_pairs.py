@@ -52,7 +52,8 @@ def check_run(vimamba, monkeypatch, row: Row, command, run, learned):
     assert [line["epoch"] for line in rows] == ["1", "2"]
     assert all(math.isfinite(float(line[name])) for line in rows for name in ("train_loss", "val_loss") if name in line)
     (optimizer,) = torch.load(run / CHECKPOINTS[0], weights_only=True)["optimizer_states"]
-    moved = [bool(state["exp_avg"].any()) for state in optimizer["state"].values()]
+    means = [state.get("exp_avg", state.get("momentum_buffer")) for state in optimizer["state"].values()]  # Muon's last
+    moved = [bool(mean.any()) for mean in means]
     assert sum(moved) >= learned * len(moved)
     kept = load_file(run / "model.safetensors").values()
     assert {value.dtype for value in kept} <= {torch.float32, torch.int64}  # batches that a norm has counted
