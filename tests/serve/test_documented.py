@@ -72,7 +72,7 @@ def test_folders(line, workplace, monkeypatch, capsys):
     assert (workplace / "page/model.onnx").is_file()
 
 
-def test_what_no_folder_can_be_made_of(workplace, segmented, monkeypatch, capsys):
+def test_what_no_folder_can_be_made_of(workplace, segmented, detected, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     for words, sentence in (
         ("--output p --runtime nowhere", "--runtime nowhere: has no ort.wasm.bundle.min.mjs; give node_modules/"),
@@ -82,5 +82,9 @@ def test_what_no_folder_can_be_made_of(workplace, segmented, monkeypatch, capsys
         assert main(["export", "runs/photos", "--format", "web", *words.split()]) == 2
         assert capsys.readouterr().err.startswith(f"error: {sentence}")
         assert not Path("p").exists()
-    assert main(["export", str(segmented), "--format", "web", "--output", "p"]) == 2
-    assert capsys.readouterr().err.startswith("error: --format web: is for models that classify, not of task segment; ")
+    for run, words, sentence in (
+        (detected, "", "--format web: is for models that classify or segment, not of task detect; "),
+        (segmented, "--img_size 64", "--img_size: the page of a model that segments takes any size; leave it out"),
+    ):
+        assert main(["export", str(run), "--format", "web", "--output", "p", *words.split()]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {sentence}")
