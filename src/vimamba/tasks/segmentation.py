@@ -56,6 +56,8 @@ class SegmentationTask(DenseTask):
     # -- learning
 
     def mix(self, images_BCHW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.dense.class_mix:
+            return images_BCHW, targets
         return class_mixed(images_BCHW, targets, self.dense.class_mix)
 
     @classmethod
