@@ -59,7 +59,7 @@ def export_int8(
     Raises:
         UserError: as of `export_onnx`, or the model detects, or does not know a class of the data.
     """
-    source = source if isinstance(source, Source) else load_source(source)
+    source = load_source(source)
     require(source.task in ("classification", "segment"), "`int8`: is for models that classify or segment")
     options = dict(img_size=img_size, dynamic_size=dynamic_size, with_preprocessing=with_preprocessing)
     task = find_task(source.task)

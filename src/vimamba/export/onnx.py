@@ -54,7 +54,7 @@ def export_onnx(
     """
     for name in PACKAGES:
         require(find_spec(name) is not None, f"`format` onnx needs the package {name}: pip install 'vimamba[export]'")
-    source = source if isinstance(source, Source) else load_source(source)
+    source = load_source(source)
     known = source.task != "detect" or portable or operator != "standard"
     require(known, "`operator` standard: ONNX Runtime has no RoiAlign of that opset; leave it out for a detector")
     lowered = LOWERINGS["portable" if portable else operator]

@@ -71,7 +71,7 @@ def checked(source: Source | str | os.PathLike[str], dynamic_size: bool) -> Sour
     Raises:
         UserError: it cannot.
     """
-    source = source if isinstance(source, Source) else load_source(source)
+    source = load_source(source)
     require(source.task != "detect", "`task` detect: is exported as onnx alone; give that as `format`")
     require(
         source.task != "segment" or not dynamic_size,

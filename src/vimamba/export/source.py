@@ -57,20 +57,22 @@ class Source:
 
 
 def load_source(
-    source: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None,
+    source: Source | str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> Source:  # fmt: skip
     """The model that `source` stands for.
 
     Args:
         source: a run's folder, its model.safetensors or one of its checkpoints; a checkpoint of the official code; or
-            the name of a model.
+            the name of a model. What this function gave is given back.
         checkpoint: weights of the model of that name.
         model_args: keyword arguments of the model of that name, or of `load_hustvl`.
 
     Raises:
         UserError: it is none of these, or the weights are not the model's.
     """
+    if isinstance(source, Source):
+        return source
     path, given = Path(source), dict(model_args or {})
     if checkpoint is not None or (not path.exists() and timm.is_model(str(source).split(".")[0])):
         require(checkpoint is not None, f"{source}: is a model's name; give its weights with `checkpoint`")

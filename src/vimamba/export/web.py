@@ -57,7 +57,7 @@ def export_web(
         require(file.is_file(), f"`runtime` {runtime}: has no {file.name}; give node_modules/onnxruntime-web/dist")
     folder = Path(folder)
     require(not folder.exists() or folder.is_dir(), f"`output` {folder}: is a file; give a folder")
-    source = source if isinstance(source, Source) else load_source(source)
+    source = load_source(source)
     dense = source.task == "segment"
     known = dense or source.task == "classification"
     require(

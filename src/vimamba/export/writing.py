@@ -23,7 +23,7 @@ from vimamba.errors import UserError, one_line, require
 from vimamba.export.check import Comparison, Exported, compare, example_images
 from vimamba.export.detection import DetectionOutputs
 from vimamba.export.outputs import Outputs
-from vimamba.export.source import Source, load_source
+from vimamba.export.source import Source
 from vimamba_command import package_version
 
 TASKS: dict[str, type[Outputs] | type[DetectionOutputs]] = {
@@ -95,15 +95,14 @@ class Graph:
 
 
 def export(
-    source: Source | str | os.PathLike[str], path: str | os.PathLike[str], graph: Graph, write: Write, load: Load,
-    tolerance: float, samples: Samples | None = None,
+    source: Source, path: str | os.PathLike[str], graph: Graph, write: Write, load: Load, tolerance: float,
+    samples: Samples | None = None,
 ) -> Comparison:  # fmt: skip
     """Write a model and hold the outputs of what was written against PyTorch's.
 
     Raises:
         UserError: the model cannot be exported like that, the file cannot be written, or the outputs differ.
     """
-    source = source if isinstance(source, Source) else load_source(source)
     known = ", ".join(TASKS)
     require(source.task in TASKS, f"`task` {source.task}: is not exported; export a model of one of {known}")
     require(
