@@ -140,7 +140,7 @@ def _path_backward(layer: Layer, first: int, scans: Sequence[Scan], dy_BLD: Tens
         if weights_BLG is not None:
             weights_BLG = layer.along(weights_BLG[..., first : first + len(scans)], first)
         dy_along_BLD, u_BLE = layer.along(dy_BLD, first), layer.along(layer.u, first)
-        fused_BLD = frozen_backward(dy_along_BLD, u_BLE, directions, layer.scale, weights_BLG)
+        fused_BLD = frozen_backward(dy_along_BLD, u_BLE, directions, mixer.merge_scale, weights_BLG)
         if fused_BLD is not None:
             return layer.back(fused_BLD, first)
     dy_BLD = nn.functional.silu(layer.u.chunk(2, dim=-1)[1]).mul_(dy_BLD)

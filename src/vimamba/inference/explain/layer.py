@@ -108,12 +108,8 @@ class Layer:
 
     def weight(self, index: int) -> Tensor | float:
         """What a direction counts in the merge, (batch, length or 1, 1)."""
-        return self.scale if self.weights_BLG is None else self.scale * self.weights_BLG[..., index : index + 1]
-
-    @property
-    def scale(self) -> float:
-        """What all directions count in the merge."""
-        return 1.0 if self.mixer.merge == "sum" else 1 / len(self.mixer.scans)
+        scale = self.mixer.merge_scale
+        return scale if self.weights_BLG is None else scale * self.weights_BLG[..., index : index + 1]
 
     def read(self, index: int) -> Tensor:
         """What a direction of Mamba's reads, (batch, dim, length), along its path."""

@@ -230,9 +230,14 @@ class DirectionalMixer(nn.Module):
         """Whether directions whose weight is 0 need not be computed."""
         return self.gate is not None and self.gate.threshold > 0 and not self.training
 
+    @property
+    def merge_scale(self) -> float:
+        """What every direction counts in the merge, beside its weight."""
+        return 1.0 if self.merge == "sum" else 1 / len(self.scans)
+
     def _merged(self, u: Tensor, weights_BLG: Tensor | None, reverse: bool, layout: Layout | None) -> Tensor:
         """The sum or mean over all directions: one call, and at most one gather each way, for each path."""
-        scale = 1.0 if self.merge == "sum" else 1 / len(self.scans)
+        scale = self.merge_scale
         total: Tensor | None = None
         for path, first, scans in self.scans_of_paths:
             weights = None if weights_BLG is None else weights_BLG[..., first : first + len(scans)]
