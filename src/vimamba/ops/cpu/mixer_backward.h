@@ -302,24 +302,34 @@ inline void retreat_tokens(const Mixer& m, const Direction& direction, const Pac
   }
 }
 
+// Calls retreat(chunk) for every chunk, the last first, with c, its slope and the projections there anew.
+template <class T, bool frozen, class F>
+void walk_back(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
+               bool first, const MixerBackwardScratch& s, const F& retreat) {
+  const int64_t row_floats = MixerScratch::padded(m);
+  memset(s.carry, 0, row_floats * m.state * sizeof(float));
+  memset(s.dx_carry, 0, row_floats * (m.width - 1) * sizeof(float));
+  for (int64_t chunk = chunks_of(m.length) - 1; chunk >= 0; --chunk) {
+    const int64_t step = chunk * kChunk;
+    const MixerChunk at = {b, step, (int)(m.length - step < kChunk ? m.length - step : kChunk), first};
+    convolve_chunk<T, frozen>(m, direction, packed, at, s);
+    project_tile(m, packed, s.c, at.steps, s.projected);
+    retreat(at);
+  }
+}
+
 template <class T>
 void mixer_backward_typed(const Mixer& m, const Direction& direction, const MixerGradients& grad,
                           const PackedBackward& packed, int64_t b, bool first, const MixerSums& sums,
                           const MixerBackwardScratch& s) {
-  const int64_t N = m.state, reach = m.width - 1, row_floats = MixerScratch::padded(m);
-  memset(s.carry, 0, row_floats * N * sizeof(float));
-  memset(s.dx_carry, 0, row_floats * reach * sizeof(float));
-  for (int64_t chunk = chunks_of(m.length) - 1; chunk >= 0; --chunk) {
-    const int64_t step = chunk * kChunk;
-    const MixerChunk at = {b, step, (int)(m.length - step < kChunk ? m.length - step : kChunk), first};
-    convolve_chunk<T, false>(m, direction, packed, at, s);
-    project_tile(m, packed, s.c, at.steps, s.projected);
+  const int64_t N = m.state, row_floats = MixerScratch::padded(m);
+  walk_back<T, false>(m, direction, packed, b, first, s, [&](const MixerChunk& at) {
     memset(s.dB, 0, at.steps * N * W * sizeof(float));
     memset(s.dC, 0, at.steps * N * W * sizeof(float));
     for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i)
       retreat_block<T>(m, direction, packed, grad, at, i, sums, s);
     retreat_projection(m, packed, at, s);
-    memset(s.dsum, 0, (at.steps + 2 * reach) * W * sizeof(float));
+    memset(s.dsum, 0, (at.steps + 2 * (m.width - 1)) * W * sizeof(float));
     for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i) {
       gather(at.steps, s.c + i * W, row_floats, s.dprojected, mixer_columns(m), mixer_projected(m),
              sums.x_proj + i * mixer_projected(m) * W);
@@ -327,7 +337,7 @@ void mixer_backward_typed(const Mixer& m, const Direction& direction, const Mixe
       retreat_taps<T>(m, direction, at, i, sums, s);
       retreat_tokens<T>(m, direction, packed, grad, at, i, s);
     }
-  }
+  });
 }
 
 // dx and dz of one direction of one image, stored if it is the `first`, else added; its weights' gradients are

@@ -71,20 +71,13 @@ template <class T>
 void mixer_frozen_backward_typed(const Mixer& m, const Direction& direction, const MixerGradients& grad,
                                  const PackedDirection& packed, int64_t b, bool first,
                                  const MixerBackwardScratch& s) {
-  const int64_t reach = m.width - 1, row_floats = MixerScratch::padded(m);
-  memset(s.carry, 0, row_floats * m.state * sizeof(float));
-  memset(s.dx_carry, 0, row_floats * reach * sizeof(float));
-  for (int64_t chunk = chunks_of(m.length) - 1; chunk >= 0; --chunk) {
-    const int64_t step = chunk * kChunk;
-    const MixerChunk at = {b, step, (int)(m.length - step < kChunk ? m.length - step : kChunk), first};
-    convolve_chunk<T, true>(m, direction, packed, at, s);
-    project_tile(m, packed, s.c, at.steps, s.projected);
-    memset(s.dsum, 0, (at.steps + 2 * reach) * W * sizeof(float));
+  walk_back<T, true>(m, direction, packed, b, first, s, [&](const MixerChunk& at) {
+    memset(s.dsum, 0, (at.steps + 2 * (m.width - 1)) * W * sizeof(float));
     for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i) {
       retreat_frozen_block<T>(m, direction, packed, grad, at, i, s);
       retreat_tokens<T>(m, direction, packed, grad, at, i, s);
     }
-  }
+  });
 }
 
 // dx of one direction of one image, stored if it is the `first`, else added. `memory` is that of mixer_pack,
