@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from vimamba.layers import memory
 from vimamba.layers.grid import Layout
-from vimamba.layers.intact import intact
+from vimamba.layers.intact import intact, watched
 from vimamba.layers.mixers import DirectionalMixer
 from vimamba.layers.norm import LayerNorm, RMSNorm, add_norm, compute_dtype
-from vimamba.ops.arguments import widen
+from vimamba.ops import BlockWeights, backends, blocks
+from vimamba.ops.arguments import wide, widen
 
 for _leaf in ("in_type_of", "widen"):
     torch.fx.wrap(_leaf)
@@ -71,6 +73,12 @@ class Block(nn.Module):
         normed, stream = add_norm(self.norm, hidden, stream, dtype)
         return self._mixed(normed, stream, reverse, layout), stream
 
+    def joined(self) -> BlockWeights | None:
+        """The weights with which `ops.blocks` computes this block; None where it does more, or was replaced or hooked."""
+        drops = self.drop_path.training and not isinstance(self.drop_path, nn.Identity)
+        whole = intact(self, Block) and intact(self.norm, RMSNorm) and intact(self.drop_path, DropPath, nn.Identity)
+        return self.mixer.joined(self.norm.weight) if whole and not drops else None
+
     def _mixed(self, normed: Tensor, stream: Tensor, reverse: bool, layout: Layout | None) -> Tensor:
         if not memory.recomputes(normed, self.mixer.recompute) or not intact(self.norm, RMSNorm, LayerNorm):
             return self.drop_path(self.mixer(normed, reverse, layout))
@@ -81,3 +89,31 @@ class Block(nn.Module):
 
         with memory.recomputed(normed, compute):
             return self.drop_path(self.mixer(normed, reverse, layout, compute))
+
+
+def run_joined(layers: Iterable[nn.Module], hidden: Tensor, stream: Tensor | None) -> tuple[int, Tensor]:
+    """Pass the stream, in two parts as `Block.step` takes it, through as many layers as one call of `ops.blocks` can.
+
+    Returns how many these were, and the stream behind them; 0 where more than the values is wanted, or somebody looks
+    on.
+    """
+    fuses = not watched(hidden) and backends.values_only(hidden)
+    if not fuses or not backends.trait("fuses_blocks", None, hidden.device, wide(hidden.dtype)):
+        return 0, hidden
+    weights: list[BlockWeights] = []
+    first: Any = None
+    for layer in layers:
+        block = layer.joined() if isinstance(layer, Block) else None
+        if block is None:
+            break
+        kind = (layer.mixer.merge_scale, layer.norm.eps, [w.shape for w in (*block[1:4:2], *block.directions[0][:6])])
+        if first is not None and (kind != first[1] or len(block.directions) != len(weights[0].directions)):
+            break
+        first = first or (layer, kind)
+        weights.append(block)
+    if not weights:
+        return 0, hidden
+    total = widen(hidden) if stream is None else stream + hidden
+    mixer, norm = first[0].mixer, first[0].norm
+    dtype = compute_dtype(mixer.first_weight)
+    return len(weights), blocks(total, weights, mixer.merge_scale, norm.eps, dtype=dtype)

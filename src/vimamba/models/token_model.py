@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vimamba.layers.block import Block
+from vimamba.layers.block import Block, run_joined
 from vimamba.layers.embed.position import Rope
 from vimamba.layers.embed.tokens import TokenEmbedding
 from vimamba.layers.grid import CLASS_TOKENS, Layout, split_tokens, take_tokens, token_layout
@@ -103,6 +103,15 @@ class TokenModel(TokenEmbedding, TimmModel):
             return hidden_f + hidden_b, stream_b if stream_f is None else stream_f
         return hidden_f + hidden_b, stream_f + stream_b
 
+    def _untapped(self, steps: Sequence[tuple[int, ...]], take: Sequence[int]) -> Iterator[nn.Module]:
+        """The layers that run one after the other up to the first whose stream is taken."""
+        for step in steps:
+            if len(step) > 1:
+                return
+            yield self.layers[step[0]]
+            if step[0] in take:
+                return
+
     def _blocks(
         self, tokens: Tensor, layout: Layout, take: Sequence[int] = (), last: int | None = None
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -112,18 +121,24 @@ class TokenModel(TokenEmbedding, TimmModel):
         hidden, stream = tokens, None
         taken: list[Tensor] = []
         angles = self._angles(tokens, layout)
-        for indices in self.steps:
-            if last is not None and indices[0] > last:
-                break
-            if angles is not None:
+        steps = [step for step in self.steps if last is None or step[0] <= last]
+        while steps:
+            done, joined = 0, hidden
+            if angles is None:
+                done, joined = run_joined(self._untapped(steps, take), hidden, stream)
+            else:
                 hidden = Rope.rotate(hidden, angles)
                 if stream is not None and self.rope_residual:
                     stream = Rope.rotate(stream, angles)
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                hidden, stream = checkpoint(self._step, indices, hidden, stream, layout, use_reentrant=False)
+            if done:
+                hidden, stream = joined, None
+            elif self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                hidden, stream = checkpoint(self._step, steps[0], hidden, stream, layout, use_reentrant=False)
             else:
-                hidden, stream = self._step(indices, hidden, stream, layout)
-            taken += [hidden if stream is None else stream + hidden for i in indices if i in take]
+                hidden, stream = self._step(steps[0], hidden, stream, layout)
+            done = max(done, 1)
+            taken += [hidden if stream is None else stream + hidden for i in steps[done - 1] if i in take]
+            steps = steps[done:]
         return hidden, stream, taken
 
     def forward_features(self, x: Tensor) -> Tensor:

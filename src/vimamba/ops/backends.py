@@ -6,7 +6,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,11 @@ from torch.autograd import forward_ad
 
 from vimamba.errors import UserError, nearest
 from vimamba.ops import composed_mixer
-from vimamba.ops.direction import directions_of
+from vimamba.ops.direction import directions_of, flat
 from vimamba.ops.sizes import chunks
+
+if TYPE_CHECKING:
+    from vimamba.ops.blocks import BlockWeights
 
 Gradient = Any  # a tensor, or None where the input was None
 
@@ -40,6 +43,9 @@ class Backend(ABC):
 
     skips_closed_gates = False
     """Whether `mixer_forward` does not compute a direction for the images whose gate is 0."""
+
+    fuses_blocks = False
+    """Whether `blocks` is faster than the layers one by one."""
 
     def __str__(self) -> str:
         """Its name, and what else tells one machine's numbers from another's."""
@@ -132,10 +138,29 @@ class Backend(ABC):
         """The gradient of x (B, L, D), see `mixer.frozen_backward`; None where there is no kernel for it."""
         return None
 
+    def blocks(
+        self, stream: Tensor, weights: Sequence[BlockWeights], scale: float, eps: float, dtype: torch.dtype, /
+    ) -> Tensor:
+        """The stream (B, L, E), in the wide type, after blocks whose activations are in `dtype`; values only."""
+        hidden = None
+        for w in weights:
+            x, residual = (stream, None) if hidden is None else (hidden, stream)
+            normed, stream, _ = self.norm_forward(x, residual, w.norm.to(stream.dtype), eps, dtype)
+            xz = _project(normed, w.in_proj, w.in_bias)
+            of_directions, reverse = flat(w.directions)
+            of_directions = [weight.to(stream.dtype) for weight in of_directions]
+            y, _ = self.mixer_forward(xz, of_directions, reverse, scale, None, False)
+            hidden = _project(y, w.out_proj, w.out_bias)
+        return stream if hidden is None else stream + hidden
+
     def _lacks(self, function: str) -> UserError:
         return UserError(
             f"backend={self.name!r} has no {function}: it computes values only, train with another backend"
         )
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 MODULES = {"reference": "reference", "torch": "pytorch", "cpu": "cpu", "triton": "triton"}

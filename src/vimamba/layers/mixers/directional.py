@@ -17,6 +17,7 @@ from vimamba.layers.grid import Layout, ScanPath, parse_paths, route, with_token
 from vimamba.layers.memory import RECOMPUTE
 from vimamba.layers.mixers.gate import LEVELS, DirectionGate
 from vimamba.layers.options import check_choice, check_number, check_whole
+from vimamba.ops import BlockWeights
 
 for _leaf in ("route", "with_token"):
     torch.fx.wrap(_leaf)  # a symbolic trace calls these as they are
@@ -144,6 +145,10 @@ class DirectionalMixer(nn.Module):
     def first_weight(self) -> Any:
         """The weight that meets the tokens first, in whose type they are wanted; None if there is none."""
         return next(self.parameters(), None)
+
+    def joined(self, norm: Tensor) -> BlockWeights | None:
+        """The weights with which `ops.blocks` computes the mixer behind a norm; None where it cannot."""
+        return None
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that keep their scale: biases, and those that a recurrence names."""

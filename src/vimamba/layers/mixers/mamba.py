@@ -16,7 +16,7 @@ from vimamba.layers.grid import Layout, ScanPath, insert_tokens, shape_text, spl
 from vimamba.layers.intact import intact, watched
 from vimamba.layers.mixers.directional import DirectionalMixer, Scan, needed
 from vimamba.layers.options import check_choice, check_number, check_whole
-from vimamba.ops import Direction, causal_conv1d, linear, mixer, selective_scan
+from vimamba.ops import BlockWeights, Direction, causal_conv1d, linear, mixer, selective_scan
 from vimamba.ops.arguments import widen
 
 for _leaf in ("_image_grid", "insert_tokens", "mixer", "split_tokens"):
@@ -162,6 +162,20 @@ class BidirectionalMixer(DirectionalMixer):
     def first_weight(self) -> Any:
         """The weight of the input projection."""
         return self.in_proj.weight
+
+    def joined(self, norm: Tensor) -> BlockWeights | None:
+        """The weights with which `ops.blocks` computes the mixer behind a norm; None where it is no plain one."""
+        plain = self.conv2d is None and self.gate is None and self.gamma is None and not self.pooled_token
+        along_rows = len(self.paths) == 1 and self.paths[0].along_rows
+        in_proj, out_proj = self.in_proj, self.out_proj
+        if not (plain and along_rows and intact(self, BidirectionalMixer)):
+            return None
+        if not (intact(in_proj, nn.Linear) and intact(out_proj, nn.Linear)):
+            return None
+        directions = self.fused_directions(self.scans, False)
+        if directions is None:
+            return None
+        return BlockWeights(norm, in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias, directions)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that keep their scale: A and D of every direction, and the biases that set the time scale."""

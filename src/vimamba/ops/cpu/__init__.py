@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vimamba.ops.backends import Backend
+from vimamba.ops.blocks import BlockWeights
 from vimamba.ops.cpu import library
 from vimamba.ops.pytorch import conv
 
@@ -24,6 +26,7 @@ class CPU(Backend):
 
     name = "cpu"
     skips_closed_gates = True
+    fuses_blocks = True
 
     def __str__(self) -> str:
         return f"{self.name} ({library.instruction_set()})"
@@ -165,12 +168,46 @@ class CPU(Backend):
         return _sum_slices(dx_SBLD)
 
 
+    def blocks(
+        self, stream: Tensor, weights: Sequence[BlockWeights], scale: float, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        """With bfloat16 activations in that type, else in float32."""
+        bf16, count = dtype == torch.bfloat16, len(weights[0].directions)
+        given = [tensor for block in weights for tensor in _block_tensors(block)]
+        reverse = [direction.reverse for block in weights for direction in block.directions]
+        fingerprints = torch.ops.vimamba_cpu.block_fingerprints(given, count, bf16)
+        kept = _PACKED.setdefault(weights[0].norm, {})
+        packed = kept.get((bf16, len(weights)))
+        if packed is None or not torch.equal(packed[0], fingerprints):
+            packed = fingerprints, torch.ops.vimamba_cpu.block_pack(given, count, bf16)
+            kept[bf16, len(weights)] = packed
+        first = given[: len(given) // len(weights)]
+        return torch.ops.vimamba_cpu.block_forward(stream, first, packed[1], reverse, scale, eps, bf16)
+
+
+_PACKED = WeakIdKeyDictionary()
+"""Packed weights of runs of blocks and their fingerprints, by the first block's norm: its type and the run's length.
+
+A hint and no more: what does not have the weights' fingerprints is not used.
+"""
+_NONE = torch.empty(0)
+"""Stands for a bias that there is not."""
+
 BACKEND = CPU()
 
 
 def _fuses_backward(dout_BLD: Tensor, weights: Sequence[Tensor], reverse: Sequence[int]) -> bool:
     narrow = weights[0].shape[-1] <= torch.ops.vimamba_cpu.max_width()
     return narrow and 2 * len(dout_BLD) * len(reverse) >= torch.get_num_threads() and dout_BLD.numel() > 0
+
+
+def _block_tensors(block: BlockWeights) -> list[Tensor]:
+    """A block's weights in the order of kBlockWeights in block_call.h."""
+    biases = (_NONE if bias is None else bias for bias in (block.in_bias, block.out_bias))
+    return [
+        *(block.norm, block.in_proj, next(biases), block.out_proj, next(biases), _NONE, _NONE),
+        *(weight for direction in block.directions for weight in direction.weights),
+    ]
 
 
 def _sum_slices(slices: Tensor) -> Tensor:

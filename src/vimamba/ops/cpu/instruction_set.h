@@ -7,7 +7,7 @@
 
 namespace vimamba {
 
-enum InstructionSet : int64_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum InstructionSet : int64_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 bool runs_here(int64_t set) {
   if (set == kPortable) return true;
@@ -15,22 +15,29 @@ bool runs_here(int64_t set) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (set == kAvx2) return avx2;
-  if (set == kAvx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (set == kAvx512) return avx512;
+  if (set == kAvx512Bf16)
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
   return false;
 }
 
 const Kernels* table(int64_t set) {
 #if defined(__x86_64__)
+  if (set == kAvx512Bf16) return &kernels_avx512_bf16();
   if (set == kAvx512) return &kernels_avx512();
   if (set == kAvx2) return &kernels_avx2();
 #endif
   return &kernels_portable();
 }
 
-int64_t best_set() { return runs_here(kAvx512) ? kAvx512 : runs_here(kAvx2) ? kAvx2 : kPortable; }
+int64_t best_set() {
+  for (const int64_t set : {kAvx512Bf16, kAvx512, kAvx2})
+    if (runs_here(set)) return set;
+  return kPortable;
+}
 
 int64_t& active_set() {
   static int64_t set = best_set();

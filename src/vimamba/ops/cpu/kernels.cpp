@@ -1,7 +1,9 @@
-// Compiled once for each instruction set, with VIMAMBA_AVX512, VIMAMBA_AVX2 or neither defined; see vec.h.
+// Compiled once for each instruction set, with VIMAMBA_AVX512 (and VIMAMBA_AVX512_BF16),
+// VIMAMBA_AVX2 or none of them defined; see vec.h.
 #include "kernels.h"
 
 #include "conv.h"
+#include "fingerprint.h"
 #include "linear.h"
 #include "mixer.h"
 #include "mixer_backward.h"
@@ -10,7 +12,10 @@
 #include "scan.h"
 #include "scan_backward.h"
 
-#if defined(VIMAMBA_AVX512)
+#if defined(VIMAMBA_AVX512_BF16)
+#define VIMAMBA_TABLE kernels_avx512_bf16
+#define VIMAMBA_NAME "avx512_bf16"
+#elif defined(VIMAMBA_AVX512)
 #define VIMAMBA_TABLE kernels_avx512
 #define VIMAMBA_NAME "avx512"
 #elif defined(VIMAMBA_AVX2)
@@ -27,6 +32,11 @@ const Kernels& VIMAMBA_TABLE() {
   static const Kernels table = {
       .name = VIMAMBA_NAME,
       .lanes = W,
+#if defined(VIMAMBA_AVX512_BF16)
+      .has_bf16 = true,
+#else
+      .has_bf16 = false,
+#endif
       .scan_scratch = scan_scratch,
       .scan_forward = scan_forward,
       .scan_backward_scratch = scan_backward_scratch,
@@ -39,8 +49,12 @@ const Kernels& VIMAMBA_TABLE() {
       .linear_panels = linear_panels,
       .linear_packed = linear_packed,
       .linear_pack = linear_pack,
+      .linear_pack_bfloat16 = linear_pack_bfloat16,
+      .linear_pack_int8 = linear_pack_int8,
       .linear_pack_transposed = linear_pack_transposed,
       .linear_multiply = linear_multiply,
+      .linear_quantize = linear_quantize,
+      .fingerprint = fingerprint,
       .mixer_packed = mixer_packed,
       .mixer_pack = mixer_pack,
       .mixer_scratch = mixer_scratch,

@@ -11,6 +11,7 @@
 namespace vimamba {
 
 constexpr int64_t kChunk = 64;  // steps between two saved states; CHUNK in vimamba/ops/sizes.py
+constexpr int kFingerprint = 32;  // numbers of a fingerprint
 static inline int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
 
 constexpr int kMaxWidth = 16;  // of a convolution
@@ -74,10 +75,24 @@ struct NormGradients {
   float* dsum;
 };
 
-struct Product {                   // of rows x (M, K) with a packed weight (N, K)
-  const float *x, *packed, *bias;  // bias may be null
-  float* out;
-  int64_t x_stride, out_stride, N, K;
+enum class Element : int64_t { float32, bfloat16, int8 };  // what a product multiplies; see linear.h
+
+// Elements in a word of 32 bits, and words in a row of K elements.
+static inline int64_t per_word(Element e) {
+  return e == Element::float32 ? 1 : e == Element::bfloat16 ? 2 : 4;
+}
+static inline int64_t words_of(Element e, int64_t K) { return (K + per_word(e) - 1) / per_word(e); }
+
+struct Product {  // of rows x (M, K) with a packed weight (N, K)
+  Element element;
+  bool out_bf16;
+  const void* x;
+  const float *packed, *bias;  // bias may be null
+  void* out;
+  int64_t x_stride, out_stride, N, K;  // x_stride in words
+  // Of 8-bit integers: what each row of x and of the weight is to be multiplied by, and the rows' sums.
+  const float *x_scales = nullptr, *scales = nullptr;
+  const int32_t* x_sums = nullptr;
 };
 
 struct Direction {
@@ -113,6 +128,7 @@ static inline int64_t blocks_of(int64_t dim, int64_t groups, int lanes) {
 struct Kernels {
   const char* name;
   int lanes;
+  bool has_bf16;  // instructions for products of bfloat16, and of 8-bit integers
 
   // Channel blocks [begin, end) of one batch element over all time.
   int64_t (*scan_scratch)(const Scan&, int64_t blocks);
@@ -135,9 +151,18 @@ struct Kernels {
   int64_t (*linear_panels)(int64_t N);
   int64_t (*linear_packed)(int64_t panels, int64_t K);
   void (*linear_pack)(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end, float* packed);
+  void (*linear_pack_bfloat16)(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end,
+                               float* packed);
+  void (*linear_pack_int8)(const int8_t* weight, int64_t N, int64_t K, int64_t begin, int64_t end,
+                           float* packed);
   void (*linear_pack_transposed)(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end,
                                  float* packed);
   void (*linear_multiply)(const Product&, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end);
+  void (*linear_quantize)(const float* x, int64_t rows, int64_t K, int8_t* integers, float* scales,
+                          int32_t* sums);
+
+  // What of memory goes into 32 numbers: any change of it changes them, by chance but for 1 in 2^64.
+  void (*fingerprint)(const void* data, int64_t bytes, uint64_t* numbers);
 
   // The fused mixer: see mixer.h.
   int64_t (*mixer_packed)(const Mixer&);
@@ -168,6 +193,7 @@ const Kernels& kernels_portable();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512_bf16();
 #endif
 
 }  // namespace vimamba

@@ -1,6 +1,6 @@
 """The shared library of C++ kernels: loading it, and the instruction set that it uses (AVX-512, AVX2 or portable).
 
-VIMAMBA_CPU=avx512|avx2|portable forces an instruction set, VIMAMBA_CPU_LIBRARY=FILE takes another build of the
+VIMAMBA_CPU=avx512_bf16|avx512|avx2|portable forces an instruction set, VIMAMBA_CPU_LIBRARY=FILE takes another build of the
 kernels, such as the sanitized one of `make test-sanitized`.
 """
 
@@ -14,7 +14,7 @@ import torch
 from vimamba.errors import require
 from vimamba.ops.sizes import CHUNK
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 wide_vectors = False
 """Whether the instruction set in use has vectors of 8 numbers or more."""
 PATH = Path(os.environ.get("VIMAMBA_CPU_LIBRARY") or Path(__file__).parent / "_kernels.so").resolve()

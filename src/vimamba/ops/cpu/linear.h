@@ -1,9 +1,11 @@
 // Products with the weight of a linear layer: out = x weight^T + bias.
 //
-// Layout: x (M, K) and out (M, N) with features contiguous; the weight (N, K) is packed into panels of kWide
-// vectors of output features, each (K, vectors x W), so that the innermost loop reads it in order. A block of
-// kRows x kWide sums stays in registers: for each k, kWide loads of weights and kRows broadcasts of x feed
-// kRows x kWide multiply-adds. Parallel axes: panels, which need no other's packing, then rows (the
+// Everything goes by words of 32 bits along the K features of the input: a float32, two bfloat16, or four
+// 8-bit integers (x signed, the weight plus 128). Layout: x (M, words) and out (M, N) with features
+// contiguous; the weight (N, K) is packed into panels of kWide vectors of output features, each (words,
+// vectors x W), so that the innermost loop reads it in order. A block of kRows x kWide sums stays in
+// registers: for each word, kWide loads of weights and kRows broadcasts of x feed kRows x kWide
+// multiply-adds of 1, 2 or 4 features. Parallel axes: panels, which need no other's packing, then rows (the
 // caller's).
 #pragma once
 
@@ -34,22 +36,58 @@ inline int vectors_of(int64_t panel, int64_t N) {
   return (int)(left < kWide ? left : kWide);
 }
 
-// Packs the panels [begin, end) of the weight, one after the other; output features beyond N are zero.
-void linear_pack(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end, float* packed) {
+// One vector of words of a weight's row, from its feature k on, `words` of which exist; the rest is zero.
+template <Element to, class T>
+inline vf load_words(const T* row, int64_t k, int64_t K, int words) {
+  if constexpr (to == Element::float32) {
+    return load(row + k, words);
+  } else if constexpr (to == Element::bfloat16) {
+    bf16 pairs[2 * W] = {};
+    for (int half = 0; half < 2; ++half) {
+      const int64_t left = K - k - half * W;
+      if (left > 0) store(pairs + half * W, load(row + k + half * W, left < W ? (int)left : W));
+    }
+    return load((const float*)pairs);
+  } else {
+    uint8_t bytes[4 * W] = {};
+    const int64_t left = K - k < 4 * words ? K - k : 4 * words;
+    for (int64_t i = 0; i < left; ++i) bytes[i] = (uint8_t)(row[k + i] + 128);
+    return load((const float*)bytes);
+  }
+}
+
+template <Element to, class T>
+void pack_panels(const T* weight, int64_t N, int64_t K, int64_t begin, int64_t end, float* packed) {
+  const int64_t words = words_of(to, K);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int vectors = vectors_of(panel, N);
     for (int v = 0; v < vectors; ++v) {
       const int64_t n = panel * kPanel + v * W;
-      for (int64_t k = 0; k < K; k += W) {
-        const int lanes = K - k < W ? (int)(K - k) : W;
+      for (int64_t g = 0; g < words; g += W) {
+        const int lanes = words - g < W ? (int)(words - g) : W;
         vf square[W];
-        for (int i = 0; i < W; ++i) square[i] = n + i < N ? load(weight + (n + i) * K + k, lanes) : vf{};
+        for (int i = 0; i < W; ++i)
+          square[i] = n + i < N ? load_words<to>(weight + (n + i) * K, g * per_word(to), K, lanes) : vf{};
         transpose(square);
         for (int i = 0; i < lanes; ++i)
-          store(packed + (panel - begin) * kPanel * K + ((k + i) * vectors + v) * W, square[i]);
+          store(packed + (panel - begin) * kPanel * words + ((g + i) * vectors + v) * W, square[i]);
       }
     }
   }
+}
+
+// Packs the panels [begin, end) of the weight, one after the other; output features beyond N are zero.
+void linear_pack(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end, float* packed) {
+  pack_panels<Element::float32>(weight, N, K, begin, end, packed);
+}
+
+void linear_pack_bfloat16(const float* weight, int64_t N, int64_t K, int64_t begin, int64_t end,
+                          float* packed) {
+  pack_panels<Element::bfloat16>(weight, N, K, begin, end, packed);
+}
+
+void linear_pack_int8(const int8_t* weight, int64_t N, int64_t K, int64_t begin, int64_t end, float* packed) {
+  pack_panels<Element::int8>(weight, N, K, begin, end, packed);
 }
 
 // The same from the weight's transpose (K, N).
@@ -66,61 +104,184 @@ void linear_pack_transposed(const float* weight, int64_t N, int64_t K, int64_t b
   }
 }
 
-template <int rows, int vectors>
-inline void multiply_block(const Product& p, int64_t m, int64_t n, const float* weight) {
-  const float* x = p.x + m * p.x_stride;
-  vf sums[rows][vectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < vectors; ++v) {
-    const int64_t left = p.N - (n + v * W);
-    const vf bias = p.bias ? load(p.bias + n + v * W, left < W ? (int)left : W) : vf{};
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) sums[r][v] = bias;
+// Sums over words: a vector of output features, and how one word of x and of the weights adds to it.
+template <Element>
+struct Sum;
+
+template <>
+struct Sum<Element::float32> {
+  vf value = {};
+  void add(vf w, const float* x) { value += w * *x; }
+};
+
+// Two bfloat16 that lie side by side, and four 8-bit integers.
+struct Word {
+  int32_t bits;
+};
+
+template <>
+struct Sum<Element::bfloat16> {
+  vf value = {};
+#if defined(VIMAMBA_AVX512_BF16)
+  void add(vf w, const Word* x) {
+    value =
+        (vf)_mm512_dpbf16_ps((__m512)value, (__m512bh)(__m512)w, (__m512bh)_mm512_set1_epi32(x->bits));
   }
-  for (int64_t k = 0; k < p.K; ++k) {
+#else
+  void add(vf w, const Word* x) {
+    const vi both = as_int(w);
+    value += as_float(both << 16) * as_float(vi{} + (x->bits << 16));
+    value += as_float(both & (int32_t)0xffff0000) * as_float(vi{} + (x->bits & (int32_t)0xffff0000));
+  }
+#endif
+};
+
+template <>
+struct Sum<Element::int8> {
+  vi value = {};
+#if defined(VIMAMBA_AVX512_BF16)
+  void add(vf w, const Word* x) {
+    value = (vi)_mm512_dpbusd_epi32((__m512i)value, (__m512i)w, _mm512_set1_epi32(x->bits));
+  }
+#else
+  void add(vf w, const Word* x) {
+    const vu bytes = (vu)w;
+    for (int i = 0; i < 4; ++i)
+      value += (vi)((bytes >> (8 * i)) & 255u) * (int32_t)(int8_t)((uint32_t)x->bits >> (8 * i));
+  }
+#endif
+};
+
+template <Element element>
+struct PointerTo {
+  typedef const Word* type;
+};
+template <>
+struct PointerTo<Element::float32> {
+  typedef const float* type;
+};
+
+template <Element element, class T, int rows, int vectors>
+inline void multiply_block(const Product& p, int64_t m, int64_t n, const float* weight) {
+  typedef typename PointerTo<element>::type X;
+  const X x = (X)p.x + m * p.x_stride;
+  Sum<element> sums[rows][vectors];
+  if constexpr (element == Element::float32) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t left = p.N - (n + v * W);
+      const vf bias = p.bias ? load(p.bias + n + v * W, left < W ? (int)left : W) : vf{};
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) sums[r][v].value = bias;
+    }
+  }
+  const int64_t words = words_of(element, p.K);
+  for (int64_t g = 0; g < words; ++g) {
     vf w[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) w[v] = load(weight + (k * vectors + v) * W);
+    for (int v = 0; v < vectors; ++v) w[v] = load(weight + (g * vectors + v) * W);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[r][v] += w[v] * x[r * p.x_stride + k];
+      for (int v = 0; v < vectors; ++v) sums[r][v].add(w[v], x + r * p.x_stride + g);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      const int64_t left = p.N - (n + v * W);
-      store(p.out + (m + r) * p.out_stride + n + v * W, sums[r][v], left < W ? (int)left : W);
+      const int64_t at = n + v * W, left = p.N - at;
+      const int lanes = left < W ? (int)left : W;
+      vf out;
+      if constexpr (element == Element::float32) {
+        out = sums[r][v].value;
+      } else {
+        if constexpr (element == Element::int8)
+          out = __builtin_convertvector(sums[r][v].value - 128 * p.x_sums[m + r], vf) * p.x_scales[m + r] *
+                load(p.scales + at, lanes);
+        else
+          out = sums[r][v].value;
+        if (p.bias) out += load(p.bias + at, lanes);
+      }
+      store((T*)p.out + (m + r) * p.out_stride + at, out, lanes);
     }
 }
 
-// Rows [begin, end) of one panel; a last block that is short reaches back over rows already done.
-template <int vectors>
-inline void multiply_panel(const Product& p, int64_t begin, int64_t end, int64_t n, const float* weight) {
-  if (end - begin < kRows) {
-    for (int64_t m = begin; m < end; ++m) multiply_block<1, vectors>(p, m, n, weight);
+// Rows [begin, end) of one panel; a last block that is short reaches back over rows already done, to `first`.
+template <Element element, class T, int vectors>
+inline void multiply_panel(const Product& p, int64_t first, int64_t begin, int64_t end, int64_t n,
+                           const float* weight) {
+  if (end - first < kRows) {
+    for (int64_t m = begin; m < end; ++m) multiply_block<element, T, 1, vectors>(p, m, n, weight);
     return;
   }
   for (int64_t m = begin; m < end; m += kRows)
-    multiply_block<kRows, vectors>(p, m + kRows <= end ? m : end - kRows, n, weight);
+    multiply_block<element, T, kRows, vectors>(p, m + kRows <= end ? m : end - kRows, n, weight);
 }
 
-// Rows [begin, end) times the panels [panel_begin, panel_end), which p.packed holds.
-void linear_multiply(const Product& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
+template <Element element, class T>
+void multiply(const Product& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
+  const int64_t panel_floats = kPanel * words_of(element, p.K);
   for (int64_t tile = begin; tile < end; tile += kLinearTile) {
     const int64_t tile_end = tile + kLinearTile < end ? tile + kLinearTile : end;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t n = panel * kPanel;
-      const float* weight = p.packed + (panel - panel_begin) * kPanel * p.K;
+      const float* weight = p.packed + (panel - panel_begin) * panel_floats;
       const int vectors = vectors_of(panel, p.N);
       if (vectors == kWide)
-        multiply_panel<kWide>(p, tile, tile_end, n, weight);
+        multiply_panel<element, T, kWide>(p, begin, tile, tile_end, n, weight);
       else if (vectors == 2)
-        multiply_panel<2>(p, tile, tile_end, n, weight);
+        multiply_panel<element, T, 2>(p, begin, tile, tile_end, n, weight);
       else
-        multiply_panel<1>(p, tile, tile_end, n, weight);
+        multiply_panel<element, T, 1>(p, begin, tile, tile_end, n, weight);
     }
+  }
+}
+
+template <Element element>
+void multiply_to(const Product& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
+  if (p.out_bf16)
+    multiply<element, bf16>(p, begin, end, panel_begin, panel_end);
+  else
+    multiply<element, float>(p, begin, end, panel_begin, panel_end);
+}
+
+// Rows [begin, end) times the panels [panel_begin, panel_end), which p.packed holds.
+void linear_multiply(const Product& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
+  if (p.element == Element::float32)
+    multiply_to<Element::float32>(p, begin, end, panel_begin, panel_end);
+  else if (p.element == Element::bfloat16)
+    multiply_to<Element::bfloat16>(p, begin, end, panel_begin, panel_end);
+  else
+    multiply_to<Element::int8>(p, begin, end, panel_begin, panel_end);
+}
+
+// Rows of K numbers as 8-bit integers times a scale of their own, the largest 127; and their integers' sums.
+void linear_quantize(const float* x, int64_t rows, int64_t K, int8_t* integers, float* scales, int32_t* sums) {
+  const int64_t stride = 4 * words_of(Element::int8, K);
+  for (int64_t m = 0; m < rows; ++m) {
+    const float* row = x + m * K;
+    int8_t* to = integers + m * stride;
+    vf largest = {};
+    for (int64_t k = 0; k < K; k += W) {
+      const vf value = absolute(load(row + k, K - k < W ? (int)(K - k) : W));
+      largest = value > largest ? value : largest;
+    }
+    float most = 0;
+    for (int i = 0; i < W; ++i) most = largest[i] > most ? largest[i] : most;
+    const float scale = most > 0 ? most / 127 : 1;
+    vi sum = {};
+    for (int64_t k = 0; k < stride; k += W) {
+      const int lanes = K - k < W ? (int)(K - k > 0 ? K - k : 0) : W;
+      // Adding 1.5 * 2^23 rounds to the nearest integer, which the low bits then hold.
+      const vi integer = as_int(load(row + k, lanes) * (1 / scale) + 12582912.0f) - 0x4b400000;
+      typedef int8_t vq __attribute__((vector_size(W)));
+      const vq bytes = __builtin_convertvector(integer, vq);
+      memcpy(to + k, &bytes, stride - k < W ? stride - k : W);
+      sum += integer;
+    }
+    int32_t total = 0;
+    for (int i = 0; i < W; ++i) total += sum[i];
+    scales[m] = scale, sums[m] = total;
   }
 }
 

@@ -37,7 +37,7 @@ Tensor linear(const Tensor given_x, const Tensor given_weight, const Maybe given
     // Few rows stay in cache while one panel after the other is packed; many pass all panels, packed before.
     const int64_t group = (end - begin) * K <= kCachedFloats ? 1 : last - first;
     float* packed = scratch<0>(k.linear_packed(group, K));
-    const Product product = {data(x), packed, data(bias), data(out), K, N, N, K};
+    const Product product = {Element::float32, false, data(x), packed, data(bias), data(out), K, N, N, K};
     for (int64_t panel = first; panel < last; panel += group) {
       pack(data(weight), N, K, panel, panel + group, packed);
       k.linear_multiply(product, begin, end, panel, panel + group);

@@ -101,7 +101,9 @@ void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirec
 inline void project_tile(const Mixer& m, const PackedDirection& packed, const float* c, int steps,
                          float* out) {
   const int64_t columns = mixer_columns(m);
-  linear_multiply({.x = c,
+  linear_multiply({.element = Element::float32,
+                   .out_bf16 = false,
+                   .x = c,
                    .packed = packed.x_proj,
                    .bias = nullptr,
                    .out = out,

@@ -194,7 +194,9 @@ void retreat_block(const Mixer& m, const Direction& direction, const PackedBackw
 inline void retreat_projection(const Mixer& m, const PackedBackward& packed, const MixerChunk& at,
                                const MixerBackwardScratch& s) {
   const int64_t N = m.state, columns = mixer_columns(m);
-  linear_multiply({.x = s.ddelta_raw,
+  linear_multiply({.element = Element::float32,
+                   .out_bf16 = false,
+                   .x = s.ddelta_raw,
                    .packed = packed.dt_panels,
                    .bias = nullptr,
                    .out = s.dprojected,

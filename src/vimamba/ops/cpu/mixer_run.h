@@ -20,8 +20,8 @@ struct MixerCall {
   const Kernels& k;
   Mixer mixer;
   std::vector<Direction> directions;
-  int64_t blocks, packed_floats, state_floats;
-  float *packed, *state;
+  int64_t blocks = 0, packed_floats = 0, state_floats = 0;
+  float *packed = nullptr, *state = nullptr;  // packed: given, or packed by mix()
 
   float* packed_of(int64_t direction) const { return packed + direction * packed_floats; }
   float* state_of(int64_t b, int64_t direction) const {
@@ -108,7 +108,8 @@ void clear_images_without_a_direction(const MixerCall& call) {
       std::memset(static_cast<char*>(m.out.data) + b * image, 0, image);
 }
 
-// Packs the weights and runs all directions, divided in the way that keeps every thread at work.
+// Packs the weights, unless they are given packed, and runs all directions, divided in the way that keeps every
+// thread at work.
 void mix(MixerCall& call) {
   const Mixer& m = call.mixer;
   const int64_t count = call.directions.size();
@@ -119,12 +120,15 @@ void mix(MixerCall& call) {
   const bool even = 2 * m.batch % threads() == 0 && !call.skips_any();
   const bool by_halves = !by_batch && opposite && even && m.length > 1;
   const int64_t projected = by_batch || by_halves ? 0 : m.batch * count * m.length * call.k.mixer_columns(m);
-  const int64_t packed = count * call.packed_floats, state = m.batch * count * call.state_floats;
-  call.packed = scratch<1>(packed + state + projected);
-  call.state = call.packed + packed;
+  const int64_t packed = call.packed ? 0 : count * call.packed_floats, state = m.batch * count * call.state_floats;
+  float* memory = scratch<1>(packed + state + projected);
+  call.state = memory + packed;
   std::memset(call.state, 0, state * sizeof(float));
   clear_images_without_a_direction(call);
-  for (int64_t d = 0; d < count; ++d) call.k.mixer_pack(m, call.directions[d], call.packed_of(d));
+  if (packed) {
+    call.packed = memory;
+    for (int64_t d = 0; d < count; ++d) call.k.mixer_pack(m, call.directions[d], call.packed_of(d));
+  }
   if (by_batch)
     mix_by_batch(call);
   else if (by_halves)

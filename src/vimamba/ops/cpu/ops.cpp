@@ -8,6 +8,7 @@
 
 #include <string>
 
+#include "block_call.h"
 #include "conv_call.h"
 #include "linear_call.h"
 #include "mixer_backward_call.h"
@@ -90,6 +91,10 @@ STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
         " -> (Tensor, Tensor[])");
   m.def("mixer_frozen_backward(Tensor dout, Tensor xz, Tensor[] weights, int[] reverse, float scale, Tensor? gates)"
         " -> Tensor");
+  m.def("block_fingerprints(Tensor[] weights, int directions, bool bf16) -> Tensor");
+  m.def("block_pack(Tensor[] weights, int directions, bool bf16) -> Tensor[]");
+  m.def("block_forward(Tensor stream, Tensor[] first, Tensor[] packed, int[] reverse, float scale, float eps, bool bf16)"
+        " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vimamba, m) {
@@ -121,6 +126,9 @@ STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CPU, m) {
   m.impl("mixer_forward", TORCH_BOX(&mixer_forward));
   m.impl("mixer_backward", TORCH_BOX(&mixer_backward));
   m.impl("mixer_frozen_backward", TORCH_BOX(&mixer_frozen_backward));
+  m.impl("block_fingerprints", TORCH_BOX(&block_fingerprints));
+  m.impl("block_pack", TORCH_BOX(&block_pack));
+  m.impl("block_forward", TORCH_BOX(&block_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vimamba, CompositeExplicitAutograd, m) {
