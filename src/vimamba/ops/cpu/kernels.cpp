@@ -32,11 +32,7 @@ const Kernels& VIMAMBA_TABLE() {
   static const Kernels table = {
       .name = VIMAMBA_NAME,
       .lanes = W,
-#if defined(VIMAMBA_AVX512_BF16)
-      .has_bf16 = true,
-#else
-      .has_bf16 = false,
-#endif
+      .has_bf16 = kHasBf16,
       .scan_scratch = scan_scratch,
       .scan_forward = scan_forward,
       .scan_backward_scratch = scan_backward_scratch,

@@ -24,6 +24,11 @@ constexpr int kRows = 6, kWide = 2;
 constexpr int kRows = 4, kWide = 2;
 #endif
 constexpr int64_t kPanel = kWide * W;  // output features of a panel
+#if defined(VIMAMBA_AVX512_BF16)
+constexpr bool kHasBf16 = true;  // instructions for products of bfloat16, and of 8-bit integers
+#else
+constexpr bool kHasBf16 = false;
+#endif
 
 constexpr int64_t kLinearTile = 4 * kRows;  // rows that pass all panels together
 

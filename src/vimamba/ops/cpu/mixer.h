@@ -19,6 +19,11 @@ namespace {
 inline int64_t mixer_projected(const Mixer& m) { return m.dt_rank + 2 * m.state; }
 int64_t mixer_columns(const Mixer& m) { return blocks_of(mixer_projected(m), 1, W) * W; }
 
+// What x_proj multiplies: the convolution's output goes to its product as it would go to memory.
+inline Element projection_element(const Mixer& m) {
+  return kHasBf16 && m.bf16 ? Element::bfloat16 : Element::float32;
+}
+
 // A direction's weights, laid out for the kernels: for each block its vectors, then x_proj in panels.
 struct PackedDirection {
   float *taps, *conv_bias, *dt_proj, *dt_bias, *decay, *skip, *x_proj;
@@ -56,17 +61,18 @@ void mixer_pack(const Mixer& m, const Direction& direction, float* memory) {
     store(packed.skip + i * W, load(direction.D + d, block.lanes));
   }
   const int64_t projected = mixer_projected(m);
-  linear_pack(direction.x_proj, projected, m.dim, 0, linear_panels(projected), packed.x_proj);
+  const auto pack = projection_element(m) == Element::bfloat16 ? linear_pack_bfloat16 : linear_pack;
+  pack(direction.x_proj, projected, m.dim, 0, linear_panels(projected), packed.x_proj);
 }
 
 struct MixerScratch {
-  float *c, *projected, *delta, *delta_u, *y;  // (T, D padded), (T, columns), (T, W) x 3
+  float *c, *narrow, *projected, *delta, *delta_u, *y;  // (T, D padded) x 2, (T, columns), (T, W) x 3
 
   static int64_t padded(const Mixer& m) { return blocks_of(m.dim, 1, W) * W; }
-  static int64_t floats(const Mixer& m) { return kTile * (padded(m) + mixer_columns(m) + 3 * W); }
+  static int64_t floats(const Mixer& m) { return kTile * (2 * padded(m) + mixer_columns(m) + 3 * W); }
   MixerScratch(const Mixer& m, float* at) {
     delta = at, delta_u = delta + kTile * W, y = delta_u + kTile * W, c = y + kTile * W,
-    projected = c + kTile * padded(m);
+    narrow = c + kTile * padded(m), projected = narrow + kTile * padded(m);
   }
 };
 
@@ -98,16 +104,20 @@ void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirec
                   [&](int t, int64_t i, vf sum) { store(c + t * row_floats + i * W, silu(sum)); });
 }
 
+// `narrow` is room for the tile in the type of the product.
 inline void project_tile(const Mixer& m, const PackedDirection& packed, const float* c, int steps,
-                         float* out) {
-  const int64_t columns = mixer_columns(m);
-  linear_multiply({.element = Element::float32,
+                         float* narrow, float* out) {
+  const int64_t columns = mixer_columns(m), padded = MixerScratch::padded(m);
+  const Element element = projection_element(m);
+  if (element == Element::bfloat16)
+    for (int64_t i = 0; i < steps * padded; i += W) store((bf16*)narrow + i, load(c + i));
+  linear_multiply({.element = element,
                    .out_bf16 = false,
-                   .x = c,
+                   .x = element == Element::bfloat16 ? narrow : c,
                    .packed = packed.x_proj,
                    .bias = nullptr,
                    .out = out,
-                   .x_stride = MixerScratch::padded(m),
+                   .x_stride = words_of(element, padded),
                    .out_stride = columns,
                    .N = columns,
                    .K = m.dim},
@@ -134,15 +144,31 @@ inline void for_each_delta(const Mixer& m, const PackedDirection& packed, int64_
   }
 }
 
-// delta' = softplus(delta) and delta' c for one block.
-inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
+// delta' = softplus(delta) and delta' c for one block; the largest delta'.
+inline vf expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
                          int64_t columns, int steps, const MixerScratch& s) {
   const int64_t c_stride = MixerScratch::padded(m);
+  vf largest = {};
   for_each_delta(m, packed, i, projected, columns, steps, [&](int t, vf delta) {
     const vf positive = softplus(delta);
     store(s.delta_u + t * W, positive * load(s.c + t * c_stride + i * W));
     store(s.delta + t * W, at_most(positive, kFinite));
+    largest = positive > largest ? positive : largest;
   });
+  return largest;
+}
+
+// Whether no decay of a tile goes under 2^-126.
+inline bool in_reach(vf largest, const float* decay, int64_t N) {
+  vf fastest = {};
+  for (int64_t n = 0; n < N; ++n) {
+    const vf rate = load(decay + n * W);
+    fastest = rate < fastest ? rate : fastest;
+  }
+  const vi below = largest * fastest < -126.0f;
+  int some = 0;
+  for (int lane = 0; lane < W; ++lane) some |= below[lane];
+  return !some;
 }
 
 inline float gate_of(const Mixer& m, const Direction& direction, int64_t b, int64_t position) {
@@ -179,7 +205,7 @@ void mixer_project_typed(const Mixer& m, const Direction& direction, const Packe
   for (int64_t step = step_begin; step < step_end; step += steps) {
     steps = tile_steps(step, step_end);
     convolve_tile<T>(m, direction, packed, b, step, steps, 0, blocks_of(m.dim, 1, W), s.c);
-    project_tile(m, packed, s.c, steps, projected + step * mixer_columns(m));
+    project_tile(m, packed, s.c, steps, s.narrow, projected + step * mixer_columns(m));
   }
 }
 
@@ -192,7 +218,7 @@ void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDi
   for (int64_t step = step_begin; step < step_end; step += steps) {
     steps = tile_steps(step, step_end);
     convolve_tile<T>(m, direction, packed, b, step, steps, begin, end, s.c);
-    if (!given) project_tile(m, packed, s.c, steps, s.projected);
+    if (!given) project_tile(m, packed, s.c, steps, s.narrow, s.projected);
     const float* projected = given ? given + step * columns : s.projected;
     for (int64_t i = begin; i < end; ++i) {
       const Block block = block_at(i, m.dim, 1);
@@ -201,10 +227,14 @@ void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDi
         unpack_rows(state + i * N * W, N, block.lanes,
                     direction.states + (chunk * m.dim + block.channel) * N);
       }
-      expand_delta(m, packed, i, projected, columns, steps, s);
-      advance_all<false, false>({steps, s.delta, s.delta_u}, N, packed.decay + i * N * W,
-                                {projected + m.dt_rank, columns}, {projected + m.dt_rank + N, columns},
-                                state + i * N * W, s.y);
+      const vf largest = expand_delta(m, packed, i, projected, columns, steps, s);
+      const TileInputs inputs = {steps, s.delta, s.delta_u};
+      const float* decay = packed.decay + i * N * W;
+      const Coefficients<false> B = {projected + m.dt_rank, columns}, C = {B.tile + N, columns};
+      if (kHasCoarseExp2 && sizeof(T) == sizeof(bf16) && in_reach(largest, decay, N))
+        advance_all<false, false, kHasCoarseExp2>(inputs, N, decay, B, C, state + i * N * W, s.y);
+      else
+        advance_all<false, false>(inputs, N, decay, B, C, state + i * N * W, s.y);
       add_tile<T>(m, direction, packed, b, i, step, steps, first, last, s);
     }
   }

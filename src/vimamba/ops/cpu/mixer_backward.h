@@ -65,7 +65,7 @@ struct MixerBackwardScratch : RetreatScratch {
   float *carry, *dx_carry;             // (blocks, N, W), (blocks, width - 1, W): to the chunk walked next
   float *state, *dB, *dC;              // (N, W), (T, N, W) x 2
   float *raw, *dz_of_y;                // (T, W)
-  float *c, *slope, *dc, *ddelta_raw;  // (T, D padded)
+  float *c, *slope, *dc, *ddelta_raw;  // (T, D padded); dc is room for x_proj's c before it is dc
   float *projected, *dprojected;       // (T, columns)
   float* dprojected_turned;            // (R + 2 N, T)
   float* dsum;                         // (T + 2 (width - 1), W), zeros around
@@ -315,7 +315,7 @@ void walk_back(const Mixer& m, const Direction& direction, const PackedDirection
     const int64_t step = chunk * kChunk;
     const MixerChunk at = {b, step, (int)(m.length - step < kChunk ? m.length - step : kChunk), first};
     convolve_chunk<T, frozen>(m, direction, packed, at, s);
-    project_tile(m, packed, s.c, at.steps, s.projected);
+    project_tile(m, packed, s.c, at.steps, s.dc, s.projected);
     retreat(at);
   }
 }

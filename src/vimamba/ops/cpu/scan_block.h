@@ -93,19 +93,37 @@ struct TileInputs {
   const float *delta, *delta_u;  // (T, W): delta after softplus, delta * u
 };
 
+// 2^(delta * decay) for one step's delta, which is not negative where it may be coarse.
+template <bool coarse>
+struct Decay {
+  vf delta;
+  vf operator()(vf decay) const { return exp2(delta * decay); }
+};
+
+#if defined(VIMAMBA_AVX512)
+template <>
+struct Decay<true> {
+  CoarseExp2 power;
+  vf delta;
+  vf operator()(vf decay) const { return power(delta, decay); }
+};
+#endif
+
 // States [first, first + count): y (T, W) gains sum_n C_t[n] h_t[n].
-template <int count, bool constant_B, bool constant_C>
+template <int count, bool coarse, bool constant_B, bool constant_C>
 inline void advance(const TileInputs& in, int64_t first, int64_t N, const float* decay,
                     Coefficients<constant_B> B, Coefficients<constant_C> C, float* state, float* y) {
   vf h[count];
 #pragma GCC unroll 16
   for (int n = 0; n < count; ++n) h[n] = load(state + (first + n) * W);
+  Decay<coarse> power;
   for (int t = 0; t < in.steps; ++t) {
-    const vf delta = load(in.delta + t * W), delta_u = load(in.delta_u + t * W);
+    power.delta = load(in.delta + t * W) * (coarse ? 32.0f : 1.0f);
+    const vf delta_u = load(in.delta_u + t * W);
     vf even = first ? load(y + t * W) : vf{}, odd = {};
 #pragma GCC unroll 16
     for (int n = 0; n < count; ++n) {
-      const vf a = exp2(delta * load(decay + (first + n) * W));
+      const vf a = power(load(decay + (first + n) * W));
       h[n] = a * h[n] + delta_u * B(t, first + n);
       (n & 1 ? odd : even) += h[n] * C(t, first + n);
     }
@@ -115,14 +133,14 @@ inline void advance(const TileInputs& in, int64_t first, int64_t N, const float*
   for (int n = 0; n < count; ++n) store(state + (first + n) * W, h[n]);
 }
 
-template <bool constant_B, bool constant_C>
+template <bool constant_B, bool constant_C, bool coarse = false>
 inline void advance_all(const TileInputs& in, int64_t N, const float* decay, Coefficients<constant_B> B,
                         Coefficients<constant_C> C, float* state, float* y) {
   int64_t n = 0;
-  for (; n + kStates <= N; n += kStates) advance<kStates>(in, n, N, decay, B, C, state, y);
+  for (; n + kStates <= N; n += kStates) advance<kStates, coarse>(in, n, N, decay, B, C, state, y);
   if constexpr (kStates > 4)
-    for (; n + 4 <= N; n += 4) advance<4>(in, n, N, decay, B, C, state, y);
-  for (; n < N; ++n) advance<1>(in, n, N, decay, B, C, state, y);
+    for (; n + 4 <= N; n += 4) advance<4, coarse>(in, n, N, decay, B, C, state, y);
+  for (; n < N; ++n) advance<1, coarse>(in, n, N, decay, B, C, state, y);
 }
 
 }  // namespace

@@ -65,12 +65,16 @@ inline float sum(vf value) {
 
 inline vf widen(vh half) { return as_float((vi)(__builtin_convertvector(half, vu) << 16)); }
 
-// Round to nearest, ties to even; NaN stays NaN (quieted), as torch does it.
+// Round to nearest, ties to even; NaN stays NaN (quieted), as torch does it. (AVX512_BF16 takes denormals for zero.)
 inline vh narrow(vf value) {
+#if defined(VIMAMBA_AVX512_BF16)
+  return (vh)_mm512_cvtneps_pbh((__m512)value);
+#else
   const vu bits = (vu)value;
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vi not_a_number = value != value;
   return __builtin_convertvector(not_a_number ? vu{} + 0x7fc0u : rounded, vh);
+#endif
 }
 
 inline vf load(const float* from) {
@@ -193,6 +197,33 @@ inline vf exp2(vf x) {
   return exp2_polynomial(r) * as_float(as_int(shifted) << 23);
 #endif
 }
+
+// 2^x for -126 <= x <= 0 from x * 32, with a relative error of 6e-5: x * 32 = k + r with |r| <= 1/2, the 32 powers
+// 2^(i/32) in two registers, an exact scaling in the exponent's bits, and 1 + r ln2 / 32 for the rest.
+#if defined(VIMAMBA_AVX512)
+constexpr bool kHasCoarseExp2 = true;
+struct CoarseExp2 {
+  vi low, high;  // the powers' bits, less those that adding k << 18 will add for i
+
+  CoarseExp2() {
+    vi i;
+    for (int lane = 0; lane < W; ++lane) i[lane] = lane;
+    low = as_int(exp2(__builtin_convertvector(i, vf) / 32.0f)) - (i << 18);
+    i += W;
+    high = as_int(exp2(__builtin_convertvector(i, vf) / 32.0f)) - (i << 18);
+  }
+  vf operator()(vf x32, vf factor) const {  // of x32 * factor
+    constexpr float kShift = 12582912.0f;   // 1.5 * 2^23 leaves k in the low bits
+    const vf shifted = x32 * factor + kShift;
+    const vf r = x32 * factor - (shifted - kShift);
+    const vi k = as_int(shifted);
+    const vi power = (vi)_mm512_permutex2var_epi32((__m512i)low, (__m512i)k, (__m512i)high);
+    return as_float(power + (k << 18)) * (r * (kLn2 / 32) + 1.0f);
+  }
+};
+#else
+constexpr bool kHasCoarseExp2 = false;
+#endif
 
 // exp for any x: infinities are pulled in to where the result is already 0 or infinity.
 inline vf exp(vf x) { return exp2(at_most(at_least(x * kLog2e, -1e4f), 1e4f)); }
