@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vimamba.layers.block import Block
 from vimamba.layers.mixers import BidirectionalMixer
-from vimamba.models import VisionMamba, VisionMambaPyramid, create_model, list_models, load_hustvl
+from vimamba.models import VisionMamba, VisionMambaPyramid, create_model, list_models, load_hustvl, quantize
 from vimamba.ops import causal_conv1d, rms_norm, selective_scan
 from vimamba.ops.cpu.library import onnx_library
 from vimamba_command import package_version
@@ -32,6 +32,7 @@ __all__ = [
     "load_hustvl",
     "load_run",
     "onnx_library",
+    "quantize",
     "rms_norm",
     "selective_scan",
     "train",

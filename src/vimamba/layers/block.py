@@ -106,7 +106,7 @@ def run_joined(layers: Iterable[nn.Module], hidden: Tensor, stream: Tensor | Non
         block = layer.joined() if isinstance(layer, Block) else None
         if block is None:
             break
-        kind = (layer.mixer.merge_scale, layer.norm.eps, [w.shape for w in (*block[1:4:2], *block.directions[0][:6])])
+        kind = (layer.mixer.merge_scale, layer.norm.eps, [(w.shape, w.dtype) for w in (*block[1:4:2], *block.directions[0][:6])])
         if first is not None and (kind != first[1] or len(block.directions) != len(weights[0].directions)):
             break
         first = first or (layer, kind)

@@ -3,7 +3,7 @@
 from vimamba.ops.blocks import BlockWeights, blocks
 from vimamba.ops.causal_conv1d import causal_conv1d
 from vimamba.ops.direction import Direction
-from vimamba.ops.linear import linear
+from vimamba.ops.linear import linear, quantized_linear
 from vimamba.ops.mixer import mixer
 from vimamba.ops.rms_norm import rms_norm
 from vimamba.ops.selective_scan import selective_scan
@@ -15,6 +15,7 @@ __all__ = [
     "causal_conv1d",
     "linear",
     "mixer",
+    "quantized_linear",
     "rms_norm",
     "selective_scan",
 ]

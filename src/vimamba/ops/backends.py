@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from vimamba.errors import UserError, nearest
 from vimamba.ops import composed_mixer
 from vimamba.ops.direction import directions_of, flat
-from vimamba.ops.sizes import chunks
+from vimamba.ops.sizes import INTEGER_MAX, chunks
 
 if TYPE_CHECKING:
     from vimamba.ops.blocks import BlockWeights
@@ -114,6 +114,14 @@ class Backend(ABC):
         """torch.nn.functional.linear, all of one type; also with a weight that is the transpose of a contiguous one."""
         return F.linear(x, weight, bias)
 
+    def quantized_linear(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, /) -> Tensor:
+        """See `vimamba.ops.quantized_linear`."""
+        wide = x.to(scales.dtype)
+        largest = wide.abs().amax(-1, keepdim=True)
+        step = torch.where(largest > 0, largest / INTEGER_MAX, 1.0)
+        out = F.linear((wide / step).round(), weight.to(wide.dtype)) * step * scales
+        return (out if bias is None else out + bias).to(x.dtype)
+
     def mixer_forward(
         self, xz: Tensor, weights: Sequence[Tensor], reverse: Sequence[int], scale: float, gates: Tensor | None,
         save_states: bool, /,
@@ -146,21 +154,22 @@ class Backend(ABC):
         for w in weights:
             x, residual = (stream, None) if hidden is None else (hidden, stream)
             normed, stream, _ = self.norm_forward(x, residual, w.norm.to(stream.dtype), eps, dtype)
-            xz = _project(normed, w.in_proj, w.in_bias)
+            xz = self._project(normed, w.in_proj, w.in_bias, w.in_scales)
             of_directions, reverse = flat(w.directions)
             of_directions = [weight.to(stream.dtype) for weight in of_directions]
             y, _ = self.mixer_forward(xz, of_directions, reverse, scale, None, False)
-            hidden = _project(y, w.out_proj, w.out_bias)
+            hidden = self._project(y, w.out_proj, w.out_bias, w.out_scales)
         return stream if hidden is None else stream + hidden
+
+    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:
+        if scales is not None:
+            return self.quantized_linear(x, weight, scales, bias)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _lacks(self, function: str) -> UserError:
         return UserError(
             f"backend={self.name!r} has no {function}: it computes values only, train with another backend"
         )
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 MODULES = {"reference": "reference", "torch": "pytorch", "cpu": "cpu", "triton": "triton"}

@@ -22,6 +22,8 @@ class BlockWeights(NamedTuple):
     out_proj: Tensor  # (dim, inner)
     out_bias: Tensor | None  # (dim,)
     directions: Sequence[Direction]
+    in_scales: Tensor | None = None  # (2 * inner,), float32, where in_proj is of 8-bit integers: see `quantized_linear`
+    out_scales: Tensor | None = None  # (dim,)
 
 
 def blocks(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from vimamba.errors import UserError
 from vimamba.ops import backends
 from vimamba.ops.arguments import check_shape, check_tensors
 
@@ -41,6 +43,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if backend.has_linear(x):
             return (_Linear.apply if backends.differentiates(x, weight, bias) else backend.linear)(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer in 8-bit integers, for its values: weights of one scale for each output feature, inputs of one for
+    each row, found as they come (dynamic quantisation), sums in 32 bits.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features), int8.
+        scales: (out_features,), float32: what an integer of the weight stands for.
+        bias: (out_features,), float32, or None.
+
+    Returns:
+        (..., out_features), in x's type.
+
+    Raises:
+        ValueError: a shape, type or device does not fit; the message names the argument.
+        UserError: a gradient is wanted.
+    """
+    check_tensors("quantized_linear", {"x": x, "scales": scales}, {"bias": bias})
+    if weight.dim() != 2 or weight.dtype != torch.int8 or weight.device != x.device:
+        raise ValueError(
+            f"weight must be (out_features, in_features) int8 on {x.device}, got {tuple(weight.shape)} {weight.dtype}"
+        )
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must have shape (..., in_features) = (..., {weight.shape[1]}), got {tuple(x.shape)}")
+    for name, tensor in (("scales", scales), ("bias", bias)):
+        check_shape(name, tensor, weight.shape[:1], "(out_features,)")
+    if backends.differentiates(x):
+        raise UserError("8-bit integers have no gradient: train the model before vimamba.quantize, or use torch.no_grad")
+    backend = backends.resolve("", x.device, torch.float32)
+    run = backend if backends.untraced(x) else backends.load("torch")
+    return run.quantized_linear(x, weight, scales, bias)
 
 
 class _Linear(Function):

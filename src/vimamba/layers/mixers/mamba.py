@@ -15,6 +15,7 @@ from vimamba.layers import memory
 from vimamba.layers.grid import Layout, ScanPath, insert_tokens, shape_text, split_tokens
 from vimamba.layers.intact import intact, watched
 from vimamba.layers.mixers.directional import DirectionalMixer, Scan, needed
+from vimamba.layers.quantized import QuantizedLinear
 from vimamba.layers.options import check_choice, check_number, check_whole
 from vimamba.ops import BlockWeights, Direction, causal_conv1d, linear, mixer, selective_scan
 from vimamba.ops.arguments import widen
@@ -160,8 +161,8 @@ class BidirectionalMixer(DirectionalMixer):
 
     @property
     def first_weight(self) -> Any:
-        """The weight of the input projection."""
-        return self.in_proj.weight
+        """The weight of the input projection; its scales, if that is of 8-bit integers."""
+        return getattr(self.in_proj, "scales", self.in_proj.weight)
 
     def joined(self, norm: Tensor) -> BlockWeights | None:
         """The weights with which `ops.blocks` computes the mixer behind a norm; None where it is no plain one."""
@@ -170,12 +171,16 @@ class BidirectionalMixer(DirectionalMixer):
         in_proj, out_proj = self.in_proj, self.out_proj
         if not (plain and along_rows and intact(self, BidirectionalMixer)):
             return None
-        if not (intact(in_proj, nn.Linear) and intact(out_proj, nn.Linear)):
+        kind = type(in_proj)
+        if kind not in (nn.Linear, QuantizedLinear) or not (intact(in_proj, kind) and intact(out_proj, kind)):
             return None
         directions = self.fused_directions(self.scans, False)
         if directions is None:
             return None
-        return BlockWeights(norm, in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias, directions)
+        weights = BlockWeights(norm, in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias, directions)
+        if kind is nn.Linear:
+            return weights
+        return weights._replace(in_scales=in_proj.scales, out_scales=out_proj.scales)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that keep their scale: A and D of every direction, and the biases that set the time scale."""

@@ -134,6 +134,9 @@ class CPU(Backend):
     def linear(self, *arguments):
         return torch.ops.vimamba_cpu.linear(*arguments)
 
+    def quantized_linear(self, x: Tensor, *arguments) -> Tensor:
+        return torch.ops.vimamba_cpu.quantized_linear(x.float(), *arguments).to(x.dtype)
+
     def mixer_forward(self, *arguments):
         return torch.ops.vimamba_cpu.mixer_forward(*arguments)
 
@@ -203,9 +206,10 @@ def _fuses_backward(dout_BLD: Tensor, weights: Sequence[Tensor], reverse: Sequen
 
 def _block_tensors(block: BlockWeights) -> list[Tensor]:
     """A block's weights in the order of kBlockWeights in block_call.h."""
-    biases = (_NONE if bias is None else bias for bias in (block.in_bias, block.out_bias))
+    optional = (block.in_bias, block.out_bias, block.in_scales, block.out_scales)
+    in_bias, out_bias, in_scales, out_scales = (_NONE if x is None else x for x in optional)
     return [
-        *(block.norm, block.in_proj, next(biases), block.out_proj, next(biases), _NONE, _NONE),
+        *(block.norm, block.in_proj, in_bias, block.out_proj, out_bias, in_scales, out_scales),
         *(weight for direction in block.directions for weight in direction.weights),
     ]
 

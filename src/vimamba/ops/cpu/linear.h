@@ -54,10 +54,10 @@ inline vf load_words(const T* row, int64_t k, int64_t K, int words) {
     }
     return load((const float*)pairs);
   } else {
-    uint8_t bytes[4 * W] = {};
-    const int64_t left = K - k < 4 * words ? K - k : 4 * words;
-    for (int64_t i = 0; i < left; ++i) bytes[i] = (uint8_t)(row[k + i] + 128);
-    return load((const float*)bytes);
+    int8_t bytes[4 * W];
+    memset(bytes, -128, sizeof bytes);  // 0 with 128 added
+    memcpy(bytes, row + k, K - k < 4 * words ? K - k : 4 * words);
+    return as_float(as_int(load((const float*)bytes)) ^ (int32_t)0x80808080);
   }
 }
 

@@ -85,6 +85,7 @@ STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
   m.def("norm_backward(Tensor dnormed, Tensor? dresidual, Tensor sum, Tensor weight, Tensor rstd, Tensor(a!) dsum,"
         " Tensor(b!) dweight) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
   m.def("mixer_forward(Tensor xz, Tensor[] weights, int[] reverse, float scale, Tensor? gates, bool save_states)"
         " -> (Tensor, Tensor)");
   m.def("mixer_backward(Tensor dout, Tensor xz, Tensor[] weights, int[] reverse, Tensor states, float scale)"
@@ -123,6 +124,7 @@ STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CPU, m) {
   m.impl("norm_forward", TORCH_BOX(&norm_forward));
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
   m.impl("mixer_forward", TORCH_BOX(&mixer_forward));
   m.impl("mixer_backward", TORCH_BOX(&mixer_backward));
   m.impl("mixer_frozen_backward", TORCH_BOX(&mixer_frozen_backward));
