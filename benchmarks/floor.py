@@ -134,13 +134,13 @@ def _with_torch(updates: int) -> None:
         torch.addcmul(other, out, x, out=out)
 
 
-def multiple(entry: Entry, repeats: int, seconds: float) -> tuple[float, Floor]:
+def multiple(entry: Entry, repeats: int, seconds: float, block: int = 1) -> tuple[float, Floor]:
     """How many times the floor the model takes (median over rounds that run both), and the floor."""
     floor = floor_of(entry)
     step = step_of(entry, build(entry))
     for warm_up in (step, floor.step):
         warm_up()
-    ours, least = alternate([step, floor.step], repeats, seconds)
+    ours, least = alternate([step, floor.step], repeats, seconds, block=block)
     return ratio(ours, least), floor
 
 

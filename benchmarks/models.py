@@ -1,7 +1,9 @@
 """Whole models beside timm's DeiT, and what is to be reached: `python benchmarks/models.py` (see --help).
 
-Each comparison runs its models in turns in one process and takes the median over rounds of the quotient within a
-round, so that it holds on a machine that others use too. Memory is measured in a fresh process for each.
+Each comparison runs its models in turns, in blocks of seven runs of which the first two do not count (models that
+alternate run by run push each other's weights out of the cache), and takes the median over rounds of the quotient within
+a round, so that it holds on a machine that others use too. Other inference libraries run in processes of their own, and
+memory is measured in a fresh process for each.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ import torch
 from floor import multiple
 from rich.console import Console
 from rich.table import Table
+from runtimes import Elsewhere, missing
 
+import vimamba
 from vimamba.benchmark import Entry, Result, machine, measure, memory, report
-from vimamba.benchmark.timing import quartiles
+from vimamba.benchmark.entries import build, step_of
+from vimamba.benchmark.timing import alternate, quartiles, ratio
 
 VIM_TI, DEIT_TI = "vim_tiny_patch16_224", "deit_tiny_patch16_224"
+BLOCK = 7  # runs of a model in its turn
 VIM_S, DEIT_S = "vim_small_patch16_224", "deit_small_patch16_224"
 
 
@@ -85,7 +91,7 @@ def second_direction(size: int) -> Callable[[Effort], Measured]:
 
 def _compared(effort: Effort, pair: Sequence[Entry], scale: Callable[[float], float]) -> Measured:
     """The time of the second entry as a multiple of the first's, scaled."""
-    results = measure(pair, effort.repeats, effort.seconds, with_memory=False)
+    results = measure(pair, effort.repeats, effort.seconds, with_memory=False, block=BLOCK)
     first, second = results
     if first.median is None or second.median is None or second.relative is None:
         return Measured(math.nan, f"{first.error or second.error}", results)
@@ -114,15 +120,69 @@ def _peak(entry: Entry) -> float:
     return memory.peak(entry) or math.nan
 
 
-def above_floor(effort: Effort) -> Measured:
+def above_floor(size: int, **options: Any) -> Callable[[Effort], Measured]:
     """Time as a multiple of the least possible."""
-    times, floor = multiple(Entry(VIM_TI, 1248), effort.repeats, effort.seconds)
-    return Measured(times, f"floor {floor}")
+
+    def run(effort: Effort) -> Measured:
+        times, floor = multiple(Entry(VIM_TI, size, **options), effort.repeats, effort.seconds, BLOCK)
+        return Measured(times, f"floor {floor}")
+
+    return run
+
+
+def than_elsewhere(runtime: str, size: int, batch: int = 1, dtype: str = "float32") -> Callable[[Effort], Measured]:
+    """How many times as fast Vim-Ti is as DeiT-Ti in another inference library."""
+
+    def run(effort: Effort) -> Measured:
+        if sentence := missing(runtime):
+            return Measured(math.nan, sentence)
+        entry = Entry(VIM_TI, size, batch, dtype)
+        with Elsewhere(runtime, DEIT_TI, size, batch, dtype) as theirs:
+            return _quotient(effort, step_of(entry, build(entry)), theirs)
+
+    return run
+
+
+def than_itself(first: Entry, second: Entry, quantized: bool = False) -> Callable[[Effort], Measured]:
+    """How many times as fast the first is as the second, which is the same model in another type."""
+
+    def run(effort: Effort) -> Measured:
+        model = build(first)
+        return _quotient(
+            effort,
+            step_of(first, vimamba.quantize(model) if quantized else model),
+            step_of(second, build(second)),
+        )
+
+    return run
+
+
+def _quotient(effort: Effort, ours: Callable[[], None], theirs: Callable[[], None]) -> Measured:
+    for warm_up in (ours, theirs):
+        warm_up()
+    times = alternate([ours, theirs], effort.repeats, effort.seconds, block=BLOCK)
+    low, _, high = quartiles([b / a for a, b in zip(*times, strict=True)])
+    of_ours, of_theirs = (1000 * quartiles(seconds)[1] for seconds in times)
+    remark = f"{of_ours:.0f} and {of_theirs:.0f} ms, quartiles {low:.2f} and {high:.2f}"
+    return Measured(ratio(times[1], times[0]), remark)
+
+
+def _entry(size: int, dtype: str = "float32") -> Entry:
+    return Entry(VIM_TI, size, dtype=dtype)
 
 
 GOALS = [
     Goal("Vim-Ti against DeiT-Ti fused, 1248 px, float32", 2.8, 4, "x", speed(VIM_TI, DEIT_TI, 1248)),
     Goal("Vim-Ti against DeiT-Ti fused, 1248 px, bfloat16", 2, 3, "x", speed(VIM_TI, DEIT_TI, 1248, dtype="bfloat16")),
+    Goal("bfloat16 against float32, 224 px", 1.4, 1.7, "x", than_itself(_entry(224, "bfloat16"), _entry(224))),
+    Goal("bfloat16 against float32, 1248 px", 1.4, 1.7, "x", than_itself(_entry(1248, "bfloat16"), _entry(1248))),
+    Goal("8-bit integers against float32, 224 px", 1.3, 1.7, "x", than_itself(_entry(224), _entry(224), True)),
+    Goal("DeiT-Ti in OpenVINO, 224 px, float32", 0, 1, "x", than_elsewhere("openvino", 224)),
+    Goal("DeiT-Ti in OpenVINO, 224 px, bfloat16", 0, 1, "x", than_elsewhere("openvino", 224, dtype="bfloat16")),
+    Goal("DeiT-Ti in OpenVINO, 512 px, bfloat16", 0.85, 1, "x", than_elsewhere("openvino", 512, dtype="bfloat16")),
+    Goal("DeiT-Ti in OpenVINO, 1248 px, bfloat16", 3, 3.6, "x", than_elsewhere("openvino", 1248, dtype="bfloat16")),
+    Goal("DeiT-Ti in ONNX Runtime, 224 px, float32", 0, 1, "x", than_elsewhere("onnxruntime", 224)),
+    Goal("DeiT-Ti in ONNX Runtime, 1248 px, float32", 0, 3, "x", than_elsewhere("onnxruntime", 1248)),
     Goal("Vim-Ti against DeiT-Ti fused, 512 px", 1, 1.3, "x", speed(VIM_TI, DEIT_TI, 512)),
     Goal("Vim-Ti against DeiT-Ti fused, 224 px, batch 1", 0.95, 1.1, "x", speed(VIM_TI, DEIT_TI, 224)),
     Goal("Vim-Ti against DeiT-Ti fused, 224 px, batch 8", 0.95, 1.1, "x", speed(VIM_TI, DEIT_TI, 224, batch=8)),
@@ -138,7 +198,11 @@ GOALS = [
     Goal("peak memory, train step, 1248 px, DeiT fused", 0, -50, "%", less_memory("train", "fused"), True, slow=True),
     Goal("second direction, 224 px", 45, 30, "%", second_direction(224), True),
     Goal("second direction, 1248 px", 45, 30, "%", second_direction(1248), True),
-    Goal("multiple of the floor, 1248 px, float32", 2, 1.3, "x", above_floor, True),
+    *(
+        Goal(f"multiple of the floor, {size} px, {dtype}", 1.5, 1.25, "x", above_floor(size, dtype=dtype), True)
+        for size in (224, 512, 1248)
+        for dtype in ("float32", "bfloat16")
+    ),
 ]
 
 
@@ -147,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three rounds a row, and without the slowest rows")
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--seconds", type=float, default=30, help="time for the rounds of a row; at least three rounds")
+    parser.add_argument("--seconds", type=float, default=20, help="time for the rounds of a row; at least three rounds")
     parser.add_argument("--repeats", type=int, default=30, help="rounds at most")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmark-models.json"), help="file to write")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="PyTorch's own choice by default")
@@ -181,7 +245,7 @@ def main() -> None:
 def _row(goal: Goal, measured: Measured) -> dict[str, Any]:
     return {
         "what": goal.what,
-        "at_least": None if goal.at_least == math.inf else goal.at_least,
+        "at_least": None if goal.at_least in (0, math.inf) else goal.at_least,
         "aim": goal.aim,
         "unit": goal.unit,
         "measured": None if math.isnan(measured.value) else measured.value,
@@ -192,7 +256,7 @@ def _row(goal: Goal, measured: Measured) -> dict[str, Any]:
 
 def _cells(goal: Goal, measured: Measured) -> list[str]:
     sign = "≤ " if goal.lower_is_better else ""
-    bounds = ["-" if bound == math.inf else f"{sign}{bound:g}{goal.unit}" for bound in (goal.at_least, goal.aim)]
+    bounds = ["-" if bound in (0, math.inf) else f"{sign}{bound:g}{goal.unit}" for bound in (goal.at_least, goal.aim)]
     met = goal.met(measured.value, goal.at_least)
     colour = "green" if goal.met(measured.value, goal.aim) else "yellow" if met else "red"
     return [goal.what, *bounds, f"[{colour}]{measured.value:.2f}{goal.unit}[/]", measured.remark]

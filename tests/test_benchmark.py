@@ -51,6 +51,20 @@ def test_rounds_end_with_the_time_but_there_are_three():
     assert times == [[1.0, 1.0, 1.0]]
 
 
+def test_in_a_block_the_first_two_runs_do_not_count():
+    seconds = iter([50.0, 40.0, 1.0, 3.0, 2.0] * 3)
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    def step() -> None:
+        nonlocal now
+        now += next(seconds)
+
+    assert alternate([step], repeats=3, seconds=1e9, clock=clock, block=5) == [[2.0, 2.0, 2.0]]
+
+
 def test_statistics():
     assert quartiles([3.0, 1.0, 2.0, 5.0, 4.0]) == (2.0, 3.0, 4.0)
     assert quartiles([7.0]) == (7.0, 7.0, 7.0)

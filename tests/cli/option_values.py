@@ -80,7 +80,7 @@ CONFIGS = {
 
 DEVICE = {
     "device": [same("cpu")],
-    "precision": [Value("bf16-mixed")],
+    "precision": [Value("bf16-mixed"), Value("int8")],
     "batch_size": [same("5")],
     "num_workers": [same("1")],
 }
@@ -212,7 +212,7 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "max_connections": [Value("10")],
         "timeout_s": [Value("1.5")],
         "device": [Value("cpu")],
-        "precision": [Value("bf16-mixed")],
+        "precision": [Value("bf16-mixed"), Value("int8")],
         "window": [Value("whole")],
         "flip": [Value("true")],
         **ASKS,

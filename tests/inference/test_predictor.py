@@ -84,7 +84,7 @@ def test_a_result_is_drawn(predictor, red, size, names):
     assert image.size == size
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "int8", "32-true"])
 def test_the_precision_acts(run, red, precision):
     full, given = vimamba.load_run(run), vimamba.load_run(run, device="cpu", precision=precision)
     same = np.array_equal(full.predict(red).scores, given.predict(red).scores)

@@ -266,6 +266,12 @@ def test_a_run_ends_where_a_layer_is_looked_at_or_is_another(runs):
         model.layers[0].norm = LayerNorm(model.embed_dim)
         model(x)
         assert runs == [0, depth - 1]
+        runs.clear()
+        mixer = model.layers[1].mixer
+        mixer._merged = lambda *arguments: seen.append(2) or type(mixer)._merged(mixer, *arguments)
+        model(x)
+        assert seen == [1, 2] and runs == [0, 0, depth - 2]
+        del mixer._merged
     runs.clear()
     model(x).sum().backward()
     assert set(runs) == {0}

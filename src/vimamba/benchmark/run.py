@@ -66,6 +66,7 @@ def measure(
     repeats: int = 20,
     seconds: float = 10.0,
     with_memory: bool = True,
+    block: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
     """Measure the entries; those that share pass, type, batch and size take turns.
@@ -74,6 +75,7 @@ def measure(
         entries: what to measure.
         repeats: rounds at most for each group.
         seconds: time for the rounds of a group; there are at least three rounds.
+        block: runs in a round, see `timing.alternate`.
         with_memory: also measure the peak memory of entries in eager mode (see `vimamba.benchmark.memory`).
         report: is told what is being done.
 
@@ -93,7 +95,7 @@ def measure(
                     report(f"{what}: memory of {result.name}")
                     _measure_memory(result)
         report(f"{what}: time of {', '.join(result.name for result in group)}")
-        _measure_time(group, repeats, seconds)
+        _measure_time(group, repeats, seconds, block)
         measured += group
     return measured
 
@@ -105,14 +107,14 @@ def _measure_memory(result: Result) -> None:
         result.error = str(failure)
 
 
-def _measure_time(group: Sequence[Result], repeats: int, seconds: float) -> None:
+def _measure_time(group: Sequence[Result], repeats: int, seconds: float, block: int) -> None:
     steps, running = [], []
     for result in group:
         if result.error is None and (step := _warm_step(result)) is not None:
             steps.append(step)
             running.append(result)
     try:
-        measured = alternate(steps, repeats, seconds)
+        measured = alternate(steps, repeats, seconds, block=block)
     except (RuntimeError, MemoryError) as error:  # together they need more memory than each did alone
         for result in running:
             result.error = memory.reason(error)

@@ -15,16 +15,19 @@ def alternate(
     repeats: int,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
+    block: int = 1,
 ) -> list[list[float]]:
-    """Run the functions one after the other, round after round, and return the seconds of each run of each.
+    """Run the functions one after the other, round after round, and return the seconds of each in each round.
 
     Every other round goes backwards, so that none always follows the same one. The caller has run each once before.
+    In a round each may run several times: the first runs bring back to the caches what the others pushed out of them.
 
     Args:
         steps: the functions.
         repeats: rounds at most.
         seconds: no round begins after this time, but there are at least three (fewer if `repeats` is).
         clock: seconds; for tests.
+        block: runs in a round, of which the median counts; the first two do not, where there are more.
     """
     times: list[list[float]] = [[] for _ in steps]
     order = list(range(len(steps)))
@@ -36,9 +39,12 @@ def alternate(
             if done >= LEAST_ROUNDS and clock() - start > seconds:
                 break
             for i in order if done % 2 == 0 else order[::-1]:
-                begin = clock()
-                steps[i]()
-                times[i].append(clock() - begin)
+                runs = []
+                for _ in range(block):
+                    begin = clock()
+                    steps[i]()
+                    runs.append(clock() - begin)
+                times[i].append(statistics.median(runs[2:] or runs))
     finally:
         if collecting:
             gc.enable()

@@ -21,7 +21,7 @@ from vimamba.errors import UserError, escaped, require, shown
 from vimamba.inference.evaluation import evaluate, open_for_eval
 from vimamba.inference.runner import Runner
 from vimamba.processes import check_workers
-from vimamba.tasks.options import InferenceOptions, Precision
+from vimamba.tasks.options import InferenceOptions, InferencePrecision
 from vimamba.tasks.results import Results
 from vimamba.tasks.task import Task
 from vimamba.tasks.weights import ModelCard, load_model
@@ -30,7 +30,7 @@ Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
 def load_run(
-    run: str | os.PathLike[str], device: str | torch.device | None = None, precision: Precision = "32-true",
+    run: str | os.PathLike[str], device: str | torch.device | None = None, precision: InferencePrecision = "32-true",
     window: Literal["auto", "whole", "slide"] = "auto", flip: bool = False,
 ) -> Predictor:  # fmt: skip
     """The trained model of a run.
@@ -39,7 +39,7 @@ def load_run(
         run: the folder of a run, its model.safetensors, or one of its checkpoints; it may be a stranger's, since
             nothing in it is executed.
         device: "cpu", "cuda", "cuda:1" ...; the fastest if not given.
-        precision: "32-true", "bf16-mixed" or "16-mixed".
+        precision: "32-true", "bf16-mixed", "16-mixed", or "int8": see `vimamba.quantize`.
         window: to segment, look at "whole" images, or "slide" a window of the training size over them; "auto" slides
             over images that are more than twice as large.
         flip: look at the mirrored image too, to segment.
@@ -64,7 +64,7 @@ class Predictor:
 
     def __init__(
         self, model: nn.Module, card: ModelCard, device: str | torch.device | None = None,
-        precision: Precision = "32-true", run: Path | None = None, how: InferenceOptions | None = None,
+        precision: InferencePrecision = "32-true", run: Path | None = None, how: InferenceOptions | None = None,
     ):  # fmt: skip
         self.card, self.run = card, run
         self.runner = Runner(model, card, "auto" if device is None else str(device), precision, how)

@@ -12,10 +12,11 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 
 from vimamba.errors import UserError, out_of_memory, require
+from vimamba.models import quantize
 from vimamba.processes import check_workers
 from vimamba.tasks.dense import DenseTask
 from vimamba.tasks.find import find_task
-from vimamba.tasks.options import InferenceOptions, Precision
+from vimamba.tasks.options import InferenceOptions, InferencePrecision
 from vimamba.tasks.task import Task
 from vimamba.tasks.weights import ModelCard
 
@@ -26,13 +27,13 @@ class DeviceOptions:
 
     Args:
         device: cpu, cuda, cuda:1, mps ...; auto takes the fastest
-        precision: 32-true, bf16-mixed or 16-mixed
+        precision: 32-true, bf16-mixed or 16-mixed; int8, with 8-bit projections, for processors
         batch_size: images at once; 64 if not given, and 8 of a dense task
         num_workers: processes that decode images; chosen by the machine if not given
     """
 
     device: str = "auto"
-    precision: Precision = "32-true"
+    precision: InferencePrecision = "32-true"
     batch_size: int | None = None
     num_workers: int | None = None
 
@@ -55,14 +56,16 @@ class Runner:
     """
 
     def __init__(
-        self, model: nn.Module, card: ModelCard, device: str = "auto", precision: Precision = "32-true",
+        self, model: nn.Module, card: ModelCard, device: str = "auto", precision: InferencePrecision = "32-true",
         how: InferenceOptions | None = None,
     ):  # fmt: skip
         self.card, self.task, self.how = card, find_task(card.task), how or InferenceOptions()
         self.device = pick_device(device)
-        types = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        types = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "int8": None}
         require(precision in types, f"`precision` {precision}: give {', '.join(types)}")
         self.dtype = types[precision]
+        if precision == "int8":
+            model = quantize(model)
         try:
             self.model = model.to(self.device).eval()
         except (RuntimeError, AssertionError) as error:

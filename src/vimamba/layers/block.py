@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vimamba.layers import memory
 from vimamba.layers.grid import Layout
-from vimamba.layers.intact import intact, watched
+from vimamba.layers.intact import intact, own_methods, watched
 from vimamba.layers.mixers import DirectionalMixer
 from vimamba.layers.norm import LayerNorm, RMSNorm, add_norm, compute_dtype
 from vimamba.ops import BlockWeights, backends, blocks
@@ -76,7 +76,8 @@ class Block(nn.Module):
     def joined(self) -> BlockWeights | None:
         """The weights with which `ops.blocks` computes this block; None where it does more, or was replaced or hooked."""
         drops = self.drop_path.training and not isinstance(self.drop_path, nn.Identity)
-        whole = intact(self, Block) and intact(self.norm, RMSNorm) and intact(self.drop_path, DropPath, nn.Identity)
+        whole = intact(self, Block) and own_methods(self) and intact(self.norm, RMSNorm)
+        whole = whole and intact(self.drop_path, DropPath, nn.Identity)
         return self.mixer.joined(self.norm.weight) if whole and not drops else None
 
     def _mixed(self, normed: Tensor, stream: Tensor, reverse: bool, layout: Layout | None) -> Tensor:
@@ -106,7 +107,11 @@ def run_joined(layers: Iterable[nn.Module], hidden: Tensor, stream: Tensor | Non
         block = layer.joined() if isinstance(layer, Block) else None
         if block is None:
             break
-        kind = (layer.mixer.merge_scale, layer.norm.eps, [(w.shape, w.dtype) for w in (*block[1:4:2], *block.directions[0][:6])])
+        kind = (
+            layer.mixer.merge_scale,
+            layer.norm.eps,
+            [(w.shape, w.dtype) for w in (*block[1:4:2], *block.directions[0][:6])],
+        )
         if first is not None and (kind != first[1] or len(block.directions) != len(weights[0].directions)):
             break
         first = first or (layer, kind)

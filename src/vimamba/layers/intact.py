@@ -6,6 +6,7 @@ hooks put something else in a module's place or around its call; then the module
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,16 @@ def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def own_methods(module: nn.Module) -> bool:
+    """Whether its methods are those of its class: none was replaced on the instance."""
+    return _methods(type(module)).isdisjoint(module.__dict__)
+
+
+@cache
+def _methods(kind: type) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
 
 
 def watched(x: Any) -> bool:

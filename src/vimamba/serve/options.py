@@ -6,7 +6,7 @@ import dataclasses
 
 from vimamba.errors import UserError, require
 from vimamba.processes import cores
-from vimamba.tasks.options import Precision
+from vimamba.tasks.options import InferencePrecision
 
 LOGITS = 2**29  # numbers, 2 GiB, that a segmentation of the largest image may take
 PIXELS = 50_000_000  # of an image, where that does not bound it: more than telephones take
@@ -38,7 +38,7 @@ class ServeOptions:
         max_connections: open connections; further ones get status 503
         timeout_s: seconds for a request to arrive (status 408), and for its answer (status 504)
         device: cpu, cuda, cuda:1, mps ...; auto takes the fastest
-        precision: 32-true, bf16-mixed or 16-mixed
+        precision: 32-true, bf16-mixed, 16-mixed or int8
     """
 
     host: str = "127.0.0.1"
@@ -53,7 +53,7 @@ class ServeOptions:
     max_connections: int = 1000
     timeout_s: float = 30.0
     device: str = "auto"
-    precision: Precision = "32-true"
+    precision: InferencePrecision = "32-true"
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, f"`port` is {self.port}; give one from 1 to 65535, or 0 for a free one")

@@ -13,6 +13,7 @@ from vimamba.tasks.checkpoint_every import CheckpointEvery
 from vimamba.tasks.loggers import check_loggers
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+InferencePrecision = Literal["32-true", "bf16-mixed", "16-mixed", "int8"]
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vimamba.layers import memory
 from vimamba.layers.grid import Layout, ScanPath, insert_tokens, shape_text, split_tokens
-from vimamba.layers.intact import intact, watched
+from vimamba.layers.intact import intact, own_methods, watched
 from vimamba.layers.mixers.directional import DirectionalMixer, Scan, needed
 from vimamba.layers.quantized import QuantizedLinear
 from vimamba.layers.options import check_choice, check_number, check_whole
@@ -169,7 +169,7 @@ class BidirectionalMixer(DirectionalMixer):
         plain = self.conv2d is None and self.gate is None and self.gamma is None and not self.pooled_token
         along_rows = len(self.paths) == 1 and self.paths[0].along_rows
         in_proj, out_proj = self.in_proj, self.out_proj
-        if not (plain and along_rows and intact(self, BidirectionalMixer)):
+        if not (plain and along_rows and intact(self, BidirectionalMixer) and own_methods(self)):
             return None
         kind = type(in_proj)
         if kind not in (nn.Linear, QuantizedLinear) or not (intact(in_proj, kind) and intact(out_proj, kind)):

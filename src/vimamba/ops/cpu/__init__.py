@@ -170,7 +170,6 @@ class CPU(Backend):
         dx_SBLD = torch.ops.vimamba_cpu.mixer_frozen_backward(dout_BLD, xz_BLE, weights, reverse, scale, gates)
         return _sum_slices(dx_SBLD)
 
-
     def blocks(
         self, stream: Tensor, weights: Sequence[BlockWeights], scale: float, eps: float, dtype: torch.dtype
     ) -> Tensor:
