@@ -54,7 +54,8 @@ test-sanitized: install
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DVIMAMBA_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitized
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 VIMAMBA_CPU_LIBRARY=build/sanitized/_kernels.so FUZZ_CASES=400 \
-	  $(BIN)/python -m pytest tests/ops/test_cpu_kernels.py tests/ops/test_fuzz.py
+	  $(BIN)/python -m pytest tests/ops/test_cpu_kernels.py tests/ops/test_blocks.py \
+	    tests/ops/test_quantized.py tests/ops/test_fuzz.py
 
 # The page in headless Chromium, of a server and of a folder that runs the model by onnxruntime-web.
 BROWSER := build/browser

@@ -1,9 +1,9 @@
 """Whole models beside timm's DeiT, and what is to be reached: `python benchmarks/models.py` (see --help).
 
 Each comparison runs its models in turns, in blocks of seven runs of which the first two do not count (models that
-alternate run by run push each other's weights out of the cache), and takes the median over rounds of the quotient within
-a round, so that it holds on a machine that others use too. Other inference libraries run in processes of their own, and
-memory is measured in a fresh process for each.
+alternate run by run push each other's weights out of the cache), and takes the median over rounds of the quotient
+within a round, so that it holds on a machine that others use too. Other inference libraries run in processes of their
+own, and memory is measured in a fresh process for each.
 """
 
 from __future__ import annotations

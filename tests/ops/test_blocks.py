@@ -71,7 +71,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("batch, length", [(1, 1), (1, 67), (3, 20), (5, 1), (2, 197)])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 67), (3, 20), (5, 1), (2, 197)])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_every_instruction_set_computes_what_the_modules_do(each_set, sizes, batch, length):
     made = layers(**sizes)
@@ -186,7 +186,7 @@ def test_what_was_packed_goes_with_the_weights():
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    ("change", "words"),
     [
         (dict(in_proj=torch.rand(4, 24)), r"weights\[1\].in_proj must have shape \(2 \* inner, dim\) = \(96, 24\)"),
         (dict(out_bias=torch.rand(5)), r"weights\[1\].out_bias must have shape \(dim,\)"),
@@ -255,12 +255,14 @@ def test_a_run_ends_where_a_layer_is_looked_at_or_is_another(runs):
     depth = len(model.layers)
     with torch.no_grad():
         taken = model.forward_intermediates(x, indices=[0], intermediates_only=True)
-        assert runs == [1, depth - 1] and len(taken) == 1
+        assert runs == [1, depth - 1]
+        assert len(taken) == 1
         runs.clear()
         seen = []
         handle = model.layers[1].mixer.out_proj.register_forward_hook(lambda *_: seen.append(1))
         model(x)
-        assert seen == [1] and runs == [1, 0, depth - 2]
+        assert seen == [1]
+        assert runs == [1, 0, depth - 2]
         handle.remove()
         runs.clear()
         model.layers[0].norm = LayerNorm(model.embed_dim)
@@ -270,7 +272,8 @@ def test_a_run_ends_where_a_layer_is_looked_at_or_is_another(runs):
         mixer = model.layers[1].mixer
         mixer._merged = lambda *arguments: seen.append(2) or type(mixer)._merged(mixer, *arguments)
         model(x)
-        assert seen == [1, 2] and runs == [0, 0, depth - 2]
+        assert seen == [1, 2]
+        assert runs == [0, 0, depth - 2]
         del mixer._merged
     runs.clear()
     model(x).sum().backward()

@@ -66,8 +66,8 @@ def measure(
     repeats: int = 20,
     seconds: float = 10.0,
     with_memory: bool = True,
-    block: int = 1,
     report: Callable[[str], None] = lambda line: None,
+    block: int = 1,
 ) -> list[Result]:
     """Measure the entries; those that share pass, type, batch and size take turns.
 
@@ -75,9 +75,9 @@ def measure(
         entries: what to measure.
         repeats: rounds at most for each group.
         seconds: time for the rounds of a group; there are at least three rounds.
-        block: runs in a round, see `timing.alternate`.
         with_memory: also measure the peak memory of entries in eager mode (see `vimamba.benchmark.memory`).
         report: is told what is being done.
+        block: runs in a round, see `timing.alternate`.
 
     Returns:
         Results in groups; an entry that ran out of memory has an `error` and no times.

@@ -74,11 +74,11 @@ class Block(nn.Module):
         return self._mixed(normed, stream, reverse, layout), stream
 
     def joined(self) -> BlockWeights | None:
-        """The weights with which `ops.blocks` computes this block; None where it does more, or was replaced or hooked."""
+        """The weights with which `ops.blocks` computes this block; None where it does more, or is not as it was."""
         drops = self.drop_path.training and not isinstance(self.drop_path, nn.Identity)
         whole = intact(self, Block) and own_methods(self) and intact(self.norm, RMSNorm)
         whole = whole and intact(self.drop_path, DropPath, nn.Identity)
-        return self.mixer.joined(self.norm.weight) if whole and not drops else None
+        return self.mixer.joined(self.norm.weight) if whole and not drops else None  # type: ignore[arg-type]
 
     def _mixed(self, normed: Tensor, stream: Tensor, reverse: bool, layout: Layout | None) -> Tensor:
         if not memory.recomputes(normed, self.mixer.recompute) or not intact(self.norm, RMSNorm, LayerNorm):
@@ -103,22 +103,23 @@ def run_joined(layers: Iterable[nn.Module], hidden: Tensor, stream: Tensor | Non
         return 0, hidden
     weights: list[BlockWeights] = []
     first: Any = None
+    kind: Any = None
     for layer in layers:
         block = layer.joined() if isinstance(layer, Block) else None
-        if block is None:
+        if block is None or (weights and _kind(layer, block) != kind):
             break
-        kind = (
-            layer.mixer.merge_scale,
-            layer.norm.eps,
-            [(w.shape, w.dtype) for w in (*block[1:4:2], *block.directions[0][:6])],
-        )
-        if first is not None and (kind != first[1] or len(block.directions) != len(weights[0].directions)):
-            break
-        first = first or (layer, kind)
+        if not weights:
+            first, kind = layer, _kind(layer, block)
         weights.append(block)
-    if not weights:
+    if first is None:
         return 0, hidden
     total = widen(hidden) if stream is None else stream + hidden
-    mixer, norm = first[0].mixer, first[0].norm
-    dtype = compute_dtype(mixer.first_weight)
-    return len(weights), blocks(total, weights, mixer.merge_scale, norm.eps, dtype=dtype)
+    scale, eps, *_ = kind
+    return len(weights), blocks(total, weights, scale, eps, dtype=compute_dtype(first.mixer.first_weight))
+
+
+def _kind(layer: Any, weights: BlockWeights) -> tuple[Any, ...]:
+    """What blocks share that run in one call: how they merge and normalise, and the sizes of their weights."""
+    sized = (weights.in_proj, weights.out_proj, *weights.directions[0].weights)
+    sizes = [(weight.shape, weight.dtype) for weight in sized]
+    return layer.mixer.merge_scale, layer.norm.eps, len(weights.directions), sizes

@@ -27,7 +27,8 @@ def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def own_methods(module: nn.Module) -> bool:
     """Whether its methods are those of its class: none was replaced on the instance."""
-    return _methods(type(module)).isdisjoint(module.__dict__)
+    kind: Any = type(module)
+    return _methods(kind).isdisjoint(module.__dict__)
 
 
 @cache

@@ -16,9 +16,9 @@ PROJECTIONS = ("in_proj", "out_proj")
 def quantize(model: nn.Module) -> nn.Module:
     """A copy of a model, for inference on a CPU, whose mixers' input and output projections multiply 8-bit integers.
 
-    Weights have a scale for each output feature, activations one for each token, found as they come: no data are needed.
-    Convolutions, step sizes, scans, norms and the classifier stay as they are. On processors with AVX-512 VNNI it is
-    faster than float32; what it costs in accuracy, and its speed: `python benchmarks/quantize.py`.
+    Weights have a scale for each output feature, activations one for each token, found as they come: no data
+    are needed. Convolutions, step sizes, scans, norms and the classifier stay as they are. On processors with AVX-512
+    VNNI it is faster than float32; its speed, and what it costs in accuracy: `python benchmarks/quantize.py`.
 
         small = vimamba.quantize(model)
         logits = small(images)
@@ -31,7 +31,7 @@ def quantize(model: nn.Module) -> nn.Module:
     """
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     mixers = [module for module in copied.modules() if isinstance(module, BidirectionalMixer)]
-    require(mixers, f"{type(model).__name__} has no BidirectionalMixer whose projections could be quantised")
+    require(bool(mixers), f"{type(model).__name__} has no BidirectionalMixer whose projections could be quantised")
     done = 0
     for mixer in mixers:
         for name in PROJECTIONS:
@@ -39,5 +39,5 @@ def quantize(model: nn.Module) -> nn.Module:
             if type(linear) is nn.Linear:
                 setattr(mixer, name, QuantizedLinear(linear))
                 done += 1
-    require(done, f"{type(model).__name__} has no projection that is a torch.nn.Linear: it is quantised already")
+    require(done > 0, f"{type(model).__name__} has no projection that is a torch.nn.Linear: it is quantised already")
     return copied

@@ -37,8 +37,8 @@ def blocks(
 ) -> Tensor:
     """Pass the residual stream through blocks one after the other. It has no gradient.
 
-    The "cpu" backend lays the weights out for its kernels once and remembers it, with a fingerprint of all of their bytes
-    that every call compares: however they are written, what runs is what they are.
+    The "cpu" backend lays the weights out for its kernels once and remembers it, with a fingerprint of all of their
+    bytes that every call compares: however they are written, what runs is what they are.
 
     Args:
         stream: (batch, length, dim).

@@ -72,9 +72,7 @@ def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | N
     for name, tensor in (("scales", scales), ("bias", bias)):
         check_shape(name, tensor, weight.shape[:1], "(out_features,)")
     if backends.differentiates(x):
-        raise UserError(
-            "8-bit integers have no gradient: train the model before vimamba.quantize, or use torch.no_grad"
-        )
+        raise UserError("8-bit integers have no gradient: train before vimamba.quantize, or use torch.no_grad")
     backend = backends.resolve("", x.device, torch.float32)
     run = backend if backends.untraced(x) else backends.load("torch")
     return run.quantized_linear(x, weight, scales, bias)

@@ -15,8 +15,8 @@ from vimamba.layers import memory
 from vimamba.layers.grid import Layout, ScanPath, insert_tokens, shape_text, split_tokens
 from vimamba.layers.intact import intact, own_methods, watched
 from vimamba.layers.mixers.directional import DirectionalMixer, Scan, needed
-from vimamba.layers.quantized import QuantizedLinear
 from vimamba.layers.options import check_choice, check_number, check_whole
+from vimamba.layers.quantized import QuantizedLinear
 from vimamba.ops import BlockWeights, Direction, causal_conv1d, linear, mixer, selective_scan
 from vimamba.ops.arguments import widen
 
@@ -168,7 +168,8 @@ class BidirectionalMixer(DirectionalMixer):
         """The weights with which `ops.blocks` computes the mixer behind a norm; None where it is no plain one."""
         plain = self.conv2d is None and self.gate is None and self.gamma is None and not self.pooled_token
         along_rows = len(self.paths) == 1 and self.paths[0].along_rows
-        in_proj, out_proj = self.in_proj, self.out_proj
+        in_proj: Any = self.in_proj
+        out_proj: Any = self.out_proj
         if not (plain and along_rows and intact(self, BidirectionalMixer) and own_methods(self)):
             return None
         kind = type(in_proj)

@@ -10,8 +10,8 @@
 
 namespace vimamba {
 
-// As in vimamba/ops/blocks.py: norm, in_proj, its bias, out_proj, its bias, and the scales of both where the weights are
-// 8-bit integers, in front of a block's directions. What there is not is an empty tensor.
+// As in vimamba/ops/blocks.py: norm, in_proj, its bias, out_proj, its bias, and the scales of both where the
+// weights are 8-bit integers, in front of a block's directions. What there is not is an empty tensor.
 constexpr int64_t kBlockWeights = 7;
 
 // The weights of one block of a list, float32 and contiguous but for 8-bit integers.
@@ -22,7 +22,8 @@ struct BlockWeights {
     const int64_t count = kBlockWeights + kWeights * directions;
     for (int64_t i = index * count; i < (index + 1) * count; ++i) {
       const Tensor weight = as_contiguous(weights[i]);
-      const bool as_is = weight.scalar_type() == ScalarType::Float || weight.scalar_type() == ScalarType::Char;
+      const bool as_is =
+          weight.scalar_type() == ScalarType::Float || weight.scalar_type() == ScalarType::Char;
       all.push_back(as_is ? weight : torch::stable::to(weight, ScalarType::Float));
     }
   }
@@ -32,7 +33,8 @@ struct BlockWeights {
 int64_t blocks_of(const std::vector<Tensor>& weights, int64_t directions) {
   const int64_t each = kBlockWeights + kWeights * directions;
   STD_TORCH_CHECK(directions > 0 && !weights.empty() && weights.size() % each == 0,
-                  "vimamba_cpu: a block needs ", kBlockWeights, " weights and ", kWeights, " for each direction");
+                  "vimamba_cpu: a block needs ", kBlockWeights, " weights and ", kWeights,
+                  " for each direction");
   return weights.size() / each;
 }
 
@@ -54,8 +56,8 @@ BlockSizes block_sizes(const std::vector<Tensor>& w, int64_t directions, bool bf
 }
 
 // Packs one linear layer where PackedLinear's parts point to; a bias that there is not is zero.
-void pack_linear(const Kernels& k, Element element, const PackedLinear& to, const Tensor& weight, const Tensor& bias,
-                 const Tensor& scales) {
+void pack_linear(const Kernels& k, Element element, const PackedLinear& to, const Tensor& weight,
+                 const Tensor& bias, const Tensor& scales) {
   const int64_t N = to.N, K = to.K, panels = k.linear_panels(N);
   const bool integers = element == Element::int8;
   STD_TORCH_CHECK(has_sizes(weight, {N, K}) && (bias.numel() == 0 || has_sizes(bias, {N})) &&
@@ -68,7 +70,8 @@ void pack_linear(const Kernels& k, Element element, const PackedLinear& to, cons
     k.linear_pack_int8(data<int8_t>(weight), N, K, 0, panels, panels_at);
     std::memcpy(const_cast<float*>(to.scales), data(scales), N * sizeof(float));
   } else {
-    (element == Element::bfloat16 ? k.linear_pack_bfloat16 : k.linear_pack)(data(weight), N, K, 0, panels, panels_at);
+    (element == Element::bfloat16 ? k.linear_pack_bfloat16 : k.linear_pack)(data(weight), N, K, 0, panels,
+                                                                            panels_at);
   }
   for (int64_t n = 0; n < N; ++n) bias_at[n] = bias.numel() ? data(bias)[n] : 0.0f;
 }
@@ -110,9 +113,9 @@ std::vector<Tensor> block_pack(std::vector<Tensor> weights, int64_t directions, 
     for (int64_t d = 0; d < directions; ++d) {
       const Tensor* of = &w[kBlockWeights + kWeights * d];
       check_direction(of, m);
-      const Direction direction = {d,           data(of[0]), data(of[1]), data(of[2]), data(of[3]),
-                                   data(of[4]), data(of[5]), data(of[6]), false,       false,
-                                   nullptr};
+      const Direction direction = {d,           data(of[0]), data(of[1]), data(of[2]),
+                                   data(of[3]), data(of[4]), data(of[5]), data(of[6]),
+                                   false,       false,       nullptr};
       k.mixer_pack(m, direction, parts.directions + d * k.mixer_packed(m));
     }
     packed.push_back(to);
@@ -124,7 +127,8 @@ std::vector<Tensor> block_pack(std::vector<Tensor> weights, int64_t directions, 
 Tensor block_forward(const Tensor given_stream, std::vector<Tensor> first, std::vector<Tensor> packed,
                      std::vector<int64_t> reverse, double scale, double eps, bool bf16) {
   const Kernels& k = kernels();
-  const int64_t blocks = packed.size(), directions = blocks ? static_cast<int64_t>(reverse.size()) / blocks : 0;
+  const int64_t blocks = packed.size(),
+                directions = blocks ? static_cast<int64_t>(reverse.size()) / blocks : 0;
   const BlockSizes sizes = block_sizes(first, directions, bf16);
   STD_TORCH_CHECK(blocks * directions == static_cast<int64_t>(reverse.size()) && given_stream.dim() == 3,
                   "vimamba_cpu: blocks have unequal directions, or the stream is not (B, L, E)");

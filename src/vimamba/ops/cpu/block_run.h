@@ -1,8 +1,8 @@
 // How a run of blocks divides over threads: stretches of rows from one mixer to the next, and the mixers.
 //
-// Between two mixers a row meets no other: out_proj, the residual sum, the norm and in_proj go tile by tile through
-// the cache, so that a block reads the mixed tokens and writes xz and the stream once. The weights are packed
-// before, for any number of calls.
+// Between two mixers a row meets no other: out_proj, the residual sum, the norm and in_proj go tile by tile
+// through the cache, so that a block reads the mixed tokens and writes xz and the stream once. The weights
+// are packed before, for any number of calls.
 #pragma once
 
 #include <cstdint>
@@ -96,8 +96,7 @@ struct RowsScratch {
   RowsScratch(const BlockSizes& s, float* at) {
     out = at, normed = out + kRowsTogether * s.dim, rstd = normed + kRowsTogether * s.dim,
     scales = rstd + kRowsTogether, sums = reinterpret_cast<int32_t*>(scales + kRowsTogether),
-    wide = scales + 2 * kRowsTogether,
-    integers = reinterpret_cast<int8_t*>(wide + kRowsTogether * widest(s));
+    wide = scales + 2 * kRowsTogether, integers = reinterpret_cast<int8_t*>(wide + kRowsTogether * widest(s));
   }
 };
 
@@ -110,26 +109,28 @@ void widen(const void* bfloat16, int64_t count, float* to) {
 }
 
 // `count` contiguous rows of x through a linear layer, to contiguous rows.
-void multiply(const BlockRun& run, const PackedLinear& linear, const void* x, bool x_bf16, int64_t count, void* out,
-              bool out_bf16, const RowsScratch& s) {
+void multiply(const BlockRun& run, const PackedLinear& linear, const void* x, bool x_bf16, int64_t count,
+              void* out, bool out_bf16, const RowsScratch& s) {
   const Element element = run.sizes.element;
-  Product product = {element,     out_bf16, x,        linear.panels, linear.bias,
-                     out,         0,        linear.N, linear.N,      linear.K};
+  Product product = {element, out_bf16, x, linear.panels, linear.bias, out, 0, linear.N, linear.N, linear.K};
   product.x_stride = words_of(element, linear.K);
   if (x_bf16 && element != Element::bfloat16) {
     widen(x, count * linear.K, s.wide);
     product.x = s.wide;
   }
   if (element == Element::int8) {
-    run.k.linear_quantize(static_cast<const float*>(product.x), count, linear.K, s.integers, s.scales, s.sums);
-    product.x = s.integers, product.x_scales = s.scales, product.x_sums = s.sums, product.scales = linear.scales;
+    run.k.linear_quantize(static_cast<const float*>(product.x), count, linear.K, s.integers, s.scales,
+                          s.sums);
+    product.x = s.integers, product.x_scales = s.scales, product.x_sums = s.sums,
+    product.scales = linear.scales;
   }
   run.k.linear_multiply(product, 0, count, 0, run.k.linear_panels(linear.N));
 }
 
-// Rows [begin, begin + count) from the mixer of `before` (or the run's input) to that of `after` (or its output).
-void pass_rows(const BlockRun& run, const PackedBlock* before, const PackedBlock* after, int64_t begin, int64_t count,
-               const RowsScratch& s) {
+// Rows [begin, begin + count) from the mixer of `before` (or the run's input) to that of `after` (or its
+// output).
+void pass_rows(const BlockRun& run, const PackedBlock* before, const PackedBlock* after, int64_t begin,
+               int64_t count, const RowsScratch& s) {
   const int64_t dim = run.sizes.dim, inner = run.sizes.inner, bytes = run.bytes();
   const auto at = [bytes](const void* rows, int64_t elements) {
     return static_cast<char*>(const_cast<void*>(rows)) + elements * bytes;
@@ -148,7 +149,8 @@ void pass_rows(const BlockRun& run, const PackedBlock* before, const PackedBlock
   norm.normed_bf16 = run.sizes.element == Element::bfloat16;
   norm.normed = s.normed, norm.sum = total, norm.rstd = s.rstd;
   run.k.norm_forward(norm, 0, count);
-  multiply(run, after->in_proj, s.normed, norm.normed_bf16, count, at(run.xz, 2 * begin * inner), run.sizes.bf16, s);
+  multiply(run, after->in_proj, s.normed, norm.normed_bf16, count, at(run.xz, 2 * begin * inner),
+           run.sizes.bf16, s);
 }
 
 void pass(const BlockRun& run, const PackedBlock* before, const PackedBlock* after) {

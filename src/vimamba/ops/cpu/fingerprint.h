@@ -1,7 +1,9 @@
-// A fingerprint of weights, so that what was packed from them is known to be theirs however they were written.
+// A fingerprint of weights, so that what was packed from them is known to be theirs however they were
+// written.
 //
-// Layout: 256 bytes of the data at a time, each 8 bytes to a number of its own. A number turns and gains what is
-// read: a step that is one-to-one in either, so that no single change is lost. Reads memory at its full speed.
+// Layout: 256 bytes of the data at a time, each 8 bytes to a number of its own. A number turns and gains what
+// is read: a step that is one-to-one in either, so that no single change is lost. Reads memory at its full
+// speed.
 #pragma once
 
 #include "kernels.h"

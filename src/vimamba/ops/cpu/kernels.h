@@ -10,7 +10,7 @@
 
 namespace vimamba {
 
-constexpr int64_t kChunk = 64;  // steps between two saved states; CHUNK in vimamba/ops/sizes.py
+constexpr int64_t kChunk = 64;    // steps between two saved states; CHUNK in vimamba/ops/sizes.py
 constexpr int kFingerprint = 32;  // numbers of a fingerprint
 static inline int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
 

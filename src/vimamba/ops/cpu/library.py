@@ -1,7 +1,8 @@
-"""The shared library of C++ kernels: loading it, and the instruction set that it uses (AVX-512, AVX2 or portable).
+"""The shared library of C++ kernels: loading it, and the instruction set that it uses: portable, AVX2, AVX-512, or
+AVX-512 with products of bfloat16 and of 8-bit integers.
 
-VIMAMBA_CPU=avx512_bf16|avx512|avx2|portable forces an instruction set, VIMAMBA_CPU_LIBRARY=FILE takes another build of the
-kernels, such as the sanitized one of `make test-sanitized`.
+VIMAMBA_CPU=avx512_bf16|avx512|avx2|portable forces an instruction set, VIMAMBA_CPU_LIBRARY=FILE takes another build
+of the kernels, such as the sanitized one of `make test-sanitized`.
 """
 
 from __future__ import annotations

@@ -129,8 +129,7 @@ struct Sum<Element::bfloat16> {
   vf value = {};
 #if defined(VIMAMBA_AVX512_BF16)
   void add(vf w, const Word* x) {
-    value =
-        (vf)_mm512_dpbf16_ps((__m512)value, (__m512bh)(__m512)w, (__m512bh)_mm512_set1_epi32(x->bits));
+    value = (vf)_mm512_dpbf16_ps((__m512)value, (__m512bh)(__m512)w, (__m512bh)_mm512_set1_epi32(x->bits));
   }
 #else
   void add(vf w, const Word* x) {
@@ -261,7 +260,8 @@ void linear_multiply(const Product& p, int64_t begin, int64_t end, int64_t panel
 }
 
 // Rows of K numbers as 8-bit integers times a scale of their own, the largest 127; and their integers' sums.
-void linear_quantize(const float* x, int64_t rows, int64_t K, int8_t* integers, float* scales, int32_t* sums) {
+void linear_quantize(const float* x, int64_t rows, int64_t K, int8_t* integers, float* scales,
+                     int32_t* sums) {
   const int64_t stride = 4 * words_of(Element::int8, K);
   for (int64_t m = 0; m < rows; ++m) {
     const float* row = x + m * K;

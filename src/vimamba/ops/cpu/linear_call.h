@@ -40,7 +40,8 @@ void multiply_all(const Kernels& k, Product product, int64_t rows, const F& pack
   });
 }
 
-// x (..., K) weight^T (K, N) + bias (N,). A weight that is a transpose, as in the gradient of x, is read as it is.
+// x (..., K) weight^T (K, N) + bias (N,). A weight that is a transpose, as in the gradient of x, is read as
+// it is.
 Tensor linear(const Tensor given_x, const Tensor given_weight, const Maybe given_bias) {
   const Kernels& k = kernels();
   STD_TORCH_CHECK(given_weight.dim() == 2, "vimamba_cpu: weight is not (N, K)");
@@ -60,12 +61,13 @@ Tensor linear(const Tensor given_x, const Tensor given_weight, const Maybe given
   return out;
 }
 
-// The same with a weight of 8-bit integers, each output feature of a scale (N,) of its own, and with the rows of x
-// as 8-bit integers, each of a scale of its own.
+// The same with a weight of 8-bit integers, each output feature of a scale (N,) of its own, and with the rows
+// of x as 8-bit integers, each of a scale of its own.
 Tensor quantized_linear(const Tensor given_x, const Tensor given_weight, const Tensor given_scales,
                         const Maybe given_bias) {
   const Kernels& k = kernels();
-  const Tensor x = as_contiguous(given_x), weight = as_contiguous(given_weight), scales = as_contiguous(given_scales);
+  const Tensor x = as_contiguous(given_x), weight = as_contiguous(given_weight),
+               scales = as_contiguous(given_scales);
   const Maybe bias = as_contiguous(given_bias);
   STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == ScalarType::Char,
                   "vimamba_cpu: weight is not (N, K) 8-bit integers");
@@ -80,8 +82,9 @@ Tensor quantized_linear(const Tensor given_x, const Tensor given_weight, const T
   const int64_t parts = threads();
   for_each_task(parts, [&](int64_t part) {
     const int64_t begin = part * rows / parts, end = (part + 1) * rows / parts;
-    k.linear_quantize(data(x) + begin * K, end - begin, K, reinterpret_cast<int8_t*>(data(integers) + begin * words),
-                      row_scales + begin, row_sums + begin);
+    k.linear_quantize(data(x) + begin * K, end - begin, K,
+                      reinterpret_cast<int8_t*>(data(integers) + begin * words), row_scales + begin,
+                      row_sums + begin);
   });
   const Tensor out = new_outputs(x, N);
   Product product = {Element::int8, false, data(integers), nullptr, data(bias), data(out), words, N, N, K};

@@ -146,7 +146,7 @@ inline void for_each_delta(const Mixer& m, const PackedDirection& packed, int64_
 
 // delta' = softplus(delta) and delta' c for one block; the largest delta'.
 inline vf expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
-                         int64_t columns, int steps, const MixerScratch& s) {
+                       int64_t columns, int steps, const MixerScratch& s) {
   const int64_t c_stride = MixerScratch::padded(m);
   vf largest = {};
   for_each_delta(m, packed, i, projected, columns, steps, [&](int t, vf delta) {

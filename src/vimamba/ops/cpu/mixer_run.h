@@ -108,8 +108,8 @@ void clear_images_without_a_direction(const MixerCall& call) {
       std::memset(static_cast<char*>(m.out.data) + b * image, 0, image);
 }
 
-// Packs the weights, unless they are given packed, and runs all directions, divided in the way that keeps every
-// thread at work.
+// Packs the weights, unless they are given packed, and runs all directions, divided in the way that keeps
+// every thread at work.
 void mix(MixerCall& call) {
   const Mixer& m = call.mixer;
   const int64_t count = call.directions.size();
@@ -120,7 +120,8 @@ void mix(MixerCall& call) {
   const bool even = 2 * m.batch % threads() == 0 && !call.skips_any();
   const bool by_halves = !by_batch && opposite && even && m.length > 1;
   const int64_t projected = by_batch || by_halves ? 0 : m.batch * count * m.length * call.k.mixer_columns(m);
-  const int64_t packed = call.packed ? 0 : count * call.packed_floats, state = m.batch * count * call.state_floats;
+  const int64_t packed = call.packed ? 0 : count * call.packed_floats,
+                state = m.batch * count * call.state_floats;
   float* memory = scratch<1>(packed + state + projected);
   call.state = memory + packed;
   std::memset(call.state, 0, state * sizeof(float));

@@ -65,7 +65,8 @@ inline float sum(vf value) {
 
 inline vf widen(vh half) { return as_float((vi)(__builtin_convertvector(half, vu) << 16)); }
 
-// Round to nearest, ties to even; NaN stays NaN (quieted), as torch does it. (AVX512_BF16 takes denormals for zero.)
+// Round to nearest, ties to even; NaN stays NaN (quieted), as torch does it. (AVX512_BF16 takes denormals for
+// zero.)
 inline vh narrow(vf value) {
 #if defined(VIMAMBA_AVX512_BF16)
   return (vh)_mm512_cvtneps_pbh((__m512)value);
@@ -198,8 +199,8 @@ inline vf exp2(vf x) {
 #endif
 }
 
-// 2^x for -126 <= x <= 0 from x * 32, with a relative error of 6e-5: x * 32 = k + r with |r| <= 1/2, the 32 powers
-// 2^(i/32) in two registers, an exact scaling in the exponent's bits, and 1 + r ln2 / 32 for the rest.
+// 2^x for -126 <= x <= 0 from x * 32, with a relative error of 6e-5: x * 32 = k + r with |r| <= 1/2, the 32
+// powers 2^(i/32) in two registers, an exact scaling in the exponent's bits, and 1 + r ln2 / 32 for the rest.
 #if defined(VIMAMBA_AVX512)
 constexpr bool kHasCoarseExp2 = true;
 struct CoarseExp2 {
