@@ -2,6 +2,7 @@
 // valgrind and sanitizers. CONTRIBUTING.md has the commands; exits 1 and says what differs if anything does.
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <vector>
@@ -11,7 +12,9 @@
 using namespace vimamba;
 using std::vector;
 
-#if defined(VIMAMBA_AVX512)
+#if defined(VIMAMBA_AVX512_BF16)
+static const Kernels& k = kernels_avx512_bf16();
+#elif defined(VIMAMBA_AVX512)
 static const Kernels& k = kernels_avx512();
 #elif defined(VIMAMBA_AVX2)
 static const Kernels& k = kernels_avx2();
@@ -146,21 +149,107 @@ static void check_scan(int64_t D, int64_t L, int64_t N, bool reverse) {
   expect("scan backward", found, wanted, scale);
 }
 
+// The product in two halves of the panels, of M rows of `words` words each.
+static vector<float> multiply(Product product, int64_t M,
+                              const std::function<void(int64_t, int64_t, float*)>& pack) {
+  vector<float> out(M * product.N);
+  product.out = out.data();
+  const int64_t panels = k.linear_panels(product.N), half = panels / 2;
+  for (const auto& [first, last] : {std::pair{int64_t{0}, half}, {half, panels}}) {
+    vector<float> packed(k.linear_packed(last - first, words_of(product.element, product.K)));
+    product.packed = packed.data();
+    pack(first, last, packed.data());
+    k.linear_multiply(product, 0, M, first, last);
+  }
+  return out;
+}
+
+// The nearest bfloat16, ties to even.
+static uint16_t rounded(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+static float widened(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 static void check_linear(int64_t M, int64_t K, int64_t N) {
   const vector<float> x = normal(M * K), weight = normal(N * K), bias = normal(N);
-  vector<float> out(M * N);
-  const int64_t panels = k.linear_panels(N), half = panels / 2;
-  for (const auto [first, last] : {std::pair(int64_t{0}, half), std::pair(half, panels)}) {
-    vector<float> packed(k.linear_packed(last - first, K));
-    k.linear_pack(weight.data(), N, K, first, last, packed.data());
-    k.linear_multiply({x.data(), packed.data(), bias.data(), out.data(), K, N, N, K}, 0, M, first, last);
-  }
+  Product product = {Element::float32, false, x.data(), nullptr, bias.data(), nullptr, K, N, N, K};
+  const auto check = [&](const char* what, const vector<float>& out, auto x_at, auto weight_at) {
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t n = 0; n < N; ++n) {
+        double sum = bias[n];
+        for (int64_t i = 0; i < K; ++i) sum += double(x_at(m, i)) * weight_at(n, i);
+        expect(what, out[m * N + n], sum, 1 + std::sqrt(double(K)));
+      }
+  };
+  check(
+      "linear",
+      multiply(product, M,
+               [&](int64_t first, int64_t last, float* packed) {
+                 k.linear_pack(weight.data(), N, K, first, last, packed);
+               }),
+      [&](int64_t m, int64_t i) { return x[m * K + i]; },
+      [&](int64_t n, int64_t i) { return weight[n * K + i]; });
+
+  // Rows of bfloat16, padded to whole words.
+  const int64_t pairs = words_of(Element::bfloat16, K);
+  vector<uint16_t> halves(M * pairs * 2);
   for (int64_t m = 0; m < M; ++m)
-    for (int64_t n = 0; n < N; ++n) {
-      double sum = bias[n];
-      for (int64_t i = 0; i < K; ++i) sum += double(x[m * K + i]) * weight[n * K + i];
-      expect("linear", out[m * N + n], sum, 1 + std::sqrt(double(K)));
-    }
+    for (int64_t i = 0; i < K; ++i) halves[m * pairs * 2 + i] = rounded(x[m * K + i]);
+  product.element = Element::bfloat16, product.x = halves.data(), product.x_stride = pairs;
+  check(
+      "linear of bfloat16",
+      multiply(product, M,
+               [&](int64_t first, int64_t last, float* packed) {
+                 k.linear_pack_bfloat16(weight.data(), N, K, first, last, packed);
+               }),
+      [&](int64_t m, int64_t i) { return widened(rounded(x[m * K + i])); },
+      [&](int64_t n, int64_t i) { return widened(rounded(weight[n * K + i])); });
+
+  const int64_t words = words_of(Element::int8, K);
+  vector<int8_t> integers(M * words * 4), of_weight(N * K);
+  vector<float> scales(M), of_features(N, 0.01f);
+  vector<int32_t> sums(M);
+  for (int64_t i = 0; i < N * K; ++i)
+    of_weight[i] = int8_t(std::lround(std::fmax(-127.0f, std::fmin(127.0f, 50 * weight[i]))));
+  k.linear_quantize(x.data(), M, K, integers.data(), scales.data(), sums.data());
+  for (int64_t i = 0; i < M * K; ++i)
+    expect("integers", integers[i / K * words * 4 + i % K] * double(scales[i / K]), x[i],
+           1e5 * 0.51 * scales[i / K]);
+  product.element = Element::int8, product.x = integers.data(), product.x_stride = words;
+  product.x_scales = scales.data(), product.x_sums = sums.data(), product.scales = of_features.data();
+  check(
+      "linear of integers",
+      multiply(product, M,
+               [&](int64_t first, int64_t last, float* packed) {
+                 k.linear_pack_int8(of_weight.data(), N, K, first, last, packed);
+               }),
+      [&](int64_t m, int64_t i) { return integers[m * words * 4 + i] * scales[m]; },
+      [&](int64_t n, int64_t i) { return of_weight[n * K + i] * 0.01f; });
+}
+
+// Any change of a byte, and any length, gives other numbers.
+static void check_fingerprint() {
+  vector<uint8_t> bytes(1000, 7);
+  const auto numbers = [&](int64_t count) {
+    vector<uint64_t> sums(kFingerprint);
+    k.fingerprint(bytes.data(), count, sums.data());
+    return sums;
+  };
+  const vector<uint64_t> whole = numbers(1000);
+  for (const size_t at : {0, 255, 256, 700, 999}) {
+    bytes[at] ^= 64;
+    expect("fingerprint", whole == numbers(1000), 0, 1);
+    bytes[at] ^= 64;
+  }
+  expect("fingerprint", whole == numbers(1000), 1, 1);
 }
 
 // Sizes of a mixer of one direction, and which way round its convolution and its scan run.
@@ -209,9 +298,9 @@ static vector<double> plain_mixer(const Sizes& s, const vector<vector<double>>& 
 
 static void check_mixer(const Sizes& s) {
   const auto [D, L, N, R, conv_reverse, scan_reverse] = s;
-  vector<vector<float>> v = {normal(L * D),      normal(L * D),                normal(D * 4),
-                             normal(D),          normal((R + 2 * N) * D, 0.2), normal(D * R, 0.3),
-                             normal(D, 1, -2),   normal(D * N, 0.5),           normal(D)};
+  vector<vector<float>> v = {
+      normal(L * D),      normal(L * D),    normal(D * 4),      normal(D), normal((R + 2 * N) * D, 0.2),
+      normal(D * R, 0.3), normal(D, 1, -2), normal(D * N, 0.5), normal(D)};
   vector<double> terms(L * D);
   auto shifted = [&](double step, const vector<vector<float>>& along) {
     vector<vector<double>> doubles;
@@ -257,8 +346,7 @@ static void check_mixer(const Sizes& s) {
     k.mixer_scan(mixer, way, packed.data(), 0, begin, end, 0, blocks, nullptr, state.data(), true, true,
                  scratch.data());
   const vector<double> plain = shifted(0, v);
-  for (int64_t i = 0; i < L * D; ++i)
-    expect("mixer", out[i], 0.5 * gates[i / D] * plain[i], 1 + terms[i]);
+  for (int64_t i = 0; i < L * D; ++i) expect("mixer", out[i], 0.5 * gates[i / D] * plain[i], 1 + terms[i]);
 
   // Gradients, which are of a mixer without gates, as those of the scan.
   mixer.gates = nullptr;
@@ -268,8 +356,8 @@ static void check_mixer(const Sizes& s) {
   packed.resize(k.mixer_backward_packed(mixer)), scratch.resize(k.mixer_backward_scratch(mixer));
   vector<float> sums(k.mixer_backward_sums(mixer));
   k.mixer_backward_pack(mixer, way, packed.data());
-  k.mixer_backward(mixer, way, {.dout = rows(dout), .dx = rows(grads[0]), .dz = rows(grads[1])}, packed.data(),
-                   0, true, sums.data(), scratch.data());
+  k.mixer_backward(mixer, way, {.dout = rows(dout), .dx = rows(grads[0]), .dz = rows(grads[1])},
+                   packed.data(), 0, true, sums.data(), scratch.data());
   k.mixer_backward_unpack(mixer, packed.data(), sums.data(),
                           {.conv_weight = grads[2].data(),
                            .conv_bias = grads[3].data(),
@@ -297,6 +385,7 @@ static void check_mixer(const Sizes& s) {
 }
 
 int main() {
+  check_fingerprint();
   for (const int64_t M : {1, 7, 50}) check_linear(M, 37, 101), check_linear(M, 3, 5);
   for (const bool reverse : {false, true}) {
     for (const int64_t N : {1, 5, 16, 19}) check_scan(37, 131, N, reverse);
