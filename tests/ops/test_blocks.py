@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import vimamba.models.token_model as token_model
 from vimamba.layers.block import Block
@@ -292,3 +293,35 @@ def test_other_designs_are_not_joined(options):
     assert Block(BidirectionalMixer(24, **options), RMSNorm(24)).joined() is None
     assert Block(BidirectionalMixer(24), RMSNorm(24), drop_path=0.5).train().joined() is None
     assert Block(BidirectionalMixer(24), RMSNorm(24), drop_path=0.5).eval().joined() is not None
+
+
+class Rounded(Tensor):
+    """Stands for a weight in bfloat16, as quantisation libraries' tensors do: it knows PyTorch's operators only."""
+
+    @staticmethod
+    def __new__(cls, weight: Tensor):
+        return Tensor._make_wrapper_subclass(cls, weight.shape, dtype=torch.float32)
+
+    def __init__(self, weight: Tensor) -> None:
+        self.kept = weight.bfloat16()
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, _types, arguments=(), keywords=None):
+        if operator.namespace != "aten":
+            raise NotImplementedError(f"Rounded knows no {operator}")
+        if operator is torch.ops.aten.detach.default:
+            return cls(arguments[0].kept)
+        arguments, keywords = tree_map_only(cls, lambda t: t.kept.float(), (arguments, keywords or {}))
+        return operator(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("projection", ["in_proj", "out_proj", "x_proj", "dt_proj"])
+def test_a_weight_that_is_no_plain_tensor_is_left_to_its_layer(projection):
+    model, x = timm.create_model("vim_nano").eval(), torch.randn(1, 3, 28, 28)
+    rounded, plain = copy.deepcopy(model), copy.deepcopy(model)
+    for of_rounded, of_plain in zip(rounded.layers, plain.layers, strict=True):
+        weight = getattr(of_plain.mixer, projection).weight.data
+        weight.copy_(weight.bfloat16())
+        getattr(of_rounded.mixer, projection).weight = nn.Parameter(Rounded(weight), requires_grad=False)
+    with torch.no_grad():
+        assert torch.allclose(rounded(x), plain(x), atol=1e-5)

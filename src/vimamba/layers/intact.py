@@ -14,14 +14,19 @@ from torch import nn
 from torch.nn.modules import module as registry
 
 
+_PLAIN = (nn.Parameter, torch.Tensor, type(None))
+
+
 def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether `module` is of exactly one of these types, with neither hooks nor a forward method of its own."""
+    """Whether `module` is of exactly one of these types, with neither hooks nor a forward method of its own, and its
+    weights are tensors and not what stands for one (as torchao's do)."""
     return type(module) in kinds and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or any(type(weight) not in _PLAIN for weight in module._parameters.values())
     )
 
 
