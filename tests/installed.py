@@ -142,6 +142,7 @@ def main(dist: Path, wanted: list[str]) -> None:
     turns += [(python, "oldest", packages[:1]) for python in here[1:]]
     rows = [HEAD, ("---",) * len(HEAD)]
     for turn in turns:
+        print(f"{turn[0]}, {turn[1]} PyTorch", flush=True)
         for row in check(*turn):
             print(*row, sep=", ", flush=True)
             rows.append(row)
