@@ -90,11 +90,13 @@ wheels: install
 	$(BIN)/python -c "from scikit_build_core.build import build_sdist; build_sdist('$(DIST)')"
 	ls -l $(DIST)
 
-# Their operators' tests in clean environments without a compiler (gigabytes for each Python), the Arm kernels in qemu.
+# Their operators' tests in clean environments without a compiler, one at a time: each Python with the oldest PyTorch and the
+# newest, and a table of what ran; the Arm kernels in qemu.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 KERNELS := src/vimamba/ops/cpu
 test-wheels: install
 	which aarch64-linux-gnu-g++ qemu-aarch64 || apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user
+	mkdir -p build
 	aarch64-linux-gnu-g++ -std=c++20 -O2 -static -I$(KERNELS) tests/ops/cpu_kernels_alone.cpp $(KERNELS)/kernels.cpp -o build/alone
 	qemu-aarch64 build/alone
 	$(BIN)/python -m tests.installed $(DIST) $(PYTHONS)
