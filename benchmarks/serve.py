@@ -1,14 +1,15 @@
 """A server under load: time of a request, throughput beside the predictor in a loop, lost and mixed answers, memory.
 
-`python benchmarks/serve.py [--seconds 600]` serves a model in a process of its own, and asks it from threads of this
+`python benchmarks/serve.py [--seconds 600]` serves a model in a process of its own, and asks it from clients in this
 one, each with one request after the other. A share of the requests is bad, in five ways. The model is untrained and its
-images are noise, of which each has another answer. Memory is what the kernel counts as the server's own (RssAnon).
+images are noise, of which each has another answer. Memory is what the kernel counts as the server's own (RssAnon). The
+clients share the server's cores: they are one thread, whose own time is told too.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
+import asyncio
 import io
 import json
 import random
@@ -17,7 +18,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from vimamba.tasks.weights import ModelCard, save_model
 
 CLASSES, IMAGES = 10, 64
 WARM_S = 20.0  # after which memory and times count
+LONGEST_S = 60.0  # that a client waits
 CLOSE = 2e-5  # of a probability: the same model in batches of other sizes
 TARGETS = {"p99 / p50": 5.0, "throughput / loop": 0.8, "growth MB": 50.0}
 BAD = {b"": 422, b"not an image": 422, b"\x89PNG\r\n\x1a\n" + bytes(200): 422, b"\0" * 2_000_000: 413}
@@ -121,20 +122,20 @@ def under_load(run: Path, files: list[bytes], expected: list[dict[str, float]], 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         port = int(re.findall(r":(\d+) ", process.stdout.readline())[0])
-        asked: list[Asked] = []
-        start = time.monotonic()
+        start, asked = time.monotonic(), []  # type: tuple[float, list[Asked]]
         until = start + WARM_S + options.seconds
-        clients = [
-            threading.Thread(target=ask, args=(port, files, expected, options.bad, until, i, asked))
-            for i in range(options.clients)
-        ]
-        for client in clients:
-            client.start()
-        time.sleep(WARM_S)
-        warm = memory(process.pid)
-        for client in clients:
-            client.join()
-        grown = memory(process.pid) - warm
+
+        async def clients() -> int:
+            asking = [ask(port, files, expected, options.bad, until, i, asked) for i in range(options.clients)]
+            together = asyncio.gather(*asking)
+            await asyncio.sleep(WARM_S)
+            warm = memory(process.pid)
+            await together
+            return memory(process.pid) - warm
+
+        own = time.process_time()
+        grown = asyncio.run(clients())
+        own = (time.process_time() - own) / (time.monotonic() - start)
         process.send_signal(signal.SIGTERM)
     counted = [one for one in asked if one.when > start + WARM_S]
     times = np.array([one.seconds for one in counted if one.good])
@@ -145,32 +146,42 @@ def under_load(run: Path, files: list[bytes], expected: list[dict[str, float]], 
         "lost": sum(fault.startswith("lost") for fault in faults), "mixed": faults.count("mixed"),
         "kinds of fault": {fault: faults.count(fault) for fault in {*faults}},
         "p50 ms": 1000 * p50, "p99 ms": 1000 * p99, "p99 / p50": p99 / p50, "images/s": len(times) / options.seconds,
-        "growth MB": grown / 1e6, "exit status": process.returncode,
+        "clients' cores": own, "growth MB": grown / 1e6, "exit status": process.returncode,
     }  # fmt: skip
 
 
-def ask(
+async def ask(
     port: int, files: list[bytes], expected: list[dict[str, float]], bad: float, until: float, seed: int,
     asked: list[Asked],
 ) -> None:  # fmt: skip
     """One client: a request after the other on one connection, again on a new one where that ended."""
-    draw, connection = random.Random(seed), http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    draw, connection = random.Random(seed), None
     while time.monotonic() < until:
         good, which = draw.random() >= bad, draw.randrange(len(files))
         body = files[which] if good else draw.choice([*BAD, files[which][: len(files[which]) // 2]])
         start, fault = time.monotonic(), ""
         try:
-            connection.request("POST", f"/predict?top={CLASSES}", body)
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-            if response.status != (200 if good else BAD.get(body, 422)):
-                fault = f"status {response.status}"
+            connection = connection or await asyncio.open_connection("127.0.0.1", port)
+            status, answer, ends = await asyncio.wait_for(posted(*connection, body), LONGEST_S)
+            if status != (200 if good else BAD.get(body, 422)):
+                fault = f"status {status}"
             elif good and mixed(answer, expected[which]):
                 fault = "mixed"
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            connection.close()
-            fault = f"lost ({type(error).__name__})"
+        except (OSError, EOFError, asyncio.TimeoutError, ValueError) as error:
+            ends, fault = True, f"lost ({type(error).__name__})"
         asked.append(Asked(start, time.monotonic() - start, good, fault))
+        if ends and connection:
+            connection[1].close()
+            connection = None
+
+
+async def posted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes) -> tuple[int, Any, bool]:
+    """Status and JSON of the answer to a request, and whether its connection ends with it."""
+    head = b"POST /predict?top=%d HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % (CLASSES, len(body))
+    writer.write(head + body)
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = int(re.findall(rb"content-length: (\d+)", head)[0])
+    return int(head.split()[1]), json.loads(await reader.readexactly(length)), b"connection: close" in head
 
 
 def mixed(answer: dict[str, Any], expected: dict[str, float]) -> bool:

@@ -191,7 +191,7 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "dynamic_size": [Value("true")],
         "with_preprocessing": [Value("true")],
         "portable": [Value("true")],
-        "operator": [Value("vimamba"), Value("standard")],
+        "operator": [Value("vimamba"), Value("microsoft"), Value("standard")],
         "int8": [Value("true", "--data $photos")],
         "data": [same("$other")],
         "runtime": [Value("$out", "--format web", refused="--runtime $out: has no ort.wasm.bundle.min.mjs; ")],

@@ -34,9 +34,10 @@ class ExportOptions:
         img_size: height and width of the images, or one number; the model's own if not given
         dynamic_size: take images of any size from half the model's own up, to segment (of onnx) any over 32 pixels
         with_preprocessing: take uint8 RGB (batch, height, width, 3) that has its size, and give probabilities
-        portable: of onnx, use standard operators only, for other runtimes than ONNX Runtime
-        operator: of onnx, what computes the scan: ONNX Runtime's own operator (stock); that of a library for ONNX
-            Runtime, whose file vimamba.onnx_library() names (vimamba), the fastest; or that of opset 27 (standard)
+        portable: of onnx, write opset 18, which other runtimes than ONNX Runtime know
+        operator: of onnx, what computes the scan: a loop of standard operators (stock); the operator of a library for
+            ONNX Runtime, whose file vimamba.onnx_library() names (vimamba), the fastest; ONNX Runtime's own
+            LinearAttention (microsoft); or that of opset 27 (standard)
         int8: of onnx, multiply matrices in 8-bit integers; --data says what is measured before and after
         data: images to check with, as eval takes them; built-in digits if not given
         runtime: of web, folder with onnxruntime-web's files, to be copied; the page loads them from a CDN if not given

@@ -1,6 +1,6 @@
 """The operators vimamba::* as PyTorch code of which torch.onnx knows every step.
 
-Layouts: B batch, L length, D dim, N state, T steps of a chunk, K chunks.
+Layouts: B batch, L length, D dim, N state.
 """
 
 from __future__ import annotations
@@ -15,15 +15,30 @@ from torch._higher_order_ops.scan import scan_op
 
 from vimamba.ops.direction import Direction, directions_of
 
-CHUNK = 16
-"""Steps of the scan that stand in the graph one by one; a loop goes over such chunks."""
-
 STANDARD_OPSET = 27
 """The first with LinearAttention."""
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """u (B, L, D), delta (B, L, D), A (D, N), B and C (B, L, N) to the states read by C, (B, L, D)."""
-Softplus = Callable[[Tensor], Tensor]
+
+
+def steps(u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
+    """The scan in standard operators: a loop over the steps, of which nothing but the outputs leaves the cache.
+
+    Channels are the last axis, along which every operator in the loop is vectorised: with (D, N) it takes twice as
+    long, and larger steps, or decays computed before the loop, take longer too.
+    """
+
+    def step(h_BND: Tensor, v_B1D: Tensor, delta_B1D: Tensor, B_BN1: Tensor, C_B1N: Tensor, A_ND: Tensor) -> Any:
+        h_BND = h_BND * (delta_B1D * A_ND).exp() + v_B1D * B_BN1
+        return h_BND, C_B1N @ h_BND
+
+    (batch, _, dim), state = u_BLD.shape, A_DN.shape[1]
+    v_LB1D, delta_LB1D, C_LB1N = (x.transpose(0, 1)[:, :, None] for x in (delta_BLD * u_BLD, delta_BLD, C_BLN))
+    B_LBN1 = B_BLN.transpose(0, 1)[..., None]
+    start = u_BLD.new_zeros(batch, state, dim)
+    _, y_LB1D = scan_op(step, [start], [v_LB1D, delta_LB1D, B_LBN1, C_LB1N], [A_DN.T])
+    return y_LB1D[:, :, 0].transpose(0, 1)
 
 
 def linear_attention(u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
@@ -57,52 +72,14 @@ def _gated(
     )[0]  # fmt: skip
 
 
-def chunked(u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
-    """The scan in standard operators: a loop over chunks, of which all decays and inputs are computed at once."""
-    batch, length, dim = u_BLD.shape
-
-    def in_chunks(x: Tensor) -> Tensor:
-        padded = F.pad(x, (0, 0, 0, -length % CHUNK))  # steps of size 0 leave the state as it is
-        return padded.transpose(0, 1).reshape(-1, CHUNK, batch, x.shape[-1])
-
-    def chunk(h_1BDN: Tensor, u_TBD: Tensor, delta_TBD: Tensor, B_TBN: Tensor, C_TBN: Tensor, A_DN: Tensor) -> Any:
-        decay_TBDN = (delta_TBD[..., None] * A_DN).exp()
-        inputs_TBDN = (delta_TBD * u_TBD)[..., None] * B_TBN[..., None, :]
-        states = []
-        for decay_1BDN, input_1BDN in zip(decay_TBDN.split(1), inputs_TBDN.split(1), strict=True):
-            h_1BDN = h_1BDN * decay_1BDN + input_1BDN
-            states.append(h_1BDN)
-        y_TBD = (torch.cat(states) @ C_TBN[..., None])[..., 0]
-        return h_1BDN.clone(), y_TBD
-
-    start = u_BLD.new_zeros(1, batch, dim, A_DN.shape[1])
-    _, y_KTBD = scan_op(chunk, [start], [in_chunks(x) for x in (u_BLD, delta_BLD, B_BLN, C_BLN)], [A_DN])
-    return y_KTBD.flatten(0, 1).transpose(0, 1)[:, :length]
-
-
-def softplus_in_one(x: Tensor) -> Tensor:
-    """ONNX's operator, which does not overflow: torch.onnx would add PyTorch's threshold to it."""
-    return torch.onnx.ops.symbolic("Softplus", (x,), dtype=x.dtype, shape=x.shape)
-
-
-def softplus_in_steps(x: Tensor) -> Tensor:
-    """max(x, 0) + log(1 + w) with w = exp(-|x|): ONNX Runtime vectorises these, and not its Softplus.
-
-    What 1 + w loses of a small w is put back, to the last bits of float32.
-    """
-    w = (-x.abs()).exp()
-    more_than_one = 1 + w
-    return x.relu() + (more_than_one.log() - (more_than_one - 1 - w))
-
-
-def unfused(scan: Scan, softplus: Softplus) -> Callable[..., Any]:
+def unfused(scan: Scan) -> Callable[..., Any]:
     """The mixer in operators of the runtime's, around a scan."""
 
     def mixer(xz_BLE, weights, reverse, scale, gates, save_states, backend):
         x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
         total = None
         for r, direction in enumerate(directions_of(weights, reverse)):
-            y = _one_direction(scan, softplus, x_BLD, direction)
+            y = _one_direction(scan, x_BLD, direction)
             y = y if gates is None else y * gates[..., r : r + 1]
             total = y if total is None else total + y
         assert total is not None
@@ -136,14 +113,15 @@ class Lowering(NamedTuple):
 
 
 LOWERINGS = {
-    "stock": Lowering(unfused(linear_attention, softplus_in_steps), 21),
+    "stock": Lowering(unfused(steps), 21),
     "vimamba": Lowering(fused_mixer, 21),
-    "standard": Lowering(unfused(standard_attention, softplus_in_steps), STANDARD_OPSET),
-    "portable": Lowering(unfused(chunked, softplus_in_one), 18),
+    "microsoft": Lowering(unfused(linear_attention), 21),
+    "standard": Lowering(unfused(standard_attention), STANDARD_OPSET),
+    "portable": Lowering(unfused(steps), 18),
 }
 
 
-def _one_direction(scan: Scan, softplus: Softplus, x_BLD: Tensor, direction: Direction) -> Tensor:
+def _one_direction(scan: Scan, x_BLD: Tensor, direction: Direction) -> Tensor:
     """Convolution, projections and scan; where it runs backwards the sequence is turned once, and turned back."""
     turned = direction.conv_reverse and direction.scan_reverse
     c_BLD = _conv(x_BLD.flip(1) if turned else x_BLD, direction, direction.conv_reverse and not turned)
@@ -151,7 +129,7 @@ def _one_direction(scan: Scan, softplus: Softplus, x_BLD: Tensor, direction: Dir
         c_BLD = c_BLD.flip(1)
     rank, state = direction.dt_proj_weight.shape[1], direction.A_log.shape[1]
     dt_BLR, B_BLN, C_BLN = F.linear(c_BLD, direction.x_proj_weight).split([rank, state, state], dim=-1)
-    delta_BLD = softplus(F.linear(dt_BLR, direction.dt_proj_weight, direction.dt_bias))
+    delta_BLD = _softplus(F.linear(dt_BLR, direction.dt_proj_weight, direction.dt_bias))
     y_BLD = scan(c_BLD, delta_BLD, direction.decay_rates, B_BLN, C_BLN) + direction.D * c_BLD
     return y_BLD.flip(1) if direction.scan_reverse else y_BLD
 
@@ -163,6 +141,16 @@ def _conv(x_BLD: Tensor, direction: Direction, reverse: bool) -> Tensor:
     padded = F.pad(x_BLD.transpose(1, 2), (0, width - 1) if reverse else (width - 1, 0))
     weight_D1W = weight_D1W.flip(-1) if reverse else weight_D1W
     return F.silu(F.conv1d(padded, weight_D1W, direction.conv_bias, groups=dim)).transpose(1, 2)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """max(x, 0) + log(1 + w) with w = exp(-|x|): ONNX Runtime vectorises these, and not its Softplus.
+
+    What 1 + w loses of a small w is put back, to the last bits of float32.
+    """
+    w = (-x.abs()).exp()
+    more_than_one = 1 + w
+    return x.relu() + (more_than_one.log() - (more_than_one - 1 - w))
 
 
 def _pool(x_BCHW: Tensor, size: list[int]) -> Tensor:

@@ -22,7 +22,7 @@ from vimamba.export.source import Source, load_source
 from vimamba.export.writing import Graph, export
 from vimamba.ops.cpu.library import onnx_library
 
-Operator = Literal["stock", "vimamba", "standard"]
+Operator = Literal["stock", "vimamba", "microsoft", "standard"]
 TOLERANCE = 1e-4
 OF_OBJECTS = 1e-3  # a box goes through up to three stages, and the exponential function in each
 WRITTEN = 21  # the last opset that every torch.onnx here writes
@@ -43,9 +43,10 @@ def export_onnx(
         source: what `load_source` gives or takes.
         path: of the file; weights of more than 2 GB lie beside it under its name with ".data" at the end.
         img_size, dynamic_size, with_preprocessing: as of `Graph`.
-        portable: use standard operators only, no operator of ONNX Runtime's own.
-        operator: what computes the scan: "stock", ONNX Runtime's own operator; "vimamba", that of our library for ONNX
-            Runtime (`vimamba.onnx_library()`); or "standard", that of opset 27.
+        portable: as "stock", in opset 18.
+        operator: what computes the scan: "stock", a loop of standard operators; "vimamba", the operator of our library
+            for ONNX Runtime (`vimamba.onnx_library()`); "microsoft", ONNX Runtime's LinearAttention; or "standard",
+            that of opset 27.
         samples: images to check with; built-in digits if not given.
 
     Raises:
