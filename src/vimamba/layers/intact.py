@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.modules import module as registry
 
-
 _PLAIN = (nn.Parameter, torch.Tensor, type(None))
 
 
