@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from vimamba.cli import COMMANDS
+from vimamba.ops.cpu import library
 
 
 def test_models_lists_size_and_cost(vimamba):
@@ -34,7 +35,10 @@ def test_info_tells_backends_and_why_not(vimamba):
     assert status == 0
     assert facts["backends"]["torch"] is None
     assert facts["packages"]["torch"]
-    assert "scan backends" in vimamba("info")[1]
+    shown = vimamba("info")[1]
+    assert "scan backends" in shown
+    if facts["backends"]["cpu"] is None:
+        assert f"usable ({library.instruction_set()})" in shown
 
 
 def test_help_lists_every_command(vimamba):

@@ -40,7 +40,7 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
             console.print(f"  {name:<16} {escape(value) if value else '[dim]not installed[/]'}")
     console.print("\n[bold]scan backends[/]")
     for name, reason in facts["backends"].items():
-        state = "[green]usable[/]" if reason is None else f"[yellow]not usable:[/] {escape(reason)}"
+        state = f"[yellow]not usable:[/] {escape(reason)}" if reason else f"[green]usable[/]{_how(name)}"
         console.print(f"  {name:<16} {state}")
     return 0
 
@@ -78,6 +78,11 @@ def devices() -> dict[str, str]:
     if torch.backends.mps.is_available():
         found["mps"] = "usable"
     return found
+
+
+def _how(backend: str) -> str:
+    """What a backend says of itself behind its name, such as its instruction set."""
+    return str(importlib.import_module("vimamba.ops.backends").load(backend)).removeprefix(backend)
 
 
 def backends() -> dict[str, str | None]:

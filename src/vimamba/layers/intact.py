@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as registry
 
-
-_PLAIN = (nn.Parameter, torch.Tensor, type(None))
+_PLAIN = (nn.Parameter, torch.Tensor, type(None), FakeTensor, FunctionalTensor)
+"""Types of weights that are no more than their numbers; the last two, while a model is traced."""
 
 
 def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
