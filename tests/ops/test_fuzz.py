@@ -66,6 +66,7 @@ def defaults(draw: Draws) -> Iterator[None]:
 
 def error(found: Tensor, truth: Tensor) -> float:
     """The norm of the difference beside the truth's, or beside a tenth of a unit an element where that is more."""
+    truth = truth.detach()
     scale = truth.norm().clamp(min=0.1 * max(1, truth.numel()) ** 0.5)
     return float((found.detach().double() - truth).norm() / scale)
 
