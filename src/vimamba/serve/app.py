@@ -11,12 +11,14 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import prometheus_client
+import torch
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client.multiprocess import mark_process_dead
 from starlette.exceptions import HTTPException
 
+from vimamba.data.loaders import Item
 from vimamba.errors import UserError, require
 from vimamba.inference.answers import Asked
 from vimamba.inference.predictor import Predictor
@@ -33,6 +35,7 @@ from vimamba.tasks.results import Classification
 from vimamba_command import package_version
 
 PATHS = {"/", "/predict", "/health", "/metrics", "/openapi.json"}
+LANES = 2  # on a CPU, where the threads of one batch wait for each other whenever one of them serves requests instead
 
 
 class Service:
@@ -50,10 +53,15 @@ class Service:
         self.scores_alone = issubclass(predictor.task.result, Classification)  # of which an answer takes no time
         self.max_pixels = options.max_pixels(predictor.task.name, len(predictor.class_names))
         self.threads = ThreadPoolExecutor(max(1, cores()), "images")
+        self.cores = torch.get_num_threads()
+        lanes = LANES if predictor.device.type == "cpu" and self.cores > 1 else 1
         self.batcher = Batcher(
-            lambda items: list(predictor.results(items)), options.max_batch, options.max_wait_ms / 1000,
-            options.max_queue, self.numbers.batch,
-        )  # fmt: skip
+            self._results, options.max_batch, options.max_wait_ms / 1000, options.max_queue, self.numbers.batch, lanes
+        )
+
+    def _results(self, items: list[Item], busy: int) -> list[Any]:
+        torch.set_num_threads(max(1, self.cores // busy))  # of this thread
+        return list(self.predictor.results(items))
 
     async def predict(self, request: Request, asked: Asked, masks: bool, heat: bool) -> JSONResponse:
         """Answer a request.
@@ -99,10 +107,7 @@ class Service:
     async def _with_heat(self, body: Any, item: Any) -> Any:
         if isinstance(body, Exception):
             return body
-        loop = asyncio.get_running_loop()
-        heat_hw = await loop.run_in_executor(
-            self.batcher.thread, heat_of, self.predictor, item.image
-        )  # between batches
+        heat_hw = await self.batcher.alone(heat_of, self.predictor, item.image)
         return body | {"heat_map": await self._threaded(heat_map, self.predictor, item.image, heat_hw)}
 
     def _item(self, upload: Upload, share: Share) -> Any:

@@ -7,6 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from threading import Lock, Semaphore
 from typing import Any, NamedTuple
 
 from vimamba.errors import UserError
@@ -22,28 +24,31 @@ class Waiting(NamedTuple):
 
 
 class Batcher:
-    """A queue before one model that one thread runs.
+    """A queue before one model that a few threads run, its lanes.
 
-    A batch begins when the first image waits and the model is free, and is looked at when it is full or the first has
-    waited long enough; images whose request has gone are left out.
+    A batch begins when the first image waits and a lane is free, and is looked at when it is full or the first has
+    waited long enough; lanes that are free share what waits. Images whose request has gone are left out.
 
     Args:
-        results: what the model says of items, one result each; called in a thread of its own.
+        results: what the model says of items, one result each; called in a lane, and told how many lanes are busy.
         max_batch: items in a call.
         max_wait_s: seconds that the first waits for others.
         max_queue: items that may wait.
         done: told the size of each batch and its seconds.
+        lanes: batches that are looked at at once.
     """
 
     def __init__(
-        self, results: Callable[[list[Any]], list[Any]], max_batch: int, max_wait_s: float, max_queue: int,
-        done: Callable[[int, float], None] = lambda size, seconds: None,
+        self, results: Callable[[list[Any], int], list[Any]], max_batch: int, max_wait_s: float, max_queue: int,
+        done: Callable[[int, float], None] = lambda size, seconds: None, lanes: int = 1,
     ):  # fmt: skip
         self.results, self.done = results, done
+        self.lanes, self.busy = lanes, 0
+        self.free, self.turn = Semaphore(lanes), Lock()  # of threads, which go on where a request is given up
         self.max_batch, self.max_wait_s, self.max_queue = max_batch, max_wait_s, max_queue
         self.queue: deque[Waiting] = deque()
         self.arrived = asyncio.Event()
-        self.thread = ThreadPoolExecutor(1, "model")
+        self.threads = ThreadPoolExecutor(lanes, "model")
 
     def check_room(self, count: int) -> None:
         """Refuse what there is no room for.
@@ -71,15 +76,31 @@ class Batcher:
 
     async def run(self) -> None:
         """Answer until cancelled."""
+        await asyncio.gather(*(self._lane() for _ in range(self.lanes)))
+
+    async def alone(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of a call during which no batch is looked at."""
+
+        def undisturbed() -> Any:
+            with self.turn, ExitStack() as held:  # of two calls that have a lane each neither would get both
+                for _ in range(self.lanes):
+                    held.enter_context(self.free)
+                return call(*arguments)
+
+        return await asyncio.get_running_loop().run_in_executor(self.threads, undisturbed)
+
+    async def _lane(self) -> None:
         while True:
             batch = await self._next_batch()
             if not batch:
                 continue
-            start = time.monotonic()
-            call = asyncio.get_running_loop().run_in_executor(self.thread, self._looked_at, [w.item for w in batch])
+            self.busy += 1
+            start, items = time.monotonic(), [one.item for one in batch]
+            call = asyncio.get_running_loop().run_in_executor(self.threads, self._in_lane, items, self.busy)
             for one, answer in zip(batch, await call, strict=True):
                 if not one.answer.done():
                     one.answer.set_result(answer)
+            self.busy -= 1
             self.done(len(batch), time.monotonic() - start)
 
     async def _next_batch(self) -> list[Waiting]:
@@ -87,22 +108,27 @@ class Batcher:
             self.arrived.clear()
             await self.arrived.wait()
         until = self.queue[0].since + self.max_wait_s
-        while len(self.queue) < self.max_batch and (left := until - time.monotonic()) > 0:
+        while 0 < len(self.queue) < self.max_batch and (left := until - time.monotonic()) > 0:
             self.arrived.clear()
             try:
                 await asyncio.wait_for(self.arrived.wait(), left)
             except asyncio.TimeoutError:
                 break
-        taken = [self.queue.popleft() for _ in range(min(self.max_batch, len(self.queue)))]
+        share = -(-len(self.queue) // (self.lanes - self.busy))
+        taken = [self.queue.popleft() for _ in range(min(self.max_batch, share))]
         return [one for one in taken if not one.answer.done()]
 
-    def _looked_at(self, items: list[Any]) -> list[Any]:
+    def _in_lane(self, items: list[Any], busy: int) -> list[Any]:
+        with self.free:
+            return self._looked_at(items, busy)
+
+    def _looked_at(self, items: list[Any], busy: int) -> list[Any]:
         """Each item's result, or what went wrong with it: one that spoils a batch is found by itself."""
         try:
-            return self.results(items)
+            return self.results(items, busy)
         except Exception as error:
             if len(items) > 1:
-                return [answer for item in items for answer in self._looked_at([item])]
+                return [answer for item in items for answer in self._looked_at([item], busy)]
             return [error if isinstance(error, UserError) else Failed(error)]
 
 
