@@ -96,6 +96,19 @@ def test_every_backend_computes_what_the_modules_do(backend, dtype):
     assert error(y, truth(made, stream)) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
+def test_many_rows_are_computed_without_remembering(each_set):
+    from vimamba.ops.cpu import _MANY_ROWS, _PACKED
+
+    made = layers(3, bias=True)
+    few, many = torch.randn(1, 50, 24), torch.randn(2, _MANY_ROWS // 2, 24)
+    for dtype in (torch.float32, torch.bfloat16):
+        y = blocks(many, weights_of(made), 0.5, dtype=dtype, backend="cpu")
+        assert made[0].norm.weight not in _PACKED
+        assert error(y, truth(made, many)) < (1e-6 if dtype == torch.float32 else 1e-2)
+    blocks(few, weights_of(made), 0.5, backend="cpu")
+    assert made[0].norm.weight in _PACKED
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_half_the_size_are_taken(dtype):

@@ -173,10 +173,16 @@ class CPU(Backend):
     def blocks(
         self, stream: Tensor, weights: Sequence[BlockWeights], scale: float, eps: float, dtype: torch.dtype
     ) -> Tensor:
-        """With bfloat16 activations in that type, else in float32."""
+        """With bfloat16 activations in that type, else in float32.
+
+        The weights are packed once and remembered, but for so many rows that packing them each time takes no time
+        beside the products, and what is remembered would be memory for nothing.
+        """
         bf16, count = dtype == torch.bfloat16, len(weights[0].directions)
         given = [tensor for block in weights for tensor in _block_tensors(block)]
         reverse = [direction.reverse for block in weights for direction in block.directions]
+        if stream.shape[0] * stream.shape[1] >= _MANY_ROWS:
+            return torch.ops.vimamba_cpu.block_forward(stream, given, [], reverse, count, scale, eps, bf16)
         fingerprints = torch.ops.vimamba_cpu.block_fingerprints(given, count, bf16)
         kept = _PACKED.setdefault(weights[0].norm, {})
         packed = kept.get((bf16, len(weights)))
@@ -184,9 +190,11 @@ class CPU(Backend):
             packed = fingerprints, torch.ops.vimamba_cpu.block_pack(given, count, bf16)
             kept[bf16, len(weights)] = packed
         first = given[: len(given) // len(weights)]
-        return torch.ops.vimamba_cpu.block_forward(stream, first, packed[1], reverse, scale, eps, bf16)
+        return torch.ops.vimamba_cpu.block_forward(stream, first, packed[1], reverse, count, scale, eps, bf16)
 
 
+_MANY_ROWS = 4096
+"""Packing takes as long as the products of about 20 rows."""
 _PACKED = WeakIdKeyDictionary()
 """Packed weights of runs of blocks and their fingerprints, by the first block's norm: its type and the run's length.
 

@@ -95,51 +95,58 @@ Tensor block_fingerprints(std::vector<Tensor> weights, int64_t directions, bool 
   return numbers;
 }
 
+// Packs one block of a list into `to`, of block_floats.
+PackedBlock pack_block(const Kernels& k, const BlockSizes& sizes, const std::vector<Tensor>& weights,
+                       int64_t block, float* to) {
+  const BlockWeights w(weights, block, sizes.directions);
+  BlockMemory memory = {k, sizes};
+  const PackedBlock parts = memory.take_block(to);
+  pack_linear(k, sizes.element, parts.in_proj, w[1], w[2], w[5]);
+  pack_linear(k, sizes.element, parts.out_proj, w[3], w[4], w[6]);
+  check_floats("norm", w[0], {sizes.dim});
+  std::memcpy(const_cast<float*>(parts.norm), data(w[0]), sizes.dim * sizeof(float));
+  const Mixer m = sizes.mixer();
+  for (int64_t d = 0; d < sizes.directions; ++d) {
+    const Tensor* of = &w[kBlockWeights + kWeights * d];
+    check_direction(of, m);
+    const Direction direction = {d,           data(of[0]), data(of[1]), data(of[2]), data(of[3]), data(of[4]),
+                                 data(of[5]), data(of[6]), false,       false,       nullptr};
+    k.mixer_pack(m, direction, parts.directions + d * k.mixer_packed(m));
+  }
+  return parts;
+}
+
 // The weights of each block as block_forward takes them.
 std::vector<Tensor> block_pack(std::vector<Tensor> weights, int64_t directions, bool bf16) {
   const Kernels& k = kernels();
   const BlockSizes sizes = block_sizes(weights, directions, bf16);
   std::vector<Tensor> packed;
   for (int64_t block = 0; block < blocks_of(weights, directions); ++block) {
-    const BlockWeights w(weights, block, directions);
-    const Tensor to = new_floats(w[0], {block_floats(k, sizes)});
-    BlockMemory memory = {k, sizes};
-    const PackedBlock parts = memory.take_block(data(to));
-    pack_linear(k, sizes.element, parts.in_proj, w[1], w[2], w[5]);
-    pack_linear(k, sizes.element, parts.out_proj, w[3], w[4], w[6]);
-    check_floats("norm", w[0], {sizes.dim});
-    std::memcpy(const_cast<float*>(parts.norm), data(w[0]), sizes.dim * sizeof(float));
-    Mixer m = sizes.mixer();
-    for (int64_t d = 0; d < directions; ++d) {
-      const Tensor* of = &w[kBlockWeights + kWeights * d];
-      check_direction(of, m);
-      const Direction direction = {d,           data(of[0]), data(of[1]), data(of[2]),
-                                   data(of[3]), data(of[4]), data(of[5]), data(of[6]),
-                                   false,       false,       nullptr};
-      k.mixer_pack(m, direction, parts.directions + d * k.mixer_packed(m));
-    }
-    packed.push_back(to);
+    packed.push_back(new_floats(weights[0], {block_floats(k, sizes)}));
+    pack_block(k, sizes, weights, block, data(packed.back()));
   }
   return packed;
 }
 
-// The stream (B, L, E), float32, after blocks of the sizes that the weights of the first say.
-Tensor block_forward(const Tensor given_stream, std::vector<Tensor> first, std::vector<Tensor> packed,
-                     std::vector<int64_t> reverse, double scale, double eps, bool bf16) {
+// The stream (B, L, E), float32, after blocks of equal sizes: those of all `weights`; or, if they are given
+// packed, those, and the weights of the first say their sizes.
+Tensor block_forward(const Tensor given_stream, std::vector<Tensor> weights, std::vector<Tensor> packed,
+                     std::vector<int64_t> reverse, int64_t directions, double scale, double eps, bool bf16) {
   const Kernels& k = kernels();
-  const int64_t blocks = packed.size(),
-                directions = blocks ? static_cast<int64_t>(reverse.size()) / blocks : 0;
-  const BlockSizes sizes = block_sizes(first, directions, bf16);
+  const BlockSizes sizes = block_sizes(weights, directions, bf16);
+  const int64_t blocks = packed.empty() ? blocks_of(weights, directions) : packed.size();
   STD_TORCH_CHECK(blocks * directions == static_cast<int64_t>(reverse.size()) && given_stream.dim() == 3,
                   "vimamba_cpu: blocks have unequal directions, or the stream is not (B, L, E)");
   const Tensor stream = as_contiguous(given_stream);
-  const int64_t batch = stream.size(0), length = stream.size(1);
+  const int64_t batch = stream.size(0), length = stream.size(1), floats = block_floats(k, sizes);
   check_floats("stream", stream, {batch, length, sizes.dim});
+  for (const Tensor& block : packed) check_floats("packed", block, {floats});
   const ScalarType type = bf16 ? ScalarType::BFloat16 : ScalarType::Float;
   const Tensor total = torch::stable::empty_like(stream);
   const Tensor xz = torch::stable::new_empty(stream, Sizes{batch, length, 2 * sizes.inner}, type);
   const Tensor y = torch::stable::new_empty(stream, Sizes{batch, length, sizes.inner}, type);
   if (total.numel() == 0) return total;
+  const Tensor two = new_floats(stream, {packed.empty() ? 2 : 0, floats});
   BlockRun run = {.k = k,
                   .sizes = sizes,
                   .batch = batch,
@@ -149,12 +156,13 @@ Tensor block_forward(const Tensor given_stream, std::vector<Tensor> first, std::
                   .stream = data(stream),
                   .total = data(total),
                   .xz = xz.data_ptr(),
-                  .y = y.data_ptr()};
-  for (const Tensor& block : packed) {
-    check_floats("packed", block, {block_floats(k, sizes)});
+                  .y = y.data_ptr(),
+                  .blocks = static_cast<size_t>(blocks)};
+  run.block = [&](size_t i) {
+    if (packed.empty()) return pack_block(k, sizes, weights, i, data(two) + i % 2 * floats);
     BlockMemory memory = {k, sizes};
-    run.blocks.push_back(memory.take_block(data(block)));
-  }
+    return memory.take_block(data(packed[i]));
+  };
   for (size_t i = 0; i < reverse.size(); ++i) {
     Direction direction = {};
     direction.index = i % directions;

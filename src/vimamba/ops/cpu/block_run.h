@@ -2,11 +2,12 @@
 //
 // Between two mixers a row meets no other: out_proj, the residual sum, the norm and in_proj go tile by tile
 // through the cache, so that a block reads the mixed tokens and writes xz and the stream once. The weights
-// are packed before, for any number of calls.
+// come packed: before, for any number of calls, or a block's just before it runs.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "mixer_run.h"
@@ -77,7 +78,8 @@ struct BlockRun {
   const float* stream;  // that comes
   float* total;         // that goes: after each block in turn
   void *xz, *y;         // (B L, 2 D), (B L, D)
-  std::vector<PackedBlock> blocks;
+  size_t blocks;
+  std::function<PackedBlock(size_t)> block;  // asked for in order; two that follow each other hold together
   std::vector<Direction> directions;  // of all blocks, one after the other; only which way round they run
 
   int64_t bytes() const { return sizes.bf16 ? 2 : 4; }
@@ -166,7 +168,7 @@ void pass(const BlockRun& run, const PackedBlock* before, const PackedBlock* aft
   });
 }
 
-void mix(const BlockRun& run, size_t index) {
+void mix(const BlockRun& run, size_t index, const PackedBlock& block) {
   const BlockSizes& sizes = run.sizes;
   const int64_t inner = sizes.inner, length = run.length;
   MixerCall call = {.k = run.k, .mixer = sizes.mixer()};
@@ -177,17 +179,19 @@ void mix(const BlockRun& run, size_t index) {
   m.out = {run.y, length * inner, inner};
   const auto first = run.directions.begin() + index * sizes.directions;
   call.directions.assign(first, first + sizes.directions);
-  call.packed = run.blocks[index].directions;
+  call.packed = block.directions;
   mix(call);
 }
 
 void run_blocks(const BlockRun& run) {
-  const size_t count = run.blocks.size();
-  for (size_t i = 0; i < count; ++i) {
-    pass(run, i ? &run.blocks[i - 1] : nullptr, &run.blocks[i]);
-    mix(run, i);
+  PackedBlock before = {};
+  for (size_t i = 0; i < run.blocks; ++i) {
+    const PackedBlock block = run.block(i);
+    pass(run, i ? &before : nullptr, &block);
+    mix(run, i, block);
+    before = block;
   }
-  pass(run, &run.blocks[count - 1], nullptr);
+  pass(run, &before, nullptr);
 }
 
 }  // namespace vimamba

@@ -94,8 +94,8 @@ STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
         " -> Tensor");
   m.def("block_fingerprints(Tensor[] weights, int directions, bool bf16) -> Tensor");
   m.def("block_pack(Tensor[] weights, int directions, bool bf16) -> Tensor[]");
-  m.def("block_forward(Tensor stream, Tensor[] first, Tensor[] packed, int[] reverse, float scale, float eps, bool bf16)"
-        " -> Tensor");
+  m.def("block_forward(Tensor stream, Tensor[] weights, Tensor[] packed, int[] reverse, int directions, float scale,"
+        " float eps, bool bf16) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vimamba, m) {
