@@ -26,10 +26,9 @@ from runtimes import Elsewhere, missing
 import vimamba
 from vimamba.benchmark import Entry, Result, machine, measure, memory, report
 from vimamba.benchmark.entries import build, step_of
-from vimamba.benchmark.timing import alternate, quartiles, ratio
+from vimamba.benchmark.timing import BLOCK, alternate, quartiles, ratio
 
 VIM_TI, DEIT_TI = "vim_tiny_patch16_224", "deit_tiny_patch16_224"
-BLOCK = 7  # runs of a model in its turn
 VIM_S, DEIT_S = "vim_small_patch16_224", "deit_small_patch16_224"
 
 

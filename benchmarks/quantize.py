@@ -14,10 +14,9 @@ import torch
 import vimamba
 from vimamba.benchmark import Entry, machine
 from vimamba.benchmark.entries import build, step_of
-from vimamba.benchmark.timing import alternate, quartiles, ratio
+from vimamba.benchmark.timing import BLOCK, alternate, quartiles, ratio
 
 PRECISIONS = ("32-true", "bf16-mixed", "int8")
-BLOCK = 7  # runs of a model in its turn
 
 
 def speed(batch: int, seconds: float) -> None:

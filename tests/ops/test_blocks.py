@@ -22,17 +22,6 @@ USABLE = [name for name, reason in backends.status("cpu").items() if reason is N
 needs_kernels = pytest.mark.skipif(library.UNAVAILABLE is not None, reason=str(library.UNAVAILABLE))
 
 
-@pytest.fixture(params=library.instruction_sets() if library.UNAVAILABLE is None else ["none"])
-def each_set(request):
-    """The test runs once with each instruction set of this machine."""
-    if library.UNAVAILABLE is not None:
-        pytest.skip(library.UNAVAILABLE)
-    before = library.instruction_set()
-    assert library.use_instruction_set(request.param)
-    yield request.param
-    library.use_instruction_set(before)
-
-
 def layers(count: int = 2, dim: int = 24, seed: int = 0, **mixer_args) -> list[Block]:
     torch.manual_seed(seed)
     made = [Block(BidirectionalMixer(dim, **mixer_args), RMSNorm(dim)).eval() for _ in range(count)]

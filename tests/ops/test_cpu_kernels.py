@@ -30,15 +30,6 @@ TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 3e-6  # of the mixer's weights: such sums of such sums
 
 
-@pytest.fixture(params=library.instruction_sets() if cpu.unavailable() is None else ["none"])
-def each_set(request):
-    """The test runs once with each instruction set of this machine."""
-    before = library.instruction_set()
-    assert library.use_instruction_set(request.param)
-    yield request.param
-    library.use_instruction_set(before)
-
-
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

@@ -14,20 +14,8 @@ from vimamba.errors import UserError
 from vimamba.layers.norm import RMSNorm
 from vimamba.layers.quantized import QuantizedLinear
 from vimamba.ops import backends, blocks, quantized_linear
-from vimamba.ops.cpu import library
 
 torch_backend = backends.load("torch")
-
-
-@pytest.fixture(params=library.instruction_sets() if library.UNAVAILABLE is None else ["none"])
-def each_set(request):
-    """The test runs once with each instruction set of this machine."""
-    if library.UNAVAILABLE is not None:
-        pytest.skip(library.UNAVAILABLE)
-    before = library.instruction_set()
-    assert library.use_instruction_set(request.param)
-    yield request.param
-    library.use_instruction_set(before)
 
 
 def product(rows: int, inputs: int, outputs: int, bias: bool = True):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 LEAST_ROUNDS = 3
+BLOCK = 7  # runs of a model in its turn, where models push each other's weights out of the caches
 
 
 def alternate(

@@ -10,8 +10,9 @@
 
 namespace vimamba {
 
-// As in vimamba/ops/blocks.py: norm, in_proj, its bias, out_proj, its bias, and the scales of both where the
-// weights are 8-bit integers, in front of a block's directions. What there is not is an empty tensor.
+// As _block_tensors of __init__.py has them: norm, in_proj, its bias, out_proj, its bias, and the scales of
+// both where the weights are 8-bit integers, in front of a block's directions. What there is not is an empty
+// tensor.
 constexpr int64_t kBlockWeights = 7;
 
 // The weights of one block of a list, float32 and contiguous but for 8-bit integers.
@@ -64,16 +65,14 @@ void pack_linear(const Kernels& k, Element element, const PackedLinear& to, cons
                       weight.scalar_type() == (integers ? ScalarType::Char : ScalarType::Float) &&
                       (!integers || has_sizes(scales, {N})),
                   "vimamba_cpu: a projection's weight is not of the expected shape and type");
-  float* const panels_at = const_cast<float*>(to.panels);
-  float* const bias_at = const_cast<float*>(to.bias);
   if (integers) {
-    k.linear_pack_int8(data<int8_t>(weight), N, K, 0, panels, panels_at);
-    std::memcpy(const_cast<float*>(to.scales), data(scales), N * sizeof(float));
+    k.linear_pack_int8(data<int8_t>(weight), N, K, 0, panels, to.panels);
+    std::memcpy(to.scales, data(scales), N * sizeof(float));
   } else {
     (element == Element::bfloat16 ? k.linear_pack_bfloat16 : k.linear_pack)(data(weight), N, K, 0, panels,
-                                                                            panels_at);
+                                                                            to.panels);
   }
-  for (int64_t n = 0; n < N; ++n) bias_at[n] = bias.numel() ? data(bias)[n] : 0.0f;
+  for (int64_t n = 0; n < N; ++n) to.bias[n] = bias.numel() ? data(bias)[n] : 0.0f;
 }
 
 // Numbers that tell the weights of each block, and what they would be packed for: (blocks, kFingerprint).
@@ -104,7 +103,7 @@ PackedBlock pack_block(const Kernels& k, const BlockSizes& sizes, const std::vec
   pack_linear(k, sizes.element, parts.in_proj, w[1], w[2], w[5]);
   pack_linear(k, sizes.element, parts.out_proj, w[3], w[4], w[6]);
   check_floats("norm", w[0], {sizes.dim});
-  std::memcpy(const_cast<float*>(parts.norm), data(w[0]), sizes.dim * sizeof(float));
+  std::memcpy(parts.norm, data(w[0]), sizes.dim * sizeof(float));
   const Mixer m = sizes.mixer();
   for (int64_t d = 0; d < sizes.directions; ++d) {
     const Tensor* of = &w[kBlockWeights + kWeights * d];

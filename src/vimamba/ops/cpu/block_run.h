@@ -17,14 +17,13 @@ namespace vimamba {
 constexpr int64_t kRowsTogether = 64;  // rows that go from one mixer to the next together
 
 struct PackedLinear {
-  const float *panels, *bias, *scales;  // scales of 8-bit integers
+  float *panels, *bias, *scales;  // scales of 8-bit integers
   int64_t N, K;
 };
 
 struct PackedBlock {
   PackedLinear in_proj, out_proj;
-  const float* norm;
-  float* directions;
+  float *norm, *directions;
 };
 
 // Sizes of every block of a run.
@@ -51,14 +50,14 @@ struct BlockMemory {
     return part;
   }
   PackedLinear take_linear(float* memory, int64_t N, int64_t K) {
-    const float* panels = take(memory, k.linear_packed(k.linear_panels(N), words_of(sizes.element, K)));
-    const float* bias = take(memory, N);
+    float* panels = take(memory, k.linear_packed(k.linear_panels(N), words_of(sizes.element, K)));
+    float* bias = take(memory, N);
     return {panels, bias, take(memory, sizes.element == Element::int8 ? N : 0), N, K};
   }
   PackedBlock take_block(float* memory) {
     const PackedLinear in_proj = take_linear(memory, 2 * sizes.inner, sizes.dim);
     const PackedLinear out_proj = take_linear(memory, sizes.dim, sizes.inner);
-    const float* norm = take(memory, sizes.dim);
+    float* norm = take(memory, sizes.dim);
     return {in_proj, out_proj, norm, take(memory, sizes.directions * k.mixer_packed(sizes.mixer()))};
   }
 };
