@@ -17,7 +17,7 @@ from vimamba.data.samples import Samples
 from vimamba.errors import UserError, one_line, require
 from vimamba.export.check import Comparison
 from vimamba.export.detection import OUTPUTS
-from vimamba.export.lowering import LOWERINGS
+from vimamba.export.lowering import DECOMPOSITIONS, LOWERINGS
 from vimamba.export.source import Source, load_source
 from vimamba.export.writing import Graph, export
 from vimamba.ops.cpu.library import onnx_library
@@ -67,12 +67,12 @@ def export_onnx(
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.onnx.export(
-                program.run_decompositions(lowered.decompositions()), (), dynamo=True, verbose=False,
+                program.run_decompositions(DECOMPOSITIONS), (), dynamo=True, verbose=False,
                 opset_version=min(lowered.opset, WRITTEN), input_names=["images"],
                 output_names=single if given == 1 else OUTPUTS[:given],
             )  # fmt: skip
         assert found is not None
-        found.model.opset_imports[""] = lowered.opset  # the operators in between have not changed but for more types
+        lowered.lower(found.model)
         found.model.metadata_props.update(metadata)
         outputs: Any = found.model.graph.outputs if given > 1 else ()
         for output in outputs:
