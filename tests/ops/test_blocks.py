@@ -16,6 +16,7 @@ from vimamba.layers.block import Block
 from vimamba.layers.mixers import BidirectionalMixer
 from vimamba.layers.norm import LayerNorm, RMSNorm
 from vimamba.ops import BlockWeights, backends, blocks
+from vimamba.ops.block_weights import flat_blocks
 from vimamba.ops.cpu import library
 
 USABLE = [name for name, reason in backends.status("cpu").items() if reason is None]
@@ -107,6 +108,49 @@ def test_weights_of_half_the_size_are_taken(dtype):
     assert error(blocks(stream, weights_of(made), 0.5), truth(made, stream)) < 1e-6  # products in float32
 
 
+def as_operator(made: list[Block], stream: Tensor) -> Tensor:
+    """What an exported program computes, which has the blocks as one operator."""
+    weights = weights_of(made)
+    tensors, reverse = flat_blocks(weights)
+    scale = made[0].mixer.merge_scale
+    return torch.ops.vimamba.blocks(stream, tensors, reverse, len(weights[0].directions), scale, made[0].norm.eps)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@torch.no_grad()
+def test_the_operator_of_exported_programs(sizes, backend, monkeypatch):
+    made, chosen = layers(**sizes), backends.load(backend)
+    for batch, length in ((3, 20), (2, 2100))[: 2 if backend == "cpu" else 1]:  # many rows are another way there
+        stream = torch.randn(batch, length, sizes.get("dim", 24))
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "_fastest", lambda *arguments: chosen)
+            found = as_operator(made, stream)
+        assert error(found, truth(made, stream)) < 1e-6
+
+
+@needs_kernels
+@torch.no_grad()
+def test_the_operator_remembers_many_runs_and_takes_none_for_another():
+    dims = [16, 17, 18, 19, 20, 21, 22, 23, 24, 25]
+    runs = [(layers(dim=dim), torch.randn(1, 10, dim)) for dim in dims]
+    for _ in range(2):
+        for made, stream in runs:
+            assert error(as_operator(made, stream), truth(made, stream)) < 1e-6
+    stream = torch.randn(1, 10, 32)
+    for sizes in (dict(dt_rank=1, d_state=4), dict(dt_rank=4, d_state=2)):  # as many bytes, all of them zero
+        made = layers(1, dim=32, **sizes)
+        for weight in made[0].parameters():
+            weight.zero_()
+        assert torch.equal(as_operator(made, stream), stream)
+
+
+def test_the_operator_says_that_it_has_no_derivative():
+    made, stream = layers(), torch.randn(1, 5, 24, requires_grad=True)
+    with pytest.raises(RuntimeError, match="vimamba::blocks has no derivative"):
+        as_operator(made, stream).sum().backward()
+
+
 def optimizer_step(made: list[Block]) -> None:
     optimizer = torch.optim.SGD([p for block in made for p in block.parameters()], lr=0.1)
     for block in made:
@@ -173,6 +217,17 @@ def test_however_weights_are_written_they_are_what_runs(write, dtype):
     assert not torch.equal(after, before[0])
     assert error(after, truth(made, stream)) < (1e-6 if dtype == torch.float32 else 1e-2)
     assert torch.equal(blocks(stream, weights_of(copies), scale, dtype=dtype), before[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("write", WRITES, ids=[write.__name__ for write in WRITES])
+def test_however_weights_are_written_they_are_what_the_operator_runs(write):
+    made, stream = layers(), torch.randn(1, 40, 24)
+    before = as_operator(made, stream).detach()
+    write(made)
+    after = as_operator(made, stream).detach()
+    assert not torch.equal(after, before)
+    assert error(after, truth(made, stream)) < 1e-6
 
 
 @needs_kernels

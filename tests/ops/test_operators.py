@@ -16,6 +16,7 @@ import vimamba
 from tests.ops.test_neighbours import FLAGS, direction_weights, directions_of, rand
 from tests.ops.test_selective_scan import make_inputs
 from vimamba.ops import causal_conv1d, linear, mixer, operators, rms_norm
+from vimamba.ops.blocks import traced_as_one
 from vimamba.ops.cpu import library
 
 built = pytest.mark.skipif(library.UNAVAILABLE is not None, reason=str(library.UNAVAILABLE))
@@ -107,6 +108,7 @@ def programs() -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
         ),
         "vim_nano": (vimamba.create_model("vim_nano"), image),
         "gated vim_nano": (gated, image),
+        "vim_nano as one": (vimamba.create_model("vim_nano"), image),
         "vim_nano in bfloat16": (vimamba.create_model("vim_nano").bfloat16(), (image[0].bfloat16(),)),
     }  # fmt: skip
 
@@ -129,7 +131,9 @@ def test_exported_programs_run_with_the_library_and_none_of_our_python(tmp_path)
     wants = {}
     for name, (module, inputs) in programs().items():
         wants[name] = module.eval()(*inputs)
-        program = torch.export.export(module, inputs)
+        with traced_as_one() if "as one" in name else contextlib.nullcontext():
+            program = torch.export.export(module, inputs)
+        assert ("vimamba.blocks" in str(program.graph)) == ("as one" in name)
         assert name == "linear" or "torch.ops.vimamba." in str(program.graph)
         torch.export.save(program, tmp_path / f"{name}.pt2")
         torch.save(inputs, tmp_path / f"{name}.in")

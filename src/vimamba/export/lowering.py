@@ -40,9 +40,9 @@ class Ops:
     def __call__(self, operator: str, *inputs: Value, **attributes: Any) -> Value:
         return self.tape.op(operator, inputs, attributes)
 
-    def constant(self, array: np.ndarray) -> Value:
+    def constant(self, array: np.ndarray | np.float32) -> Value:
         self.count += 1
-        return self.tape.initializer(self.ir.tensor(np.ascontiguousarray(array)), f"{self.name}/{self.count}")
+        return self.tape.initializer(self.ir.tensor(np.asarray(array, order="C")), f"{self.name}/{self.count}")
 
     def integers(self, *values: int) -> Value:
         return self.constant(np.array(values, np.int64))
@@ -52,7 +52,9 @@ class Ops:
         self.count += 1
         inner = Ops(f"{self.name}/{self.count}")
         kind = self.ir.TensorType(self.ir.DataType.FLOAT)
-        taken = [self.ir.Value(name=f"{inner.name}/in{i}", shape=self.ir.Shape(s), type=kind) for i, s in enumerate(shapes)]
+        taken = [
+            self.ir.Value(name=f"{inner.name}/in{i}", shape=self.ir.Shape(s), type=kind) for i, s in enumerate(shapes)
+        ]
         given = body(inner, *taken)
         for i, node in enumerate(inner.tape.nodes):  # a name of the graph around it must not be used again
             node.name = node.outputs[0].name = f"{inner.name}/{i}"
@@ -96,7 +98,9 @@ def steps(op: Ops, scan: OneScan) -> Value:
     shapes = [(None, state, dim), (None, 1, dim), (None, 1, dim), (None, state, 1), (None, 1, state)]
     body = op.subgraph(shapes, step)
     batch = op("Shape", scan.u, start=1, end=2)
-    start_BND = op("Expand", op.constant(np.zeros((1, state, dim), np.float32)), op("Concat", batch, op.integers(1, 1), axis=0))
+    start_BND = op(
+        "Expand", op.constant(np.zeros((1, state, dim), np.float32)), op("Concat", batch, op.integers(1, 1), axis=0)
+    )
     third, fourth, backwards = op.integers(2), op.integers(3), int(scan.reverse)
     sequences = [op("Unsqueeze", x, third) for x in (op("Mul", scan.delta, scan.u), scan.delta)]
     sequences += [op("Unsqueeze", scan.B, fourth), op("Unsqueeze", scan.C, third)]
@@ -194,7 +198,7 @@ def _softplus(op: Ops, x: Value) -> Value:
 
 
 def _array(value: Value) -> np.ndarray:
-    """A weight, which is a constant of the graph; what stands for one that a layer has not is filled with one number."""
+    """A weight, a constant of the graph; what stands for one that a layer has not is filled with one number."""
     from onnx_ir import convenience
 
     tensor = convenience.get_const_tensor(value)
@@ -277,4 +281,4 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.vimamba.mixer.default: _mixer, torch.ops.vimamba.rms_norm.default: _rms_norm,
     torch.ops.aten.adaptive_avg_pool2d.default: _pool, torch.ops.aten._adaptive_avg_pool2d.default: _pool,
 }  # fmt: skip
-"""For `torch.export.ExportedProgram.run_decompositions`: the operators that a model's graph has, as torch.onnx knows."""
+"""For `torch.export.ExportedProgram.run_decompositions`: a model's operators in those that torch.onnx knows."""

@@ -35,7 +35,7 @@ def export_pt2(
     def write(program: ExportedProgram, metadata: dict[str, str], partial: Path) -> None:
         torch.export.save(program, partial, extra_files=dict(metadata))
 
-    source, graph = checked(source, dynamic_size), Graph(img_size, dynamic_size, with_preprocessing)
+    source, graph = checked(source, dynamic_size), Graph(img_size, dynamic_size, with_preprocessing, joined=True)
     return export(source, path, graph, write, lambda file: torch.export.load(file).module(), TOLERANCE, samples)
 
 
@@ -61,7 +61,7 @@ def export_aoti(
         except RuntimeError as error:  # no compiler for one
             raise UserError(f"`format` aoti: the model cannot be compiled ({one_line(error)})") from error
 
-    source, graph = checked(source, dynamic_size), Graph(img_size, dynamic_size, with_preprocessing)
+    source, graph = checked(source, dynamic_size), Graph(img_size, dynamic_size, with_preprocessing, joined=True)
     return export(source, path, graph, write, _package, TOLERANCE, samples)
 
 

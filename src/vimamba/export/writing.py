@@ -24,6 +24,7 @@ from vimamba.export.check import Comparison, Exported, compare, example_images
 from vimamba.export.detection import DetectionOutputs
 from vimamba.export.outputs import Outputs
 from vimamba.export.source import Source
+from vimamba.ops.blocks import traced_as_one
 from vimamba_command import package_version
 
 TASKS: dict[str, type[Outputs] | type[DetectionOutputs]] = {
@@ -45,11 +46,13 @@ class Graph:
         img_size: height and width of the images, pixels; the model's own if None.
         dynamic_size: take images of any size from half of that up, to segment of any size over 32 pixels.
         with_preprocessing: take uint8 RGB (batch, height, width, 3) that has its size, and give probabilities.
+        joined: have a run of blocks as one operator, vimamba::blocks.
     """
 
     img_size: int | tuple[int, int] | None = None
     dynamic_size: bool = False
     with_preprocessing: bool = False
+    joined: bool = False
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -72,7 +75,8 @@ class Graph:
             for axis, name in zip(self.sides, ("height", "width"), strict=True):
                 least = STEP + 1 if task == "segment" else max(2, images.shape[axis] // 2)
                 sizes[axis] = Dim(name, min=least, max=MAX_SIDE)
-        with torch.no_grad(), warnings.catch_warnings():
+        joining = traced_as_one() if self.joined else contextlib.nullcontext()
+        with torch.no_grad(), warnings.catch_warnings(), joining:
             warnings.simplefilter("ignore")
             try:
                 return torch.export.export(module, (example,), dynamic_shapes=(sizes,), **how)

@@ -16,6 +16,7 @@ from vimamba.layers.mixers import DirectionalMixer
 from vimamba.layers.norm import LayerNorm, RMSNorm, add_norm, compute_dtype
 from vimamba.ops import BlockWeights, backends, blocks
 from vimamba.ops.arguments import wide, widen
+from vimamba.ops.blocks import as_one
 
 for _leaf in ("in_type_of", "widen"):
     torch.fx.wrap(_leaf)
@@ -98,7 +99,7 @@ def run_joined(layers: Iterable[nn.Module], hidden: Tensor, stream: Tensor | Non
     Returns how many these were, and the stream behind them; 0 where more than the values is wanted, or somebody looks
     on.
     """
-    fuses = not watched(hidden) and backends.values_only(hidden)
+    fuses = not watched(hidden) and as_one(hidden)
     if not fuses or not backends.trait("fuses_blocks", None, hidden.device, wide(hidden.dtype)):
         return 0, hidden
     weights: list[BlockWeights] = []
@@ -113,9 +114,12 @@ def run_joined(layers: Iterable[nn.Module], hidden: Tensor, stream: Tensor | Non
         weights.append(block)
     if first is None:
         return 0, hidden
+    dtype = compute_dtype(first.mixer.first_weight)
+    if dtype != torch.float32 and not backends.untraced(hidden):  # the operator has one type
+        return 0, hidden
     total = widen(hidden) if stream is None else stream + hidden
     scale, eps, *_ = kind
-    return len(weights), blocks(total, weights, scale, eps, dtype=compute_dtype(first.mixer.first_weight))
+    return len(weights), blocks(total, weights, scale, eps, dtype=dtype)
 
 
 def _kind(layer: Any, weights: BlockWeights) -> tuple[Any, ...]:

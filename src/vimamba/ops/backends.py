@@ -6,7 +6,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,9 @@ from torch.autograd import forward_ad
 
 from vimamba.errors import UserError, nearest
 from vimamba.ops import composed_mixer
+from vimamba.ops.block_weights import BlockWeights, blocks_of
 from vimamba.ops.direction import directions_of, flat
 from vimamba.ops.sizes import INTEGER_MAX, chunks
-
-if TYPE_CHECKING:
-    from vimamba.ops.blocks import BlockWeights
 
 Gradient = Any  # a tensor, or None where the input was None
 
@@ -160,6 +158,13 @@ class Backend(ABC):
             y, _ = self.mixer_forward(xz, of_directions, reverse, scale, None, False)
             hidden = self._project(y, w.out_proj, w.out_bias, w.out_scales)
         return stream if hidden is None else stream + hidden
+
+    def exported_blocks(
+        self, stream: Tensor, weights: Sequence[Tensor], reverse: Sequence[int], directions: int, scale: float,
+        eps: float, /,
+    ) -> Tensor:  # fmt: skip
+        """`blocks` in float32 of what `flat_blocks` made flat, for exported programs."""
+        return self.blocks(stream, blocks_of(weights, reverse, directions), scale, eps, stream.dtype)
 
     def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:
         if scales is not None:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-from vimamba.ops import backends
+from vimamba.ops import backends, operators
 from vimamba.ops.arguments import check_number, check_shape, check_tensors, wide
-from vimamba.ops.direction import Direction
+from vimamba.ops.block_weights import BlockWeights, flat_blocks
 
-
-class BlockWeights(NamedTuple):
-    """The weights of one block: stream += out_proj(mixer(in_proj(rms_norm(stream))))."""
-
-    norm: Tensor  # (dim,)
-    in_proj: Tensor  # (2 * inner, dim)
-    in_bias: Tensor | None  # (2 * inner,)
-    out_proj: Tensor  # (dim, inner)
-    out_bias: Tensor | None  # (dim,)
-    directions: Sequence[Direction]
-    in_scales: Tensor | None = None  # (2 * inner,), float32, where in_proj is of 8-bit integers: see `quantized_linear`
-    out_scales: Tensor | None = None  # (dim,)
+operators.define(
+    "blocks", "(Tensor stream, Tensor[] weights, int[] reverse, int directions, float scale, float eps) -> Tensor"
+)
 
 
 def blocks(
@@ -58,6 +50,8 @@ def blocks(
     check_number("eps", eps, low=0)
     _check(stream, weights)
     dtype = dtype or stream.dtype
+    if _as_one.get() and not backends.untraced(stream):
+        return torch.ops.vimamba.blocks(stream, *flat_blocks(weights), len(weights[0].directions), scale, eps)
     with torch.no_grad():
         chosen = backends.resolve(backend or "", stream.device, wide(stream.dtype))
         return chosen.blocks(stream.to(wide(stream.dtype)), weights, scale, eps, dtype)
@@ -79,3 +73,36 @@ def _check(stream: Tensor, weights: Sequence[BlockWeights]) -> None:
         check_shape(f"weights[{i}].out_bias", block.out_bias, (dim,), "(dim,)")
         if not directions or len(block.directions) != directions:
             raise ValueError(f"weights[{i}] must have {directions or 1} directions, got {len(block.directions)}")
+
+
+_as_one = ContextVar("blocks as one operator", default=False)
+
+
+@contextmanager
+def traced_as_one() -> Iterator[None]:
+    """Within it torch.export takes a run of blocks as one operator, which has no derivative, as it is computed."""
+    token = _as_one.set(True)
+    try:
+        yield
+    finally:
+        _as_one.reset(token)
+
+
+def as_one(stream: Tensor) -> bool:
+    """Whether blocks that pass `stream` on are to run in one call, as far as it depends on what is wanted of them."""
+    exported = _as_one.get() and torch.compiler.is_exporting() and stream.dtype == torch.float32
+    return exported or backends.values_only(stream)
+
+
+def _exported(stream, weights, reverse, directions, scale, eps):
+    chosen = backends.resolve("", stream.device, stream.dtype)
+    return chosen.exported_blocks(stream, weights, reverse, directions, scale, eps)
+
+
+operators.implement("blocks", _exported)
+operators.first_derivatives_only("blocks")
+
+
+@torch.library.register_fake("vimamba::blocks")
+def _fake(stream, weights, reverse, directions, scale, eps):
+    return torch.empty_like(stream, memory_format=torch.contiguous_format)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vimamba.ops.backends import Backend
-from vimamba.ops.blocks import BlockWeights
+from vimamba.ops.block_weights import BlockWeights, flat_blocks
 from vimamba.ops.cpu import library
 from vimamba.ops.pytorch import conv
 
@@ -179,8 +179,7 @@ class CPU(Backend):
         beside the products, and what is remembered would be memory for nothing.
         """
         bf16, count = dtype == torch.bfloat16, len(weights[0].directions)
-        given = [tensor for block in weights for tensor in _block_tensors(block)]
-        reverse = [direction.reverse for block in weights for direction in block.directions]
+        given, reverse = flat_blocks(weights)
         if stream.shape[0] * stream.shape[1] >= _MANY_ROWS:
             return torch.ops.vimamba_cpu.block_forward(stream, given, [], reverse, count, scale, eps, bf16)
         fingerprints = torch.ops.vimamba_cpu.block_fingerprints(given, count, bf16)
@@ -192,6 +191,9 @@ class CPU(Backend):
         first = given[: len(given) // len(weights)]
         return torch.ops.vimamba_cpu.block_forward(stream, first, packed[1], reverse, count, scale, eps, bf16)
 
+    def exported_blocks(self, *arguments):
+        return torch.ops.vimamba_cpu.remembered_blocks(*arguments)
+
 
 _MANY_ROWS = 4096
 """Packing takes as long as the products of about 20 rows."""
@@ -200,8 +202,6 @@ _PACKED = WeakIdKeyDictionary()
 
 A hint and no more: what does not have the weights' fingerprints is not used.
 """
-_NONE = torch.empty(0)
-"""Stands for a bias that there is not."""
 
 BACKEND = CPU()
 
@@ -209,16 +209,6 @@ BACKEND = CPU()
 def _fuses_backward(dout_BLD: Tensor, weights: Sequence[Tensor], reverse: Sequence[int]) -> bool:
     narrow = weights[0].shape[-1] <= torch.ops.vimamba_cpu.max_width()
     return narrow and 2 * len(dout_BLD) * len(reverse) >= torch.get_num_threads() and dout_BLD.numel() > 0
-
-
-def _block_tensors(block: BlockWeights) -> list[Tensor]:
-    """A block's weights in the order of kBlockWeights in block_call.h."""
-    optional = (block.in_bias, block.out_bias, block.in_scales, block.out_scales)
-    in_bias, out_bias, in_scales, out_scales = (_NONE if x is None else x for x in optional)
-    return [
-        *(block.norm, block.in_proj, in_bias, block.out_proj, out_bias, in_scales, out_scales),
-        *(weight for direction in block.directions for weight in direction.weights),
-    ]
 
 
 def _sum_slices(slices: Tensor) -> Tensor:

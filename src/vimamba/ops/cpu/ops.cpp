@@ -9,6 +9,7 @@
 #include <string>
 
 #include "block_call.h"
+#include "block_memory.h"
 #include "conv_call.h"
 #include "linear_call.h"
 #include "mixer_backward_call.h"
@@ -63,6 +64,12 @@ std::tuple<Tensor, Tensor> mixer(const Tensor xz, std::vector<Tensor> weights, s
   return mixer_forward(xz, weights, reverse, scale, gates, save_states);
 }
 
+Tensor blocks(const Tensor stream, std::vector<Tensor> weights, std::vector<int64_t> reverse,
+              int64_t directions, double scale, double eps) {
+  check_without_python(stream, "");
+  return remembered_blocks(stream, weights, reverse, directions, scale, eps);
+}
+
 }  // namespace
 
 // clang-format off
@@ -96,6 +103,8 @@ STABLE_TORCH_LIBRARY(vimamba_cpu, m) {
   m.def("block_pack(Tensor[] weights, int directions, bool bf16) -> Tensor[]");
   m.def("block_forward(Tensor stream, Tensor[] weights, Tensor[] packed, int[] reverse, int directions, float scale,"
         " float eps, bool bf16) -> Tensor");
+  m.def("remembered_blocks(Tensor stream, Tensor[] weights, int[] reverse, int directions, float scale, float eps)"
+        " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vimamba, m) {
@@ -106,6 +115,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vimamba, m) {
         " -> (Tensor, Tensor, Tensor)");
   m.def("mixer(Tensor xz, Tensor[] weights, int[] reverse, float scale, Tensor? gates, bool save_states, str backend)"
         " -> (Tensor, Tensor)");
+  m.def("blocks(Tensor stream, Tensor[] weights, int[] reverse, int directions, float scale, float eps) -> Tensor");
 }
 // clang-format on
 
@@ -131,6 +141,7 @@ STABLE_TORCH_LIBRARY_IMPL(vimamba_cpu, CPU, m) {
   m.impl("block_fingerprints", TORCH_BOX(&block_fingerprints));
   m.impl("block_pack", TORCH_BOX(&block_pack));
   m.impl("block_forward", TORCH_BOX(&block_forward));
+  m.impl("remembered_blocks", TORCH_BOX(&remembered_blocks));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vimamba, CompositeExplicitAutograd, m) {
@@ -138,4 +149,5 @@ STABLE_TORCH_LIBRARY_IMPL(vimamba, CompositeExplicitAutograd, m) {
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("mixer", TORCH_BOX(&mixer));
+  m.impl("blocks", TORCH_BOX(&blocks));
 }
