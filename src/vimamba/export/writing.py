@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from vimamba.data.samples import Samples
 from vimamba.data.transforms import MAX_SIDE
 from vimamba.errors import UserError, one_line, require
-from vimamba.export.check import Comparison, Exported, compare, example_images
+from vimamba.export.check import Comparison, Exported, compare, example_images, require_objects
 from vimamba.export.detection import DetectionOutputs
 from vimamba.export.outputs import Outputs
 from vimamba.export.source import Source
@@ -117,10 +117,11 @@ def export(
         source = source.sized(graph.img_size)
         module = TASKS[source.task](source, graph.with_preprocessing).eval()
         images = example_images(source, graph.with_preprocessing, samples)
-        write(graph.trace(module, images, source.task), _metadata(source, graph), partial)
         batches = [images, images[:1], *([graph.smaller(images)] if graph.dynamic_size else [])]
         if source.task == "detect":
             batches = [*images.split(1)]
+            require_objects(module.original, batches)
+        write(graph.trace(module, images, source.task), _metadata(source, graph), partial)
         return compare(load(partial), module.original, batches, tolerance)
 
 
