@@ -3,7 +3,8 @@
 `python benchmarks/serve.py [--seconds 600]` serves a model in a process of its own, and asks it from clients in this
 one, each with one request after the other. A share of the requests is bad, in five ways. The model is untrained and its
 images are noise, of which each has another answer. Memory is what the kernel counts as the server's own (RssAnon). The
-clients share the server's cores: they are one thread, whose own time is told too.
+clients share the server's cores: they are one thread, whose own time is told too. Free of it, and of whatever else
+runs on the machine, are the milliseconds of a core that the server and the loop need for each image.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import io
 import json
+import os
 import random
 import re
 import signal
@@ -69,9 +71,10 @@ def main() -> None:
         run = Path(folder) / "model.safetensors"
         write_model(run, options.model, options.size)
         files = noise(options.size)
-        loop, expected = in_a_loop(run, files, options.max_batch)
+        loop, needs, expected = in_a_loop(run, files, options.max_batch)
         row = under_load(run, files, expected, options)
     row |= {"loop images/s": loop, "throughput / loop": row["images/s"] / loop}
+    row |= {"loop's core ms": needs, "loop / server": needs / row["server's core ms"]}
     for name, value in row.items():
         target = f" (target {TARGETS[name]:g})" if name in TARGETS else ""
         print(f"{name:18} {value if isinstance(value, int | dict) else format(value, '.4g')}{target}")
@@ -103,16 +106,16 @@ def noise(size: int) -> list[bytes]:
     return files
 
 
-def in_a_loop(run: Path, files: list[bytes], batch: int) -> tuple[float, list[dict[str, float]]]:
-    """Images a second of the predictor alone, decoding included, and what it says."""
+def in_a_loop(run: Path, files: list[bytes], batch: int) -> tuple[float, float, list[dict[str, float]]]:
+    """Images a second of the predictor alone, decoding included, milliseconds of a core for each, and what it says."""
     predictor = load_run(run)
     opened = [Image.open(io.BytesIO(file)) for file in files]
     expected = [dict(result.top(CLASSES)) for result in predictor.predict(opened, batch)]
-    count, start = 0, time.perf_counter()
+    count, start, own = 0, time.perf_counter(), time.process_time()
     while (passed := time.perf_counter() - start) < 10:
         predictor.predict([Image.open(io.BytesIO(file)) for file in files], batch)
         count += len(files)
-    return count / passed, expected
+    return count / passed, 1000 * (time.process_time() - own) / count, expected
 
 
 def under_load(run: Path, files: list[bytes], expected: list[dict[str, float]], options: Any) -> dict[str, Any]:
@@ -125,16 +128,16 @@ def under_load(run: Path, files: list[bytes], expected: list[dict[str, float]], 
         start, asked = time.monotonic(), []  # type: tuple[float, list[Asked]]
         until = start + WARM_S + options.seconds
 
-        async def clients() -> int:
+        async def clients() -> tuple[int, float]:
             asking = [ask(port, files, expected, options.bad, until, i, asked) for i in range(options.clients)]
             together = asyncio.gather(*asking)
             await asyncio.sleep(WARM_S)
-            warm = memory(process.pid)
+            warm, used = memory(process.pid), core_seconds(process.pid)
             await together
-            return memory(process.pid) - warm
+            return memory(process.pid) - warm, core_seconds(process.pid) - used
 
         own = time.process_time()
-        grown = asyncio.run(clients())
+        grown, used = asyncio.run(clients())
         own = (time.process_time() - own) / (time.monotonic() - start)
         process.send_signal(signal.SIGTERM)
     counted = [one for one in asked if one.when > start + WARM_S]
@@ -146,7 +149,8 @@ def under_load(run: Path, files: list[bytes], expected: list[dict[str, float]], 
         "lost": sum(fault.startswith("lost") for fault in faults), "mixed": faults.count("mixed"),
         "kinds of fault": {fault: faults.count(fault) for fault in {*faults}},
         "p50 ms": 1000 * p50, "p99 ms": 1000 * p99, "p99 / p50": p99 / p50, "images/s": len(times) / options.seconds,
-        "clients' cores": own, "growth MB": grown / 1e6, "exit status": process.returncode,
+        "server's core ms": 1000 * used / len(times), "clients' cores": own,
+        "growth MB": grown / 1e6, "exit status": process.returncode,
     }  # fmt: skip
 
 
@@ -190,11 +194,21 @@ def mixed(answer: dict[str, Any], expected: dict[str, float]) -> bool:
     return found.keys() != expected.keys() or any(abs(found[name] - expected[name]) > CLOSE for name in found)
 
 
+def family(pid: int) -> list[str]:
+    """A process and those that it started."""
+    return [str(pid), *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def core_seconds(pid: int) -> float:
+    """Seconds of a core that they used so far."""
+    stats = [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split() for one in family(pid)]
+    return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
+
+
 def memory(pid: int) -> int:
-    """Bytes of a process and of those that it started."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    """Bytes of them."""
     total = 0
-    for one in (str(pid), *children):
+    for one in family(pid):
         found = re.findall(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{one}/status").read_text())
         total += 1024 * int(found[0])
     return total
