@@ -33,8 +33,6 @@ Tensor remembered_blocks(const Tensor stream, std::vector<Tensor> weights, std::
   const int64_t each = weights.size() / blocks_of(weights, directions);
   const Tensor numbers = block_fingerprints(weights, directions, false);
   std::vector<uint64_t> fingerprint(data<uint64_t>(numbers), data<uint64_t>(numbers) + numbers.numel());
-  for (int64_t i = 0; i < each; ++i)  // the same bytes in other shapes are other weights
-    for (int64_t axis = 0; axis < weights[i].dim(); ++axis) fingerprint.push_back(weights[i].size(axis));
   std::vector<Tensor> packed;
   {
     const std::lock_guard<std::mutex> held(lock);
