@@ -206,8 +206,10 @@ def test_predict_writes_a_table(vimamba, run, images, task):
 
 def test_top_is_how_many_are_told(vimamba, run, images, task):
     what = "classes" if task == "segment" else "objects"
-    path = images / {"segment": "8.png", "detect": "24.png"}[task]
     more = [] if task == "segment" else ["--min_score", 0.0]
+    lines = vimamba("predict", run, images, "--json", *more)[1].splitlines()
+    # Which has enough is not the same on all processors.
+    path = max(map(json.loads, lines), key=lambda answer: len(answer[what]))["image"]
     counts = [
         len(json.loads(vimamba("predict", run, path, "--json", *more, *top)[1])[what])
         for top in (["--top", 1], ["--top", 2], [])

@@ -136,8 +136,9 @@ def test_commands_run_one_after_the_other(vimamba, runs):
             called.add(line)
             words = shlex.split(line)[1:]
             more = smaller(words)
-            status, _, err = vimamba(*words, *more)
-            assert status == 0, f"{where}: {line}: {err}"
+            if line not in MADE:
+                status, _, err = vimamba(*words, *more)
+                assert status == 0, f"{where}: {line}: {err}"
             if "--config" in words and "--output" in words:
                 check_kept(*(Path(words[words.index(name) + 1]) for name in ("--config", "--output")), more)
 
@@ -214,20 +215,24 @@ class Shell:
                 assert words in OTHERS
 
 
+# A run of each kind.
+MADE = [
+    "vimamba train --data photos --model vim_nano --output runs/photos",
+    "vimamba train --config recipes/scenes_seg.yaml --output runs/scenes-seg",
+    "vimamba train --config recipes/scenes_det.yaml --output runs/scenes-det",
+]
+
+
 @pytest.fixture(scope="module")
 def runs(workplace):
-    """The workplace with a run of each kind in it."""
+    """The workplace with these runs in it."""
     write_digits(workplace / "new", 1)
     shutil.copy(workplace / "new/red.jpg", workplace / "new/1.jpg")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
         patch.setattr(scenes, "COUNTS", {"train": 8, "val": 4})
-        lines = [
-            "train --data photos --model vim_nano --output runs/photos",
-            "train --config recipes/scenes_seg.yaml --output runs/scenes-seg",
-            "train --config recipes/scenes_det.yaml --output runs/scenes-det",
-        ]
-        for words in map(shlex.split, lines):
+        for line in MADE:
+            words = shlex.split(line)[1:]
             assert main([*words, *smaller(words)]) == 0
     return workplace
 
