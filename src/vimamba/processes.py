@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 
 from vimamba.errors import require
 
@@ -26,3 +29,25 @@ def check_workers(count: int | None) -> None:
         count is None or 0 <= count <= most,
         f"`num_workers` is {count}; it counts processes, at most {most} on the {cores()} cores here",
     )
+
+
+def obey_parent(worker: int = 0) -> None:
+    """In a process that decodes: outlive signals that go to a whole group or job, and end when the parent says so.
+
+    Ctrl-C, `timeout` and job systems reach every process at once; the parent takes its images until it has saved, and
+    ends this process itself, or its end does.
+    """
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, "sigwaitinfo"):  # macOS and Windows do not tell who sent a signal
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

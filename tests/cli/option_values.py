@@ -62,8 +62,8 @@ GIVEN = {
     "explain": "$trained $photos/val/blue/0.png --output $out",
     "bench": f"{BENCH} --against test_vit --memory false --json $out/bench.json",
     "models": "nano",
-    "ablate": "--data digits --model_args '{depth: 1, embed_dim: 16, d_state: 4}' --designs [none] --seeds 1 "
-    "--epochs 1 --batch_size 300 --lr [0.003] --output $out/ablate-digits",
+    "ablate": "--data digits --model_args '{depth: 1, embed_dim: 16, d_state: 4}' --designs none --seeds 1 "
+    "--epochs 1 --batch_size 300 --lr 0.003 --output $out/ablate-digits",
     "info": "",
 }
 
@@ -95,7 +95,7 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "model_args": [Value("'{depth: 2, embed_dim: 16, d_state: 4}'")],
         "pretrained": [Value(beside="--model local-dir:$published --img_size 28")],
         "checkpoint": [Value("$trained/model.safetensors")],
-        "img_size": [Value("20"), Value("'[16, 24]'")],
+        "img_size": [Value("20"), Value("16,24")],
         "in_chans": [Value("1")],
         "val_fraction": [Value("0.4", "--data $flat")],
         "class_names": [Value("$names", "--data wds/$shards")],
@@ -223,7 +223,7 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "method": [Value("'[gradcam, integrated_gradients, receptive_field]'")],
         "target": [Value("red")],
         "curves": [Value("false")],
-        "compare": [Value("'[test_resnet]'", beside="--method '[receptive_field]'")],
+        "compare": [Value("test_resnet", beside="--method receptive_field")],
         "device": [same("cpu:0")],
         **ASKS,
     },
@@ -253,12 +253,12 @@ VALUES: dict[str, dict[str, list[Value]]] = {
         "data": [Value("digits", "--data mnist --batch_size 2000")],
         "model": [Value("vim_tiny_patch16_224", "--model_args '{depth: 1, embed_dim: 16, d_state: 4, patch_size: 4}'")],
         "model_args": [Value("'{depth: 1, embed_dim: 24, d_state: 4}'")],
-        "designs": [Value("'[none, gate]'")],
+        "designs": [Value("none,gate")],
         "seeds": [Value("2")],
         "equal": [Value("steps")],
         "epochs": [Value("2")],
         "batch_size": [Value("200")],
-        "lr": [Value("'[0.001, 0.003]'")],
+        "lr": [Value("0.001,0.003")],
         "output": [Value("$out/elsewhere")],
         "page": [Value("$out/page.md", "--designs '[none, ssm_conv]'")],
         **HELP,

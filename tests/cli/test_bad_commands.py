@@ -37,6 +37,8 @@ def wrong_kinds(kind: Any) -> list[str]:
     """Words that are no values of a type."""
     if kind is bool or kind is str or str in get_args(kind):  # a word after a switch is none of its; any is a text
         return []
+    if list[str] in get_args(kind):  # without brackets any word is one text
+        return ["[1, [2]]", "{a: 1}", "true"]
     if get_origin(kind) is dict:
         return ["x y", "[1, 2]", "5"]
     if get_origin(kind) is Literal:
@@ -100,6 +102,9 @@ OTHERS = {
     "explain nowhere image.png --output out": "nowhere: there is no such run",
     "explain nowhere image.png": "--output: required",
     "explain run image.png --output out --method [gradcan]": "did you mean gradcam",
+    "explain run image.png --output out --method gradcan": "did you mean gradcam",
+    "explain run image.png --output out --method [gradcam": "--method: expected [text, ...], got [gradcam",
+    "explain run image.png --output out --method gradcam rollout": "joined by commas: --method A,B",
     "predict /etc/hostname image.png": "/etc/hostname",
     "export run": "--format: required but not given",
     "export run --format onnx": "--output: required but not given",
@@ -125,6 +130,8 @@ OTHERS = {
     "ablate --designs nonsense": "--designs",
     "ablate --seeds 0": "--seeds",
     "ablate --lr [0]": "--lr",
+    "ablate --lr 0": "--lr is [0.0]",
+    "ablate --designs none nonsense": "joined by commas: --designs A,B",
     "ablate --data nonsense": "nonsense",
     "ablate --lr+ 0.1": "--lr+: there is no such option; did you mean --lr",
     "info --nonsense": "--nonsense: there is no such option",

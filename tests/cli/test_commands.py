@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
-from vimamba.cli import COMMANDS
+import pytest
+
+from tests.cli.test_bad_commands import parser_of
+from vimamba.cli import COMMANDS, parsing
 from vimamba.ops.cpu import library
 
 
@@ -45,6 +48,36 @@ def test_help_lists_every_command(vimamba):
     status, out, _ = vimamba("--help")
     assert status == 0
     assert all(name in out for name in COMMANDS)
+
+
+LISTS = [
+    *("explain run image --output out --method a", "explain run image --output out --method a,b"),
+    *("explain run image --output out --compare a", "ablate --designs a", "ablate --designs a,b"),
+    *("ablate --lr 1e-3", "ablate --lr 0.1,2", "train --data a --model b --img_size 16,24"),
+    *("train --data a --model b --crop_scale 0.5,1", "train --data a --model b --scale_jitter 1,2"),
+    "export run --format onnx --output a --img_size 16,24",
+]
+
+
+@pytest.mark.parametrize("typed", LISTS)
+def test_the_brackets_of_a_list_may_be_left_out(typed):
+    command, *words = typed.split()
+    *given, name, values = words
+    parser = parser_of(command)
+    bare = parsing.parse(parser, words)[name[2:]]
+    assert bare == parsing.parse(parser, [*given, name, f"[{values}]"])[name[2:]]
+    assert len(bare) == len(values.split(","))
+
+
+def test_every_list_option_is_typed_without_brackets():
+    lists = {
+        (command, name)
+        for command in COMMANDS
+        for name, action in parsing._options(parser_of(command)).items()
+        if any(kind in str(parsing.kind_of(action)) for kind in ("list[", "tuple["))
+    }
+    tested = {(typed.split()[0], typed.split()[-2]) for typed in LISTS}
+    assert lists == {*tested, ("train", "--devices")}  # which takes any text
 
 
 def test_as_a_program():

@@ -15,7 +15,7 @@ from vimamba.inference.explain import report
 def test_it_leaves_overlays_a_sheet_a_page_and_numbers(vimamba, trained, photos, tmp_path):
     given = sorted((photos / "val" / "red").glob("*.png"))[:2]
     output = tmp_path / "out"
-    status, out, err = vimamba("explain", trained, *given, "--compare", "[test_resnet]", "--output", output)
+    status, out, err = vimamba("explain", trained, *given, "--compare", "test_resnet", "--output", output)
     assert status == 0, err
     assert "red" in out
     names = {path.name for path in output.iterdir()}
@@ -38,7 +38,7 @@ def test_it_leaves_overlays_a_sheet_a_page_and_numbers(vimamba, trained, photos,
 
 
 def test_a_class_is_asked_about_and_curves_are_left_out(vimamba, trained, photos, tmp_path):
-    arguments = ("explain", trained, photos / "val" / "red" / "0.png", "--method", "[attribution]", "--curves", "false")
+    arguments = ("explain", trained, photos / "val" / "red" / "0.png", "--method", "attribution", "--curves", "false")
     status, out, _ = vimamba(*arguments, "--target", "blue", "--output", tmp_path / "blue")
     assert status == 0
     assert "blue" in out
@@ -55,6 +55,12 @@ def test_bad_images_and_runs_are_said(vimamba, trained, segmented, tmp_path):
     assert status == 1
     assert "1 of 2 images could not be read" in err
     assert (tmp_path / "out" / "report.html").exists()
+    (tmp_path / "own").mkdir()
+    for command in ("explain", "predict"):
+        for output in (tmp_path / "new" / "deep", tmp_path / "own"):
+            assert vimamba(command, trained, tmp_path / "bad.png", "--output", output)[0] == 1
+    assert not (tmp_path / "new").exists()  # nothing was found to write
+    assert not list((tmp_path / "own").iterdir())
     status, _, err = vimamba("explain", segmented, good, "--output", tmp_path / "out")
     assert status == 2
     assert "does not classify" in err

@@ -1,7 +1,9 @@
 """Nothing lost: what a kill, a signal, damage, a failure or a second run costs a run."""
 
+import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -103,11 +105,16 @@ main(sys.argv[1:])
     assert not (run / ".lock").exists()
 
 
-def start_apart(arguments, **environment):
+def start_apart(arguments, start_new_session=False, **environment):
     """A command in a process of its own."""
     command = [sys.executable, "-m", "vimamba", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        start_new_session=start_new_session,
     )
 
 
@@ -173,6 +180,44 @@ def test_signals_of_schedulers_and_terminals_save(vimamba, photos, tmp_path, mon
     assert "Stopped at epoch 1, batch 3; everything is saved." in out
     assert (tmp_path / "run" / LAST).is_file()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signum)] == before
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_whole_group_saves(vimamba, photos, tmp_path, name):
+    run, signum = tmp_path / "run", getattr(signal, name)
+    arguments = train_arguments(photos, run, "--num_workers", 2, "--epochs", 100_000)
+    with start_apart(arguments, start_new_session=True) as process:
+        try:
+            while process.poll() is None and not (run / "metrics.csv").exists():
+                time.sleep(0.05)
+            os.killpg(process.pid, signum)  # the processes that decode among them
+            out, err = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, err) == (128 + signum, "")
+    assert "; everything is saved. Continue with" in out
+    assert vimamba("train", "--resume", run, "--epochs", len(metrics(run)) + 1)[0] == 0
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_decoding_process_that_was_killed_ends_in_a_sentence(vimamba, photos, tmp_path, monkeypatch, asked):
+    def kill():
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        for child in multiprocessing.active_children():
+            child.kill()
+        time.sleep(5)  # in which PyTorch learns of it
+
+    at_step(monkeypatch, 2, kill)
+    run = tmp_path / "run"
+    more = ("--num_workers", 1, "--checkpoint_every", "1step")
+    status, out, err = vimamba(*train_arguments(photos, run, *more))
+    assert status == (143 if asked else 2)
+    assert f"{run} keeps its state of epoch 1, batch 2" in out + err
+    assert (
+        "Stopped at once" if asked else "error: --num_workers: a process that decodes images was ended"
+    ) in out + err
 
 
 def test_nohup_is_respected(vimamba, photos, tmp_path, monkeypatch):

@@ -103,6 +103,14 @@ def test_a_run_is_measured(predictor, run, tmp_path):
     assert predictor.evaluate(str(run.parent / "photos"), split="val").images == 12
 
 
+def test_measuring_says_what_it_leaves_out_of_the_data(predictor, tmp_path):
+    other = write_photos(tmp_path / "other", halves=(("all", 3),)) / "all"
+    (other / "notes.txt").touch()
+    (other / "nothing").mkdir()
+    with pytest.warns(UserWarning, match="sub-folders without images: 1"):
+        assert predictor.evaluate(other).images == 9
+
+
 @pytest.mark.parametrize(
     ("images", "said"),
     [

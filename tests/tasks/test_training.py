@@ -49,6 +49,12 @@ def test_a_run_is_the_command_s(photos, tmp_path):
     assert run.predictor("cpu").predict(photos / "val/red/0.png").label in ("blue", "green", "red")
 
 
+def test_a_run_says_what_it_leaves_out_of_the_data(photos, tmp_path):
+    (photos / "train" / "nothing").mkdir()
+    with pytest.warns(UserWarning, match="sub-folders without images: 1"):
+        vimamba.train(data=photos, output=tmp_path / "run", **TINY)
+
+
 def test_without_progress_other_libraries_are_silent(photos, tmp_path, monkeypatch):
     said = []
     for name in TALKATIVE:  # as in a process that has called no command

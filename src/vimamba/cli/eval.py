@@ -65,8 +65,6 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     task = find_task(card.task)
     task.check_inference(how)
     data, which = open_for_eval(Path(options.run), task, what.data, what.split, what.class_names, what.ignore_index)
-    for line in data.notes:
-        terminal.warn(line)
     runner = Runner(model, card, device.device, device.precision, how)
     with terminal.progress_bar(terminal.console(stderr=True)) as bar:
         bar_line = bar.add_task("evaluating", total=len(data.val))

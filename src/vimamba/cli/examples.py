@@ -29,7 +29,7 @@ EXAMPLES = {
     ),
     "explain": (
         "vimamba explain runs/photos new/*.jpg --output explained/",
-        "vimamba explain runs/photos new/ --method '[gradcam, integrated_gradients]' --output explained/",
+        "vimamba explain runs/photos new/ --method gradcam,integrated_gradients --output explained/",
     ),
     "bench": (
         "vimamba bench --sizes 224 512 1248 --attention fused eager",

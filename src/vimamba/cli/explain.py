@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from vimamba.cli import terminal
 from vimamba.cli.parsing import add_options, take
-from vimamba.cli.predict import list_images, told, written
+from vimamba.cli.predict import list_images, made, told, written
 from vimamba.errors import UserError, escaped, nearest, require
 from vimamba.files import whole
 from vimamba.inference.explain import report
@@ -82,11 +82,9 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     target = None if what.target is None else class_number(what.target, predictor.class_names)
     paths = list_images(options.images)
     folder, out = Path(what.output), terminal.console()
-    with written(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     found, failed = [], 0
     dataset = PictureDataset(Pictures(paths), predictor.transform)
-    with terminal.progress_bar(out if out.is_terminal else terminal.console(stderr=True)) as bar:
+    with terminal.progress_bar(out if out.is_terminal else terminal.console(stderr=True)) as bar, made(folder):
         line = bar.add_task("explaining", total=len(paths))
         for index, path in enumerate(paths):
             item = dataset[index]
@@ -101,9 +99,9 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
             out.print(
                 f"{escape(escaped(path))}  [bold green]{escape(each.shown.label)}[/] {100 * each.shown.score:.1f}%"
             )
-    if found:
-        write_all(folder, str(options.run), found, fields_of(predictor, [each for _, each in found], what))
-        out.print(f"{escape(str(folder / 'report.html'))}")
+        if found:
+            write_all(folder, str(options.run), found, fields_of(predictor, [each for _, each in found], what))
+            out.print(f"{escape(str(folder / 'report.html'))}")
     return told(failed, len(paths))
 
 

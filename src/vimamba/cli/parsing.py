@@ -96,7 +96,10 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     try:
         return parser.parse_args(spelt)
     except ArgumentError as error:
-        raise UserError(one_line(error)) from error
+        lists = (name for name, action in _options(parser).items() if describe(kind_of(action)).startswith("["))
+        name = next((name for name in lists if any(word.startswith(f"{name}=") for word in spelt)), None)
+        joined = f"; several values are joined by commas: {name} A,B" if name and "unrecognized" in str(error) else ""
+        raise UserError(f"{one_line(error)}{joined}") from error
 
 
 def config_files(arguments: Sequence[str]) -> Iterator[Path]:
@@ -142,9 +145,16 @@ def _spelt_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
             follows = bool(rest) and not rest[0].startswith("--") and (kind is not bool or text_fits(bool, rest[0]))
             require(follows or kind is bool, f"{name}: expected {describe(kind or str)}, got nothing")
             value = rest.pop(0) if follows else "true"
+        value = _in_brackets(kind, value)
         _check_words(name, kind, value)
         spelt.append(f"{name}={value}")
     return spelt
+
+
+def _in_brackets(kind: Any, word: str) -> str:
+    """A list may be typed without its brackets: `a` is `[a]`, and `640,1280` is `[640,1280]`."""
+    bare = kind not in (None, Any) and not text_fits(kind, word) and text_fits(kind, f"[{word}]")
+    return f"[{word}]" if bare else word
 
 
 def _check_words(name: str, kind: Any, *words: str) -> None:

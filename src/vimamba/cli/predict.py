@@ -208,15 +208,17 @@ class Pictures:
         self.used: set[str] = set()
         self.objects: list[tuple[str, Detections]] = []
         self.tilings: list[Tiling] = []
-        with written(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.open = contextlib.ExitStack()
 
     def __enter__(self) -> Pictures:
+        self.open.enter_context(made(self.folder))
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Write what is of all images, or of those that were done when something ended it."""
-        if issubclass(self.predictor.task, DetectionTask):
+        with self.open:
+            if not issubclass(self.predictor.task, DetectionTask):
+                return
             file = self.folder / "predictions.json"
             with written(file):
                 found = [answer for _, answer in self.objects]
@@ -281,6 +283,20 @@ class Pictures:
             name = f"{stem}-{count}"
         self.used.add(name)
         return name
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """A folder to write into; where nothing was written, what had to be made for it is gone again."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it holds something
+            for path in new:
+                path.rmdir()
 
 
 @contextlib.contextmanager

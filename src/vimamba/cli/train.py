@@ -100,8 +100,6 @@ def print_heading(console: Console, training: Training) -> None:
         markup=False,
     )
     console.print(training.schedule, markup=False)
-    for line in data.notes:
-        terminal.warn(line)
     if training.note:
         console.print(training.note, markup=False)
     console.print()

@@ -16,6 +16,7 @@ from vimamba.data.decode import DecodeError
 from vimamba.data.samples import Samples
 from vimamba.data.sources import ImageData
 from vimamba.data.transforms import Transform, mix_seed, seeded
+from vimamba.processes import obey_parent
 
 
 class Item(NamedTuple):
@@ -190,6 +191,7 @@ class ImageDataModule(pl.LightningDataModule):
             drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=obey_parent,
         )
 
 

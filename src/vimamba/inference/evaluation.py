@@ -107,13 +107,15 @@ def evaluate(
         batch_size: images at once; chosen by the task if None.
         num_workers: processes that decode; chosen by the data and the machine if None.
         most_skipped: share of files that may be undecodable.
-        warn: is told of each of them.
+        warn: is told of each of them, and of what was left out of the data or taken for something.
         advance: is told how many images of how many are done.
 
     Raises:
         UserError: the model does not know a class, or too many files cannot be decoded.
     """
     task, card = runner.task, runner.card
+    for line in data.notes:
+        warn(line)
     samples = RenamedClasses(data.val, task, data.class_names, card.class_names)
     workers = data.workers if num_workers is None else num_workers
     transforms = task.transforms(card.preprocessing, AugmentOptions(augment="none"))

@@ -20,7 +20,7 @@ from vimamba.data.transforms import AugmentOptions, Transform
 from vimamba.errors import UserError, escaped, require, shown
 from vimamba.inference.evaluation import evaluate, open_for_eval
 from vimamba.inference.runner import Runner
-from vimamba.processes import check_workers
+from vimamba.processes import check_workers, obey_parent
 from vimamba.tasks.options import InferenceOptions, InferencePrecision
 from vimamba.tasks.results import Results
 from vimamba.tasks.task import Task
@@ -126,7 +126,8 @@ class Predictor:
         require(batch_size >= 1, f"`batch_size` is {batch_size}; it must be at least 1")
         check_workers(num_workers)
         dataset = PictureDataset(Pictures(images), self.transform)
-        for items in DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list):
+        loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list, worker_init_fn=obey_parent)
+        for items in loader:
             good = [item for item in items if not isinstance(item, UserError)]
             results = self.results(good) if good else iter(())
             yield from (item if isinstance(item, UserError) else next(results) for item in items)

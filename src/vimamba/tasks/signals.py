@@ -28,8 +28,8 @@ class StoppedBySignal(Exception):  # noqa: N818 - not an error
 class StoppedAtOnce(BaseException):
     """Asked to stop a second time: nothing is saved beyond what was."""
 
-    def __init__(self, signum: int):
-        super().__init__("stopped at once")
+    def __init__(self, signum: int, message: str = "stopped at once"):
+        super().__init__(message)
         self.signum = signum
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from vimamba.inference.predictor import Predictor
 
 Warn = Callable[[str], None]
+WORKER_ENDED = "DataLoader worker (pid"  # in PyTorch's words for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Training:
         self.folder = RunFolder(path, self.resumed.checkpoint if self.resumed else None)
         every = CheckpointEvery.parse(options.checkpoint_every)
         self.keeper = RunKeeper(self.folder, every, StopSignals(), self.data.name)
-        self.skipped = SkippedFiles(warn, options.max_undecodable)
+        self.warn, self.skipped = warn, SkippedFiles(warn, options.max_undecodable)
         self.trainer = build_trainer(
             config, path, self.keeper, [self.skipped, *callbacks], [*build_loggers(options.logger, path), *loggers],
             progress, f"val_{task.monitor}", task.mode,
@@ -233,6 +234,8 @@ class Training:
         """
         checkpoint, path = self.resumed.checkpoint if self.resumed else None, self.folder.path
         with self._held():
+            for line in self.data.notes if rank_zero_only.rank == 0 else ():  # type: ignore[attr-defined]
+                self.warn(line)
             heading(self)
             with self.keeper.signals:
                 try:
@@ -247,6 +250,9 @@ class Training:
                     stopped.args = (f"stopped at once; {self.keeper.kept()}",)
                     raise
                 except Exception as error:
+                    signum = self.keeper.signals.asked
+                    if signum and WORKER_ENDED in str(error):  # a young one, before `obey_parent`
+                        raise StoppedAtOnce(signum, f"stopped at once; {self.keeper.kept()}") from error
                     if (refused := self._refusal(error)) is None:
                         raise
                     raise refused from error
@@ -260,6 +266,9 @@ class Training:
             return UserError(f"`resume` {folder}: {wrong} ({type(error).__name__}: {one_line(error)})")
         if isinstance(error, MisconfigurationException):  # what a strategy cannot do shows when it begins
             return UserError(f"the trainer refuses: {one_line(error)}")
+        if WORKER_ENDED in str(error):
+            why = f"a process that decodes images was ended, as happens where memory runs out ({one_line(error)})"
+            return UserError(f"`num_workers`: {why}; give fewer; {self.keeper.kept()}")
         if out_of_memory(error):
             smaller = f"`batch_size` {self.optim.batch_size}: does not fit into the memory; give less, and `accumulate`"
             more = f"for as many images a step, `grad_checkpointing`, or a smaller `img_size` than {self.size}"
