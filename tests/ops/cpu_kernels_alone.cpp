@@ -8,11 +8,14 @@
 #include <vector>
 
 #include "kernels.h"
+#include "tiles.h"
 
 using namespace vimamba;
 using std::vector;
 
-#if defined(VIMAMBA_AVX512_BF16)
+#if defined(VIMAMBA_AMX)
+static const Kernels& k = kernels_amx();
+#elif defined(VIMAMBA_AVX512_BF16)
 static const Kernels& k = kernels_avx512_bf16();
 #elif defined(VIMAMBA_AVX512)
 static const Kernels& k = kernels_avx512();
@@ -385,8 +388,11 @@ static void check_mixer(const Sizes& s) {
 }
 
 int main() {
+#if defined(VIMAMBA_AMX)
+  may_use_tiles();
+#endif
   check_fingerprint();
-  for (const int64_t M : {1, 7, 50}) check_linear(M, 37, 101), check_linear(M, 3, 5);
+  for (const int64_t M : {1, 7, 50}) check_linear(M, 37, 101), check_linear(M, 3, 5), check_linear(M, 192, 85);
   for (const bool reverse : {false, true}) {
     for (const int64_t N : {1, 5, 16, 19}) check_scan(37, 131, N, reverse);
     check_scan(1, 1, 16, reverse);

@@ -266,15 +266,17 @@ def test_bfloat16_mixer_is_close(each_set):
 
 
 @pytest.mark.compiled
-def test_the_kernels_alone_under_the_sanitizers(tmp_path):
-    """Without Python or PyTorch, as CONTRIBUTING.md runs them in emulators and valgrind too."""
+@pytest.mark.parametrize("tiles", [False, True], ids=["portable", "amx"])
+def test_the_kernels_alone_under_the_sanitizers(tmp_path, tiles):
+    """Without Python or PyTorch, as CONTRIBUTING.md runs them in emulators and valgrind too; AMX with software tiles."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     kernels, program = Path(library.__file__).parent, tmp_path / "alone"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     sources = [str(Path(__file__).with_name("cpu_kernels_alone.cpp")), str(kernels / "kernels.cpp")]
-    command = [compiler, "-std=c++20", "-O1", f"-I{kernels}", *sources, "-o", str(program)]
+    software = ["-DVIMAMBA_AMX", "-include", str(Path(__file__).with_name("software_tiles.h"))] if tiles else []
+    command = [compiler, "-std=c++20", "-O1", f"-I{kernels}", *software, *sources, "-o", str(program)]
     if subprocess.run([*command, *sanitizers], capture_output=True, check=False).returncode:
         subprocess.run(command, check=True)  # a compiler without the sanitizers' libraries
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)

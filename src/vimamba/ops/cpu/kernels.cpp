@@ -1,5 +1,5 @@
-// Compiled once for each instruction set, with VIMAMBA_AVX512 (and VIMAMBA_AVX512_BF16),
-// VIMAMBA_AVX2 or none of them defined; see vec.h.
+// Compiled once for each instruction set, with VIMAMBA_AVX512 (and VIMAMBA_AVX512_BF16, and to that
+// VIMAMBA_AMX), VIMAMBA_AVX2 or none of them defined; see vec.h.
 #include "kernels.h"
 
 #include "conv.h"
@@ -12,7 +12,10 @@
 #include "scan.h"
 #include "scan_backward.h"
 
-#if defined(VIMAMBA_AVX512_BF16)
+#if defined(VIMAMBA_AMX)
+#define VIMAMBA_TABLE kernels_amx
+#define VIMAMBA_NAME "amx"
+#elif defined(VIMAMBA_AVX512_BF16)
 #define VIMAMBA_TABLE kernels_avx512_bf16
 #define VIMAMBA_NAME "avx512_bf16"
 #elif defined(VIMAMBA_AVX512)

@@ -1,7 +1,7 @@
-"""The shared library of C++ kernels: loading it, and the instruction set that it uses: portable, AVX2, AVX-512, or
-AVX-512 with products of bfloat16 and of 8-bit integers.
+"""The shared library of C++ kernels: loading it, and the instruction set that it uses: portable, AVX2, AVX-512,
+AVX-512 with products of bfloat16 and of 8-bit integers, or that with tiles of them (AMX).
 
-VIMAMBA_CPU=avx512_bf16|avx512|avx2|portable forces an instruction set, VIMAMBA_CPU_LIBRARY=FILE takes another build
+VIMAMBA_CPU=amx|avx512_bf16|avx512|avx2|portable forces an instruction set, VIMAMBA_CPU_LIBRARY=FILE takes another build
 of the kernels, such as the sanitized one of `make test-sanitized`.
 """
 
@@ -15,7 +15,7 @@ import torch
 from vimamba.errors import require
 from vimamba.ops.sizes import CHUNK
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 wide_vectors = False
 """Whether the instruction set in use has vectors of 8 numbers or more."""
 PATH = Path(os.environ.get("VIMAMBA_CPU_LIBRARY") or Path(__file__).parent / "_kernels.so").resolve()

@@ -5,8 +5,8 @@
 // contiguous; the weight (N, K) is packed into panels of kWide vectors of output features, each (words,
 // vectors x W), so that the innermost loop reads it in order. A block of kRows x kWide sums stays in
 // registers: for each word, kWide loads of weights and kRows broadcasts of x feed kRows x kWide
-// multiply-adds of 1, 2 or 4 features. Parallel axes: panels, which need no other's packing, then rows (the
-// caller's).
+// multiply-adds of 1, 2 or 4 features. Where the processor has tiles (AMX), sixteen rows by sixteen words by a
+// panel are one step. Parallel axes: panels, which need no other's packing, then rows (the caller's).
 #pragma once
 
 #include "kernels.h"
@@ -16,7 +16,7 @@ namespace {
 
 using namespace vimamba;
 
-#if defined(VIMAMBA_AVX512)
+#if defined(VIMAMBA_AVX512) || defined(VIMAMBA_AMX)
 constexpr int kRows = 8, kWide = 3;
 #elif defined(VIMAMBA_AVX2)
 constexpr int kRows = 6, kWide = 2;
@@ -156,6 +156,22 @@ struct Sum<Element::int8> {
 #endif
 };
 
+// A vector of row m's sums is written from feature `at` on: scaled where they are integers, and with the bias
+// where they did not start from it.
+template <Element element, class T, class V>
+inline void put(const Product& p, int64_t m, int64_t at, V sums) {
+  const int64_t left = p.N - at;
+  const int lanes = left < W ? (int)left : W;
+  vf out;
+  if constexpr (element == Element::int8)
+    out = __builtin_convertvector(sums - 128 * p.x_sums[m], vf) * p.x_scales[m] * load(p.scales + at, lanes);
+  else
+    out = sums;
+  if constexpr (element != Element::float32)
+    if (p.bias) out += load(p.bias + at, lanes);
+  store((T*)p.out + m * p.out_stride + at, out, lanes);
+}
+
 template <Element element>
 struct PointerTo {
   typedef const Word* type;
@@ -192,28 +208,87 @@ inline void multiply_block(const Product& p, int64_t m, int64_t n, const float* 
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t at = n + v * W, left = p.N - at;
-      const int lanes = left < W ? (int)left : W;
-      vf out;
-      if constexpr (element == Element::float32) {
-        out = sums[r][v].value;
-      } else {
-        if constexpr (element == Element::int8)
-          out = __builtin_convertvector(sums[r][v].value - 128 * p.x_sums[m + r], vf) * p.x_scales[m + r] *
-                load(p.scales + at, lanes);
-        else
-          out = sums[r][v].value;
-        if (p.bias) out += load(p.bias + at, lanes);
-      }
-      store((T*)p.out + (m + r) * p.out_stride + at, out, lanes);
-    }
+    for (int v = 0; v < vectors; ++v) put<element, T>(p, m + r, n + v * W, sums[r][v].value);
 }
+
+#if defined(VIMAMBA_AMX)
+constexpr int kTileRows = 16, kTileWords = 16;
+
+// As LDTILECFG reads it: tiles 0 to 2 hold sums, 3 rows of x, 4 to 6 weights.
+struct TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Whether the words of a product fill tiles.
+inline bool fills_tiles(const Product& p) {
+  return p.element != Element::float32 && words_of(p.element, p.K) % kTileWords == 0;
+}
+
+// The thread's tiles for one product of some rows, if it fills them.
+struct Tiles {
+  const bool used;
+
+  Tiles(const Product& p, int64_t rows) : used(fills_tiles(p)) {
+    if (!used) return;
+    TileShapes shapes;
+    for (int tile = 0; tile < 7; ++tile) {
+      shapes.row_bytes[tile] = kTileWords * 4;
+      shapes.rows[tile] = tile < 4 && rows < kTileRows ? rows : kTileRows;
+    }
+    _tile_loadconfig(&shapes);
+  }
+  ~Tiles() {
+    if (used) _tile_release();
+  }
+};
+
+template <Element element, class T, int vectors>
+inline void multiply_tile(const Product& p, int64_t m, int rows, int64_t n, const float* weight) {
+  constexpr int64_t kLine = vectors * W;  // words of the panel from one word of K to the next
+  const Word* x = (const Word*)p.x + m * p.x_stride;
+  const int64_t words = words_of(element, p.K);
+  _tile_zero(0);
+  if constexpr (vectors > 1) _tile_zero(1);
+  if constexpr (vectors > 2) _tile_zero(2);
+#define VIMAMBA_STEP(sums, weights, v)                                        \
+  if constexpr (vectors > v) {                                                \
+    _tile_loadd(weights, weight + g * kLine + v * W, kLine * 4);              \
+    if constexpr (element == Element::int8)                                   \
+      _tile_dpbsud(sums, 3, weights);                                         \
+    else                                                                      \
+      _tile_dpbf16ps(sums, 3, weights);                                       \
+  }
+  for (int64_t g = 0; g < words; g += kTileWords) {
+    _tile_loadd(3, x + g, p.x_stride * 4);
+    VIMAMBA_STEP(0, 4, 0)
+    VIMAMBA_STEP(1, 5, 1)
+    VIMAMBA_STEP(2, 6, 2)
+  }
+#undef VIMAMBA_STEP
+  decltype(Sum<element>::value) sums[kTileRows][vectors];
+  _tile_stored(0, sums[0], kLine * 4);
+  if constexpr (vectors > 1) _tile_stored(1, &sums[0][1], kLine * 4);
+  if constexpr (vectors > 2) _tile_stored(2, &sums[0][2], kLine * 4);
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v) put<element, T>(p, m + r, n + v * W, sums[r][v]);
+}
+#endif
 
 // Rows [begin, end) of one panel; a last block that is short reaches back over rows already done, to `first`.
 template <Element element, class T, int vectors>
 inline void multiply_panel(const Product& p, int64_t first, int64_t begin, int64_t end, int64_t n,
                            const float* weight) {
+#if defined(VIMAMBA_AMX)
+  if constexpr (element != Element::float32)
+    if (fills_tiles(p)) {
+      const int rows = end - first < kTileRows ? end - first : kTileRows;
+      for (int64_t m = begin; m < end; m += kTileRows)
+        multiply_tile<element, T, vectors>(p, m + rows <= end ? m : end - rows, rows, n, weight);
+      return;
+    }
+#endif
   if (end - first < kRows) {
     for (int64_t m = begin; m < end; ++m) multiply_block<element, T, 1, vectors>(p, m, n, weight);
     return;
@@ -225,6 +300,9 @@ inline void multiply_panel(const Product& p, int64_t first, int64_t begin, int64
 template <Element element, class T>
 void multiply(const Product& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
   const int64_t panel_floats = kPanel * words_of(element, p.K);
+#if defined(VIMAMBA_AMX)
+  const Tiles tiles(p, end - begin);
+#endif
   for (int64_t tile = begin; tile < end; tile += kLinearTile) {
     const int64_t tile_end = tile + kLinearTile < end ? tile + kLinearTile : end;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {

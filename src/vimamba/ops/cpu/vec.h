@@ -16,7 +16,7 @@
 
 namespace {
 
-#if defined(VIMAMBA_AVX512)
+#if defined(VIMAMBA_AVX512) || defined(VIMAMBA_AMX)  // a row of a tile is 16 words
 constexpr int W = 16;
 #elif defined(VIMAMBA_AVX2)
 constexpr int W = 8;
