@@ -268,7 +268,7 @@ def test_bfloat16_mixer_is_close(each_set):
 @pytest.mark.compiled
 @pytest.mark.parametrize("tiles", [False, True], ids=["portable", "amx"])
 def test_the_kernels_alone_under_the_sanitizers(tmp_path, tiles):
-    """Without Python or PyTorch, as CONTRIBUTING.md runs them in emulators and valgrind too; AMX with software tiles."""
+    """Without Python or PyTorch, as CONTRIBUTING.md runs them in emulators and valgrind; AMX with software tiles."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
