@@ -144,31 +144,15 @@ inline void for_each_delta(const Mixer& m, const PackedDirection& packed, int64_
   }
 }
 
-// delta' = softplus(delta) and delta' c for one block; the largest delta'.
-inline vf expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
+// delta' = softplus(delta) and delta' c for one block.
+inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
                        int64_t columns, int steps, const MixerScratch& s) {
   const int64_t c_stride = MixerScratch::padded(m);
-  vf largest = {};
   for_each_delta(m, packed, i, projected, columns, steps, [&](int t, vf delta) {
     const vf positive = softplus(delta);
     store(s.delta_u + t * W, positive * load(s.c + t * c_stride + i * W));
     store(s.delta + t * W, at_most(positive, kFinite));
-    largest = positive > largest ? positive : largest;
   });
-  return largest;
-}
-
-// Whether no decay of a tile goes under 2^-126.
-inline bool in_reach(vf largest, const float* decay, int64_t N) {
-  vf fastest = {};
-  for (int64_t n = 0; n < N; ++n) {
-    const vf rate = load(decay + n * W);
-    fastest = rate < fastest ? rate : fastest;
-  }
-  const vi below = largest * fastest < -126.0f;
-  int some = 0;
-  for (int lane = 0; lane < W; ++lane) some |= below[lane];
-  return !some;
 }
 
 inline float gate_of(const Mixer& m, const Direction& direction, int64_t b, int64_t position) {
@@ -227,14 +211,11 @@ void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDi
         unpack_rows(state + i * N * W, N, block.lanes,
                     direction.states + (chunk * m.dim + block.channel) * N);
       }
-      const vf largest = expand_delta(m, packed, i, projected, columns, steps, s);
+      expand_delta(m, packed, i, projected, columns, steps, s);
       const TileInputs inputs = {steps, s.delta, s.delta_u};
       const float* decay = packed.decay + i * N * W;
       const Coefficients<false> B = {projected + m.dt_rank, columns}, C = {B.tile + N, columns};
-      if (kHasCoarseExp2 && sizeof(T) == sizeof(bf16) && in_reach(largest, decay, N))
-        advance_all<false, false, kHasCoarseExp2>(inputs, N, decay, B, C, state + i * N * W, s.y);
-      else
-        advance_all<false, false>(inputs, N, decay, B, C, state + i * N * W, s.y);
+      advance_all<false, false>(inputs, N, decay, B, C, state + i * N * W, s.y, sizeof(T) == sizeof(bf16));
       add_tile<T>(m, direction, packed, b, i, step, steps, first, last, s);
     }
   }

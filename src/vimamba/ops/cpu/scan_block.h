@@ -16,6 +16,8 @@ using namespace vimamba;
 
 #if defined(VIMAMBA_AVX512)
 constexpr int kStates = 16;
+#elif defined(VIMAMBA_AVX2)
+constexpr int kStates = 8;
 #else
 constexpr int kStates = 4;
 #endif
@@ -93,32 +95,49 @@ struct TileInputs {
   const float *delta, *delta_u;  // (T, W): delta after softplus, delta * u
 };
 
-// 2^(delta * decay) for one step's delta, which is not negative where it may be coarse.
-template <bool coarse>
+// 2^(delta * decay) for one step's delta: any; where all of a tile's are normal numbers; coarse there.
+enum class Reach { any, near, coarse };
+
+template <Reach reach>
 struct Decay {
-  vf delta;
-  vf operator()(vf decay) const { return exp2(delta * decay); }
+  vf delta = {};
+  vf operator()(vf decay) const { return reach == Reach::any ? exp2(delta * decay) : exp2_near(delta, decay); }
 };
 
 #if defined(VIMAMBA_AVX512)
 template <>
-struct Decay<true> {
+struct Decay<Reach::coarse> {
   CoarseExp2 power;
-  vf delta;
-  vf operator()(vf decay) const { return power(delta, decay); }
+  vf delta = {};
+  vf operator()(vf decay) const { return power(delta * 32.0f, decay); }
 };
 #endif
 
+// Whether all of a tile's decays are normal numbers.
+inline bool in_reach(int steps, const float* delta, int64_t N, const float* decay) {
+  vf fastest = {};
+  vi beyond = {};
+  for (int64_t n = 0; n < N; ++n) {
+    const vf rate = absolute(load(decay + n * W));
+    fastest = rate > fastest ? rate : fastest;
+    beyond |= ~(rate <= kFinite);  // NaN
+  }
+  for (int t = 0; t < steps; ++t) beyond |= ~(absolute(load(delta + t * W)) * fastest <= 126.0f);
+  int some = 0;
+  for (int lane = 0; lane < W; ++lane) some |= beyond[lane];
+  return !some;
+}
+
 // States [first, first + count): y (T, W) gains sum_n C_t[n] h_t[n].
-template <int count, bool coarse, bool constant_B, bool constant_C>
+template <int count, Reach reach, bool constant_B, bool constant_C>
 inline void advance(const TileInputs& in, int64_t first, int64_t N, const float* decay,
                     Coefficients<constant_B> B, Coefficients<constant_C> C, float* state, float* y) {
   vf h[count];
 #pragma GCC unroll 16
   for (int n = 0; n < count; ++n) h[n] = load(state + (first + n) * W);
-  Decay<coarse> power;
+  Decay<reach> power;
   for (int t = 0; t < in.steps; ++t) {
-    power.delta = load(in.delta + t * W) * (coarse ? 32.0f : 1.0f);
+    power.delta = load(in.delta + t * W);
     const vf delta_u = load(in.delta_u + t * W);
     vf even = first ? load(y + t * W) : vf{}, odd = {};
 #pragma GCC unroll 16
@@ -133,14 +152,27 @@ inline void advance(const TileInputs& in, int64_t first, int64_t N, const float*
   for (int n = 0; n < count; ++n) store(state + (first + n) * W, h[n]);
 }
 
-template <bool constant_B, bool constant_C, bool coarse = false>
-inline void advance_all(const TileInputs& in, int64_t N, const float* decay, Coefficients<constant_B> B,
-                        Coefficients<constant_C> C, float* state, float* y) {
+template <Reach reach, bool constant_B, bool constant_C>
+inline void advance_states(const TileInputs& in, int64_t N, const float* decay, Coefficients<constant_B> B,
+                           Coefficients<constant_C> C, float* state, float* y) {
   int64_t n = 0;
-  for (; n + kStates <= N; n += kStates) advance<kStates, coarse>(in, n, N, decay, B, C, state, y);
+  for (; n + kStates <= N; n += kStates) advance<kStates, reach>(in, n, N, decay, B, C, state, y);
   if constexpr (kStates > 4)
-    for (; n + 4 <= N; n += 4) advance<4, coarse>(in, n, N, decay, B, C, state, y);
-  for (; n < N; ++n) advance<1, coarse>(in, n, N, decay, B, C, state, y);
+    for (; n + 4 <= N; n += 4) advance<4, reach>(in, n, N, decay, B, C, state, y);
+  for (; n < N; ++n) advance<1, reach>(in, n, N, decay, B, C, state, y);
+}
+
+// All N states; with decays of a relative error of 6e-5 if they may be `coarse` and that is faster.
+template <bool constant_B, bool constant_C>
+inline void advance_all(const TileInputs& in, int64_t N, const float* decay, Coefficients<constant_B> B,
+                        Coefficients<constant_C> C, float* state, float* y, bool coarse = false) {
+  coarse = coarse && kHasCoarseExp2;
+  if (!(kHasNearExp2 || coarse) || !in_reach(in.steps, in.delta, N, decay))
+    advance_states<Reach::any>(in, N, decay, B, C, state, y);
+  else if (coarse)
+    advance_states<Reach::coarse>(in, N, decay, B, C, state, y);
+  else
+    advance_states<Reach::near>(in, N, decay, B, C, state, y);
 }
 
 }  // namespace

@@ -199,6 +199,21 @@ inline vf exp2(vf x) {
 #endif
 }
 
+// 2^(a b) where that is a normal number, |a b| <= 126: the same without bounds, and with the exponent added to that
+// of 2^r.
+#if defined(VIMAMBA_AVX512)
+constexpr bool kHasNearExp2 = false;  // exp2 is as fast
+inline vf exp2_near(vf a, vf b) { return exp2(a * b); }
+#else
+constexpr bool kHasNearExp2 = true;
+inline vf exp2_near(vf a, vf b) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves k in the low bits
+  const vf shifted = a * b + kShift;
+  const vf r = a * b - (shifted - kShift);
+  return as_float(as_int(exp2_polynomial(r)) + (as_int(shifted) << 23));
+}
+#endif
+
 // 2^x for -126 <= x <= 0 from x * 32, with a relative error of 6e-5: x * 32 = k + r with |r| <= 1/2, the 32
 // powers 2^(i/32) in two registers, an exact scaling in the exponent's bits, and 1 + r ln2 / 32 for the rest.
 #if defined(VIMAMBA_AVX512)
