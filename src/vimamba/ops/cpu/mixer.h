@@ -146,7 +146,7 @@ inline void for_each_delta(const Mixer& m, const PackedDirection& packed, int64_
 
 // delta' = softplus(delta) and delta' c for one block.
 inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
-                       int64_t columns, int steps, const MixerScratch& s) {
+                         int64_t columns, int steps, const MixerScratch& s) {
   const int64_t c_stride = MixerScratch::padded(m);
   for_each_delta(m, packed, i, projected, columns, steps, [&](int t, vf delta) {
     const vf positive = softplus(delta);
@@ -215,7 +215,7 @@ void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDi
       const TileInputs inputs = {steps, s.delta, s.delta_u};
       const float* decay = packed.decay + i * N * W;
       const Coefficients<false> B = {projected + m.dt_rank, columns}, C = {B.tile + N, columns};
-      advance_all<false, false>(inputs, N, decay, B, C, state + i * N * W, s.y, sizeof(T) == sizeof(bf16));
+      advance_all<sizeof(T) == sizeof(bf16)>(inputs, N, decay, B, C, state + i * N * W, s.y);
       add_tile<T>(m, direction, packed, b, i, step, steps, first, last, s);
     }
   }

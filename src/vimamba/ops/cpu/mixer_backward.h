@@ -5,7 +5,8 @@
 // dt_proj again, the recurrence back and forth (scan_backward.h), then the gradients of dt_proj, x_proj and
 // convolution. x, z and dout are read once a direction, dx and dz written once, and nothing else of the
 // sequence touches memory. Gradients of the weights gather over all chunks and images of a thread. Operations
-// for each (step, channel): about 30 N of the recurrence, 4 (R + 2 N) + 4 R + 2 (R + 2 N) of the products, 120.
+// for each (step, channel): about 30 N of the recurrence, 4 (R + 2 N) + 4 R + 2 (R + 2 N) of the products,
+// 120.
 #pragma once
 
 #include "mixer.h"
@@ -64,7 +65,7 @@ int64_t mixer_backward_sums(const Mixer& m) { return MixerSums::floats(m); }
 struct MixerBackwardScratch : RetreatScratch {
   float *carry, *dx_carry;             // (blocks, N, W), (blocks, width - 1, W): to the chunk walked next
   float *state, *dB, *dC;              // (N, W), (T, N, W) x 2
-  float *raw, *dz_of_y;                // (T, W)
+  float *delta_slope, *dz_of_y;        // (T, W)
   float *c, *slope, *dc, *ddelta_raw;  // (T, D padded); dc is room for x_proj's c before it is dc
   float *projected, *dprojected;       // (T, columns)
   float* dprojected_turned;            // (R + 2 N, T)
@@ -83,7 +84,7 @@ struct MixerBackwardScratch : RetreatScratch {
     take(padded * (m.width - 1), dx_carry);
     take(m.state * W, state);
     take(T * m.state * W, dB, dC);
-    take(T * W, raw, dz_of_y);
+    take(T * W, delta_slope, dz_of_y);
     take(T * padded, c, slope, dc, ddelta_raw);
     take(T * mixer_columns(m), projected, dprojected);
     take(T * mixer_projected(m), dprojected_turned);
@@ -140,7 +141,8 @@ inline void gather(int steps, const float* vectors, int64_t vector_stride, const
     gather_some<1>(steps, vectors, vector_stride, numbers + n, number_stride, sums + n * W);
 }
 
-// One block's way back through gate and scan: dz, dc without what comes through x_proj, ddelta before softplus.
+// One block's way back through gate and scan: dz, dc without what comes through x_proj, ddelta before
+// softplus.
 template <class T>
 void retreat_block(const Mixer& m, const Direction& direction, const PackedBackward& packed,
                    const MixerGradients& grad, const MixerChunk& at, int64_t i, const MixerSums& sums,
@@ -151,8 +153,9 @@ void retreat_block(const Mixer& m, const Direction& direction, const PackedBackw
   pack_rows(direction.states + (chunk * m.dim + block.channel) * N, N, block.lanes, 1, s.state);
   const float* c = s.c + i * W;
   for_each_delta(m, packed, i, s.projected, columns, at.steps, [&](int t, vf raw) {
-    const vf delta = softplus(raw);
-    store(s.raw + t * W, raw);
+    vf slope;
+    const vf delta = softplus(raw, slope);
+    store(s.delta_slope + t * W, slope);
     store(s.delta_u + t * W, delta * load(c + t * row_floats));
     store(s.delta + t * W, at_most(delta, kFinite));
   });
@@ -174,7 +177,7 @@ void retreat_block(const Mixer& m, const Direction& direction, const PackedBackw
   for (int t = 0; t < at.steps; ++t) {
     const int64_t position = position_of(at.step + t, m.length, direction.scan_reverse);
     const vf u = load(c + t * row_floats), dy = load(s.dy + t * W), ddelta_u = load(s.ddelta_u + t * W);
-    const vf ddelta = (load(s.ddelta + t * W) * kLn2 + ddelta_u * u) * sigmoid(load(s.raw + t * W));
+    const vf ddelta = (load(s.ddelta + t * W) * kLn2 + ddelta_u * u) * load(s.delta_slope + t * W);
     vf dz = load(s.dz_of_y + t * W) * (load(s.y + t * W) + u * skip);
     T* to = row<T>(grad.dz, at.b, position) + block.channel;
     if (!at.first) dz += load((const T*)to, block.lanes);
@@ -232,7 +235,8 @@ inline void retreat_input(const Mixer& m, const PackedBackward& packed, const Mi
 #pragma GCC unroll 8
     for (int r = 0; r < kSteps; ++r)
       if (t + r < at.steps)
-        store(dsum + (t + r) * W, (sums[r] + load(dc + (t + r) * row_floats)) * load(slope + (t + r) * row_floats));
+        store(dsum + (t + r) * W,
+              (sums[r] + load(dc + (t + r) * row_floats)) * load(slope + (t + r) * row_floats));
   }
 }
 
@@ -265,7 +269,8 @@ inline void retreat_taps(const Mixer& m, const Direction& direction, const Mixer
 }
 
 // dx of one block: what the chunk's sums give to its own tokens, and to width - 1 neighbours that lie in the
-// chunk walked next (they wait in dx_carry) or, where convolution and scan run opposite ways, in the last one.
+// chunk walked next (they wait in dx_carry) or, where convolution and scan run opposite ways, in the last
+// one.
 template <class T>
 inline void retreat_tokens(const Mixer& m, const Direction& direction, const PackedDirection& packed,
                            const MixerGradients& grad, const MixerChunk& at, int64_t i,
@@ -342,8 +347,8 @@ void mixer_backward_typed(const Mixer& m, const Direction& direction, const Mixe
   });
 }
 
-// dx and dz of one direction of one image, stored if it is the `first`, else added; its weights' gradients are
-// added to `sums`.
+// dx and dz of one direction of one image, stored if it is the `first`, else added; its weights' gradients
+// are added to `sums`.
 void mixer_backward(const Mixer& m, const Direction& direction, const MixerGradients& grad, float* memory,
                     int64_t b, bool first, float* sums, float* scratch) {
   const PackedBackward packed(m, memory);

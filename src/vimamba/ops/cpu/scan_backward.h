@@ -20,7 +20,7 @@ constexpr int kBackward = 4;
 
 // What the recurrence's way back works in, for one block.
 struct RetreatScratch {
-  float *kept_decay, *kept_state;                        // (T, kBackward, W)
+  float *kept_decay, *kept_state;                       // (T, kBackward, W)
   float *delta, *delta_u, *dy, *y, *ddelta, *ddelta_u;  // (T, W)
 
   static int64_t floats() { return (2 * kBackward + 6) * kChunk * W; }
@@ -33,11 +33,11 @@ struct RetreatScratch {
 
 struct BackwardScratch : RetreatScratch {
   float *decay, *carry, *dA, *state, *constant_B, *constant_C, *dB_constant,
-      *dC_constant;                           // (blocks, N, W) each
-  float *dD, *dbias;                          // (blocks, W)
-  float *B, *C;                               // (T, N)
-  float *dB, *dC;                             // (T, N, W)
-  float *raw, *u, *z, *dout;                  // (T, W)
+      *dC_constant;                   // (blocks, N, W) each
+  float *dD, *dbias;                  // (blocks, W)
+  float *B, *C;                       // (T, N)
+  float *dB, *dC;                     // (T, N, W)
+  float *delta_slope, *u, *z, *dout;  // (T, W)
 
   static int64_t floats(const Scan& scan, int64_t blocks) {
     const int64_t T = kChunk, N = scan.state;
@@ -51,7 +51,7 @@ struct BackwardScratch : RetreatScratch {
     take(blocks * N * W, decay, carry, dA, state, constant_B, constant_C, dB_constant, dC_constant);
     take(blocks * W, dD, dbias);
     take(T * N * W, dB, dC);
-    take(T * W, raw, u, z, dout);
+    take(T * W, delta_slope, u, z, dout);
     take(T * N, B, C);
   }
 };
@@ -62,20 +62,23 @@ inline float* gradient_at(float* gradient, int64_t N, int t, int64_t n) {
   return gradient + (constant ? n : t * N + n) * W;
 }
 
-// States [first, first + count) of one block and chunk.
-template <int count, bool constant_B, bool constant_C>
-inline void retreat(const RetreatScratch& s, int steps, int64_t first, int64_t N, const float* decay,
+// States [first, first + count) of one block and chunk. The scratch by value: what a vector is stored to
+// might be the pointers of one that lies in memory.
+template <int count, Reach reach, bool constant_B, bool constant_C>
+inline void retreat(const RetreatScratch s, int steps, int64_t first, int64_t N, const float* decay,
                     const float* state, float* carry, float* dA, Coefficients<constant_B> B,
                     Coefficients<constant_C> C, float* dB, float* dC) {
   vf h[count];
 #pragma GCC unroll 8
   for (int n = 0; n < count; ++n) h[n] = load(state + (first + n) * W);
+  Decay<reach> power;
   for (int t = 0; t < steps; ++t) {
-    const vf delta = load(s.delta + t * W), delta_u = load(s.delta_u + t * W), dy = load(s.dy + t * W);
+    power.delta = load(s.delta + t * W);
+    const vf delta_u = load(s.delta_u + t * W), dy = load(s.dy + t * W);
     vf y = first ? load(s.y + t * W) : vf{};
 #pragma GCC unroll 8
     for (int n = 0; n < count; ++n) {
-      const vf a = exp2(delta * load(decay + (first + n) * W));
+      const vf a = power(load(decay + (first + n) * W));
       store(s.kept_decay + (t * kBackward + n) * W, a);
       store(s.kept_state + (t * kBackward + n) * W, h[n]);
       h[n] = a * h[n] + delta_u * B(t, first + n);
@@ -113,29 +116,40 @@ inline void retreat(const RetreatScratch& s, int steps, int64_t first, int64_t N
   }
 }
 
-template <bool constant_B, bool constant_C>
-inline void retreat_all(const RetreatScratch& s, int steps, int64_t N, const float* decay,
-                        const float* state, float* carry, float* dA, Coefficients<constant_B> B,
-                        Coefficients<constant_C> C, float* dB, float* dC) {
+template <Reach reach, bool constant_B, bool constant_C>
+inline void retreat_states(const RetreatScratch& s, int steps, int64_t N, const float* decay,
+                           const float* state, float* carry, float* dA, Coefficients<constant_B> B,
+                           Coefficients<constant_C> C, float* dB, float* dC) {
   int64_t n = 0;
   for (; n + kBackward <= N; n += kBackward)
-    retreat<kBackward>(s, steps, n, N, decay, state, carry, dA, B, C, dB, dC);
-  for (; n < N; ++n) retreat<1>(s, steps, n, N, decay, state, carry, dA, B, C, dB, dC);
+    retreat<kBackward, reach>(s, steps, n, N, decay, state, carry, dA, B, C, dB, dC);
+  for (; n < N; ++n) retreat<1, reach>(s, steps, n, N, decay, state, carry, dA, B, C, dB, dC);
+}
+
+template <bool constant_B, bool constant_C>
+inline void retreat_all(const RetreatScratch& s, int steps, int64_t N, const float* decay, const float* state,
+                        float* carry, float* dA, Coefficients<constant_B> B, Coefficients<constant_C> C,
+                        float* dB, float* dC) {
+  if (kHasNearExp2 && in_reach(steps, s.delta, N, decay))
+    retreat_states<Reach::near>(s, steps, N, decay, state, carry, dA, B, C, dB, dC);
+  else
+    retreat_states<Reach::any>(s, steps, N, decay, state, carry, dA, B, C, dB, dC);
 }
 
 inline void load_backward_inputs(const Scan& scan, const ScanGradients& grad, int64_t b, const Stretch& at,
                                  const Block& block, const BackwardScratch& s) {
-  load_rows(scan.delta, scan.bf16, b, at, block, s.raw);
+  load_rows(scan.delta, scan.bf16, b, at, block, s.delta);
   load_rows(scan.u, scan.bf16, b, at, block, s.u);
   load_rows(grad.dout, scan.bf16, b, at, block, s.dout);
   if (scan.z.data) load_rows(scan.z, scan.bf16, b, at, block, s.z);
   const vf bias = scan.bias ? load(scan.bias + block.channel, block.lanes) : vf{};
   for (int t = 0; t < at.steps; ++t) {
-    const vf raw = load(s.raw + t * W) + bias;
-    const vf delta = scan.softplus ? softplus(raw) : raw;
+    const vf raw = load(s.delta + t * W) + bias;
+    vf slope = splat(1.0f);
+    const vf delta = scan.softplus ? softplus(raw, slope) : raw;
     vf dy = load(s.dout + t * W);
     if (scan.z.data) dy *= silu(load(s.z + t * W));
-    store(s.raw + t * W, raw);
+    store(s.delta_slope + t * W, slope);
     store(s.delta_u + t * W, delta * load(s.u + t * W));
     store(s.delta + t * W, at_most(at_least(delta, -kFinite), kFinite));
     store(s.dy + t * W, dy);
@@ -152,8 +166,7 @@ inline void store_backward_outputs(const Scan& scan, const ScanGradients& grad, 
     const vf ddelta_u = load(s.ddelta_u + t * W);
     vf du = ddelta_u * delta, y = load(s.y + t * W);
     if (scan.D) du += dy * skip, y += u * skip, dD_sum += dy * u;
-    vf ddelta = load(s.ddelta + t * W) * kLn2 + ddelta_u * u;
-    if (scan.softplus) ddelta *= sigmoid(load(s.raw + t * W));
+    const vf ddelta = (load(s.ddelta + t * W) * kLn2 + ddelta_u * u) * load(s.delta_slope + t * W);
     dbias_sum += ddelta;
     store(s.u + t * W, du);
     store(s.delta + t * W, ddelta);

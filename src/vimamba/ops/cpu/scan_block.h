@@ -101,7 +101,9 @@ enum class Reach { any, near, coarse };
 template <Reach reach>
 struct Decay {
   vf delta = {};
-  vf operator()(vf decay) const { return reach == Reach::any ? exp2(delta * decay) : exp2_near(delta, decay); }
+  vf operator()(vf decay) const {
+    return reach == Reach::any ? exp2(delta * decay) : exp2_near(delta, decay);
+  }
 };
 
 #if defined(VIMAMBA_AVX512)
@@ -163,16 +165,14 @@ inline void advance_states(const TileInputs& in, int64_t N, const float* decay, 
 }
 
 // All N states; with decays of a relative error of 6e-5 if they may be `coarse` and that is faster.
-template <bool constant_B, bool constant_C>
+template <bool coarse, bool constant_B, bool constant_C>
 inline void advance_all(const TileInputs& in, int64_t N, const float* decay, Coefficients<constant_B> B,
-                        Coefficients<constant_C> C, float* state, float* y, bool coarse = false) {
-  coarse = coarse && kHasCoarseExp2;
-  if (!(kHasNearExp2 || coarse) || !in_reach(in.steps, in.delta, N, decay))
-    advance_states<Reach::any>(in, N, decay, B, C, state, y);
-  else if (coarse)
-    advance_states<Reach::coarse>(in, N, decay, B, C, state, y);
+                        Coefficients<constant_C> C, float* state, float* y) {
+  constexpr Reach within = coarse && kHasCoarseExp2 ? Reach::coarse : kHasNearExp2 ? Reach::near : Reach::any;
+  if (within != Reach::any && in_reach(in.steps, in.delta, N, decay))
+    advance_states<within>(in, N, decay, B, C, state, y);
   else
-    advance_states<Reach::near>(in, N, decay, B, C, state, y);
+    advance_states<Reach::any>(in, N, decay, B, C, state, y);
 }
 
 }  // namespace

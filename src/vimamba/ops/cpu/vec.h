@@ -199,8 +199,8 @@ inline vf exp2(vf x) {
 #endif
 }
 
-// 2^(a b) where that is a normal number, |a b| <= 126: the same without bounds, and with the exponent added to that
-// of 2^r.
+// 2^(a b) where that is a normal number, |a b| <= 126: the same without bounds, and with the exponent added
+// to that of 2^r.
 #if defined(VIMAMBA_AVX512)
 constexpr bool kHasNearExp2 = false;  // exp2 is as fast
 inline vf exp2_near(vf a, vf b) { return exp2(a * b); }
@@ -242,7 +242,13 @@ constexpr bool kHasCoarseExp2 = false;
 #endif
 
 // exp for any x: infinities are pulled in to where the result is already 0 or infinity.
-inline vf exp(vf x) { return exp2(at_most(at_least(x * kLog2e, -1e4f), 1e4f)); }
+inline vf exp(vf x) {
+#if defined(VIMAMBA_AVX512)
+  return exp2(at_most(at_least(x * kLog2e, -1e4f), 1e4f));
+#else
+  return exp2(x * kLog2e);  // which has bounds
+#endif
+}
 
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
@@ -270,5 +276,12 @@ inline vf log1p_unit(vf w) {
 // max(x, 0) + log(1 + exp(-|x|)): the same as torch's softplus with its threshold of 20, to the last bit of
 // float32.
 inline vf softplus(vf x) { return at_least(x, 0.0f) + log1p_unit(exp(-absolute(x))); }
+
+// The same with d softplus(x) / dx, the sigmoid, from the same exponential.
+inline vf softplus(vf x, vf& slope) {
+  const vf w = exp(-absolute(x));
+  slope = (x < 0.0f ? w : splat(1.0f)) / (1.0f + w);
+  return at_least(x, 0.0f) + log1p_unit(w);
+}
 
 }  // namespace
