@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vimamba.layers import memory
 from vimamba.layers.grid import Layout
-from vimamba.layers.intact import intact, own_methods, watched
+from vimamba.layers.intact import intact, own_methods, watched, weight_of
 from vimamba.layers.mixers import DirectionalMixer
 from vimamba.layers.norm import LayerNorm, RMSNorm, add_norm, compute_dtype
 from vimamba.ops import BlockWeights, backends, blocks
@@ -76,10 +76,12 @@ class Block(nn.Module):
 
     def joined(self) -> BlockWeights | None:
         """The weights with which `ops.blocks` computes this block; None where it does more, or is not as it was."""
-        drops = self.drop_path.training and not isinstance(self.drop_path, nn.Identity)
-        whole = intact(self, Block) and own_methods(self) and intact(self.norm, RMSNorm)
-        whole = whole and intact(self.drop_path, DropPath, nn.Identity)
-        return self.mixer.joined(self.norm.weight) if whole and not drops else None  # type: ignore[arg-type]
+        modules: dict[str, Any] = self._modules
+        mixer, norm, drop_path = modules["mixer"], modules["norm"], modules["drop_path"]
+        drops = drop_path.training and not isinstance(drop_path, nn.Identity)
+        whole = intact(self, Block) and own_methods(self) and intact(norm, RMSNorm)
+        whole = whole and intact(drop_path, DropPath, nn.Identity)
+        return mixer.joined(weight_of(norm, "weight")) if whole and not drops else None
 
     def _mixed(self, normed: Tensor, stream: Tensor, reverse: bool, layout: Layout | None) -> Tensor:
         if not memory.recomputes(normed, self.mixer.recompute) or not intact(self.norm, RMSNorm, LayerNorm):
@@ -123,7 +125,7 @@ def run_joined(layers: Iterable[nn.Module], hidden: Tensor, stream: Tensor | Non
 
 
 def _kind(layer: Any, weights: BlockWeights) -> tuple[Any, ...]:
-    """What blocks share that run in one call: how they merge and normalise, and the sizes of their weights."""
-    sized = (weights.in_proj, weights.out_proj, *weights.directions[0].weights)
-    sizes = [(weight.shape, weight.dtype) for weight in sized]
-    return layer.mixer.merge_scale, layer.norm.eps, len(weights.directions), sizes
+    """What blocks share that run in one call: how they merge and normalise, their type, and weights with all sizes."""
+    conv_weight, _, x_proj, _, _, A_log, *_ = weights.directions[0]
+    sizes = weights.in_proj.shape, conv_weight.shape, x_proj.shape, A_log.shape
+    return layer.mixer.merge_scale, layer.norm.eps, len(weights.directions), weights.in_proj.dtype, sizes

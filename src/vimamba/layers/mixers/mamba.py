@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vimamba.layers import memory
 from vimamba.layers.grid import Layout, ScanPath, insert_tokens, shape_text, split_tokens
-from vimamba.layers.intact import intact, own_methods, watched
+from vimamba.layers.intact import intact, own_methods, watched, weight_of
 from vimamba.layers.mixers.directional import DirectionalMixer, Scan, needed
 from vimamba.layers.options import check_choice, check_number, check_whole
 from vimamba.layers.quantized import QuantizedLinear
@@ -168,17 +168,19 @@ class BidirectionalMixer(DirectionalMixer):
         """The weights with which `ops.blocks` computes the mixer behind a norm; None where it is no plain one."""
         plain = self.conv2d is None and self.gate is None and self.gamma is None and not self.pooled_token
         along_rows = len(self.paths) == 1 and self.paths[0].along_rows
-        in_proj: Any = self.in_proj
-        out_proj: Any = self.out_proj
         if not (plain and along_rows and intact(self, BidirectionalMixer) and own_methods(self)):
             return None
+        in_proj: Any = self._modules["in_proj"]
+        out_proj: Any = self._modules["out_proj"]
         kind = type(in_proj)
         if kind not in (nn.Linear, QuantizedLinear) or not (intact(in_proj, kind) and intact(out_proj, kind)):
             return None
         directions = self.fused_directions(self.scans, False)
         if directions is None:
             return None
-        weights = BlockWeights(norm, in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias, directions)
+        into = weight_of(in_proj, "weight"), weight_of(in_proj, "bias")
+        out_of = weight_of(out_proj, "weight"), weight_of(out_proj, "bias")
+        weights = BlockWeights(norm, *into, *out_of, directions)
         if kind is nn.Linear:
             return weights
         return weights._replace(in_scales=in_proj.scales, out_scales=out_proj.scales)
@@ -193,23 +195,24 @@ class BidirectionalMixer(DirectionalMixer):
         return [self._direction(scan, reverse) for scan in self.scans]
 
     def _direction(self, scan: Scan, reverse: bool) -> Direction:
-        modules: dict[str, Any] = self._modules  # getattr for a module takes ten times as long
+        modules: dict[str, Any] = self._modules  # an attribute that is a module takes ten times as long
         names = self.names[scan.weights]
-        D = getattr(self, names.D)
+        D = weight_of(self, names.D)
         x_proj, dt_proj = modules[names.x_proj], modules[names.dt_proj]
         if self.conv2d is not None:  # its output only has its SiLU to come: a convolution of width 1
             taps, bias = D.new_ones(D.shape[0], 1), D.new_zeros(D.shape[0])
         else:
             conv = modules[names.conv1d]
-            taps = conv.weight
-            bias = conv.bias if conv.bias is not None else taps.new_zeros(taps.shape[0])
+            taps = weight_of(conv, "weight")
+            bias = weight_of(conv, "bias")
+            bias = taps.new_zeros(taps.shape[0]) if bias is None else bias
         return Direction(
             conv_weight=taps,
             conv_bias=bias,
-            x_proj_weight=x_proj.weight,
-            dt_proj_weight=dt_proj.weight,
-            dt_bias=dt_proj.bias,
-            A_log=getattr(self, names.A_log),
+            x_proj_weight=weight_of(x_proj, "weight"),
+            dt_proj_weight=weight_of(dt_proj, "weight"),
+            dt_bias=weight_of(dt_proj, "bias"),
+            A_log=weight_of(self, names.A_log),
             D=D,
             conv_reverse=_conv_reverse(scan, reverse),
             scan_reverse=scan.reverse != reverse,
