@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -38,6 +39,15 @@ PATHS = {"/", "/predict", "/health", "/metrics", "/openapi.json"}
 LANES = 2  # on a CPU, where the threads of one batch wait for each other whenever one of them serves requests instead
 
 
+@dataclasses.dataclass
+class Wanted:
+    """An image of a request, and what the model takes of it, or why it takes nothing, once somebody has looked."""
+
+    upload: Upload
+    share: Share
+    item: Item | UserError | None = None
+
+
 class Service:
     """A predictor, and what stands between it and requests.
 
@@ -55,13 +65,18 @@ class Service:
         self.threads = ThreadPoolExecutor(max(1, cores()), "images")
         self.cores = torch.get_num_threads()
         lanes = LANES if predictor.device.type == "cpu" and self.cores > 1 else 1
+        # Where each core has a lane, a thread more would only take their turns.
+        self.decodes_ahead = predictor.device.type != "cpu" or self.cores > lanes
         self.batcher = Batcher(
             self._results, options.max_batch, options.max_wait_ms / 1000, options.max_queue, self.numbers.batch, lanes
         )
 
-    def _results(self, items: list[Item], busy: int) -> list[Any]:
+    def _results(self, images: list[Wanted], busy: int) -> list[Any]:
         torch.set_num_threads(max(1, self.cores // busy))  # of this thread
-        return list(self.predictor.results(items))
+        items = [self._item(wanted) for wanted in images]
+        good = [item for item in items if not isinstance(item, UserError)]
+        results = self.predictor.results(good) if good else iter(())
+        return [item if isinstance(item, UserError) else next(results) for item in items]
 
     async def predict(self, request: Request, asked: Asked, masks: bool, heat: bool) -> JSONResponse:
         """Answer a request.
@@ -87,22 +102,26 @@ class Service:
             self.numbers.memory.set(self.memory.held)
             self.numbers.waiting.set(len(self.batcher.queue))
         for answer in answers:
-            if isinstance(answer, Failed) or (isinstance(answer, UserError) and not several):
+            full = getattr(answer, "status", None) == 429  # of the whole request
+            if full or isinstance(answer, Failed) or (isinstance(answer, UserError) and not several):
                 raise answer
         lines = [self._line(upload, answer) for upload, answer in zip(found, answers, strict=True)]
         return JSONResponse({"results": lines} if several else lines[0])
 
     async def _answers(self, found: list[Upload], asked: Asked, masks: bool, heat: bool, share: Share) -> list[Any]:
-        items = [await self._threaded(self._item, upload, share) for upload in found]
-        good = [item for item in items if not isinstance(item, UserError)]
-        results = iter(await self.batcher.answers(good))
-        answers = [item if isinstance(item, UserError) else next(results) for item in items]
+        images = [Wanted(upload, share) for upload in found]
+        if self.decodes_ahead:
+            for wanted in images:
+                await self._threaded(self._item, wanted)
+        queued = [wanted for wanted in images if not isinstance(wanted.item, UserError)]
+        given = dict(zip(map(id, queued), await self.batcher.answers(queued), strict=True))
+        answers = [given.get(id(wanted), wanted.item) for wanted in images]
         if not self.scores_alone:
             return [await self._threaded(self._body, answer, asked, masks) for answer in answers]
         bodies = [self._body(answer, asked, masks) for answer in answers]
         if not heat:
             return bodies
-        return [await self._with_heat(body, item) for body, item in zip(bodies, items, strict=True)]
+        return [await self._with_heat(body, wanted.item) for body, wanted in zip(bodies, images, strict=True)]
 
     async def _with_heat(self, body: Any, item: Any) -> Any:
         if isinstance(body, Exception):
@@ -110,15 +129,15 @@ class Service:
         heat_hw = await self.batcher.alone(heat_of, self.predictor, item.image)
         return body | {"heat_map": await self._threaded(heat_map, self.predictor, item.image, heat_hw)}
 
-    def _item(self, upload: Upload, share: Share) -> Any:
-        """A preprocessed image, or why there is none."""
-        try:
-            share.add(IN_WORK * size_of(upload, self.max_pixels))
-            return self.predictor.item(picture(upload))
-        except UserError as error:
-            if getattr(error, "status", None) == 429:
-                raise
-            return error
+    def _item(self, wanted: Wanted) -> Item | UserError:
+        """What the model takes of an image, or why it takes nothing, found once."""
+        if wanted.item is None:
+            try:
+                wanted.share.add(IN_WORK * size_of(wanted.upload, self.max_pixels))
+                wanted.item = self.predictor.item(picture(wanted.upload))
+            except UserError as error:
+                wanted.item = error
+        return wanted.item
 
     def _body(self, answer: Any, asked: Asked, masks: bool) -> Any:
         if isinstance(answer, Exception):

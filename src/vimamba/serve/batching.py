@@ -34,7 +34,7 @@ class Batcher:
         max_batch: items in a call.
         max_wait_s: seconds that the first waits for others.
         max_queue: items that may wait.
-        done: told the size of each batch and its seconds.
+        done: told of each batch how many of its items had a result, and its seconds.
         lanes: batches that are looked at at once.
     """
 
@@ -97,11 +97,13 @@ class Batcher:
             self.busy += 1
             start, items = time.monotonic(), [one.item for one in batch]
             call = asyncio.get_running_loop().run_in_executor(self.threads, self._in_lane, items, self.busy)
-            for one, answer in zip(batch, await call, strict=True):
+            answers = await call
+            for one, answer in zip(batch, answers, strict=True):
                 if not one.answer.done():
                     one.answer.set_result(answer)
             self.busy -= 1
-            self.done(len(batch), time.monotonic() - start)
+            if good := sum(not isinstance(answer, Exception) for answer in answers):
+                self.done(good, time.monotonic() - start)
 
     async def _next_batch(self) -> list[Waiting]:
         while not self.queue:
