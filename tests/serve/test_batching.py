@@ -2,11 +2,20 @@
 
 import asyncio
 import contextlib
+import io
 import threading
 
 import pytest
+import torch
 
+from vimamba import load_run
+from vimamba.data.decode import decode_image
+from vimamba.errors import UserError
+from vimamba.inference.answers import Asked
+from vimamba.serve.app import Service
 from vimamba.serve.batching import Batcher
+from vimamba.serve.options import ServeOptions
+from vimamba.serve.uploads import Upload
 
 
 def answered(batcher, *calls):
@@ -53,3 +62,26 @@ def test_nothing_else_runs_beside_a_call_alone(lanes):
     batcher = Batcher(lambda items, busy: [entered("batch")] * len(items), 1, 0.0, 100, lanes=lanes)
     calls = [lambda: batcher.answers(["image"]), lambda: batcher.alone(entered, "alone")] * 6
     assert answered(batcher, *calls) == [["batch"], "alone"] * 6
+
+
+@pytest.mark.parametrize(("cores", "ahead"), [(1, False), (2, False), (8, True)])
+def test_images_are_decoded_by_lanes_or_ahead_of_them(cores, ahead, trained, photographs, monkeypatch):
+    """A lane for each core decodes; more cores than lanes do it meanwhile. Bad images take nobody's answer."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    service = Service(load_run(trained), ServeOptions())
+    by_lane = []
+    prepare = service.predictor.item
+    monkeypatch.setattr(
+        service.predictor, "item", lambda image: [by_lane.append(threading.current_thread().name), prepare(image)][1]
+    )
+    good = [Upload(name, data) for name, data in photographs.items()]
+    sent = [Upload("bad", b"no image"), *good[:2], Upload("empty", b""), *good[2:]]
+    asked = Asked.by(service.predictor, 1, 0.5)
+    with service.memory.share() as share:
+        (found,) = answered(service.batcher, lambda: service._answers(sent, asked, False, False, share))
+    assert [isinstance(answer, UserError) for answer in found] == [upload not in good for upload in sent]
+    alone = [asked.body(service.predictor.predict(decode_image(io.BytesIO(one.data), one.name))) for one in good]
+    classes = [[line["class"] for line in body["predictions"]] for body in alone]
+    assert [[line["class"] for line in body["predictions"]] for body in found if isinstance(body, dict)] == classes
+    assert {name.split("_")[0] for name in by_lane} == {"images" if ahead else "model"}
