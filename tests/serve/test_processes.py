@@ -1,5 +1,7 @@
 """The process: starting, stopping, several workers."""
 
+import http.client
+import os
 import signal
 import socket
 import subprocess
@@ -30,15 +32,30 @@ def test_stopping_answers_what_is_in_work(trained, tmp_path, photograph, number)
         assert server.lines()[-1]["message"] == "stopped"
 
 
-def test_several_workers_count_together(trained, tmp_path, photograph):
+def test_several_workers_count_together_share_connections_and_are_replaced(trained, tmp_path, photograph):
     with Server(trained, "--workers", "2", log=tmp_path / "log") as server:
+
+        def asked_at_once(count):
+            connections = [http.client.HTTPConnection(server.host, server.port, timeout=START_S) for _ in range(count)]
+            for connection in connections:
+                connection.request("POST", "/predict", photograph)
+            answers = [connection.getresponse() for connection in connections]
+            assert [answer.status for answer in answers] == [200] * count
+            names = {answer.getheader("x-request-id") for answer in answers}
+            return {line["process"] for line in server.lines() if line.get("id") in names}
+
         until = time.monotonic() + START_S
         while server.log.read_text().count('"serving"') < 2 and time.monotonic() < until:
             time.sleep(0.1)
-        for _ in range(40):
-            assert server.predict(photograph).status == 200
+        workers = asked_at_once(40)
         assert server.number("vimamba_images_total") == 40
         assert len({line["process"] for line in server.lines() if line["message"] == "serving"}) == 2
+        if sys.platform == "linux":  # others do not share connections out between sockets
+            assert len(workers) == 2
+            killed = workers.pop()
+            os.kill(killed, signal.SIGKILL)
+            found = asked_at_once(40)
+            assert len(found - {killed}) == 2
         assert server.stop() == 0
 
 

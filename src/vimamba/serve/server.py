@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -55,7 +57,23 @@ def serve(run: str, options: ServeOptions, how: InferenceOptions, ready: Callabl
         return
     with tempfile.TemporaryDirectory(prefix="vimamba-metrics-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        Multiprocess(config, [listening]).run()
+        Workers(config, shared_out(listening, options)).run()
+
+
+class Workers(Multiprocess):
+    """uvicorn's, but that each process has the next of the sockets to itself, and one in the place of another has its.
+
+    Of a socket that all wait at, the first to wake takes every connection that has come.
+    """
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        ended = [i for i, worker in enumerate(self.processes) if not worker.process.is_alive()]
+        return [self.each[ended[0] if ended else next(self.turns)]]
+
+    @sockets.setter
+    def sockets(self, each: list[socket.socket]) -> None:
+        self.each, self.turns = each, itertools.cycle(range(len(each)))
 
 
 def process(run: str, options: ServeOptions, how: InferenceOptions) -> Any:
@@ -89,6 +107,21 @@ def listen(options: ServeOptions) -> socket.socket:
         known = error.errno or 0  # below 0 of a name that nobody knows
         reason = (os.strerror(known) if known > 0 else error.strerror or str(error)).lower()
         raise UserError(f"`port` {options.port} on {options.host}: {reason}; give another `port` or `host`") from error
+
+
+def shared_out(listening: socket.socket, options: ServeOptions) -> list[socket.socket]:
+    """A socket at its address for each worker, between which the system shares connections out; itself if it does not.
+
+    It has shown that nobody else listens there: sockets of this kind would share with them.
+    """
+    if sys.platform != "linux":
+        return [listening]
+    address = listening.getsockname()[:2]
+    listening.close()
+    return [
+        socket.create_server(address, family=listening.family, backlog=BACKLOG, reuse_port=True)
+        for _ in range(options.workers)
+    ]
 
 
 def allow_connections(count: int) -> None:
