@@ -56,7 +56,8 @@ def export_aoti(
 
     def write(program: ExportedProgram, metadata: dict[str, str], partial: Path) -> None:
         try:
-            configs = {"aot_inductor.metadata": metadata}
+            # Channels last, of a batch whose length depends on data, inductor mixes up the channels of convolutions.
+            configs = {"aot_inductor.metadata": metadata, "layout_optimization": source.task != "detect"}
             torch._inductor.aoti_compile_and_package(program, package_path=str(partial), inductor_configs=configs)
         except RuntimeError as error:  # no compiler for one
             raise UserError(f"`format` aoti: the model cannot be compiled ({one_line(error)})") from error
@@ -72,7 +73,6 @@ def checked(source: Source | str | os.PathLike[str], dynamic_size: bool) -> Sour
         UserError: it cannot.
     """
     source = load_source(source)
-    require(source.task != "detect", "`task` detect: is exported as onnx alone; give that as `format`")
     require(
         source.task != "segment" or not dynamic_size,
         "`dynamic_size`: of a model that segments is for `format` onnx; leave it out",
