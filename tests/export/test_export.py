@@ -243,8 +243,8 @@ def test_int8_tells_the_accuracy_before_and_after(trained, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir() if entry.name != "float.onnx"] == ["model.onnx"]
     kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear", "Scan"} <= kinds
-    with pytest.raises(UserError, match="`int8`: is for models that classify or segment"):
-        export_int8(dataclasses.replace(small(), task="detect"), tmp_path / "x.onnx", data)
+    with pytest.raises(UserError, match="`int8`: is for models of one of classification, segment, detect"):
+        export_int8(dataclasses.replace(small(), task="depth"), tmp_path / "x.onnx", data)
 
 
 @pytest.mark.parametrize("options", [{}, {"dynamic_size": True, "with_preprocessing": True}], ids=str)
@@ -258,6 +258,19 @@ def test_int8_of_a_segmenter_tells_the_mean_iou(options, segmented, tmp_path):
     assert 0 < found.difference < (1 if options else 5)
     assert str(found).startswith(f"mIoU {found.after:.2%} of 4 images, {found.before:.2%} in float32; ")
     assert "QuantizeLinear" in {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+
+
+@pytest.mark.parametrize("with_preprocessing", [False, True])
+def test_int8_of_a_detector_tells_the_average_precision(with_preprocessing, detected, tmp_path):
+    data = open_for_eval(detected, find_task("detect"), str(detected.parent / "data"))[0]
+    found = export_int8(detected, tmp_path / "model.onnx", data, with_preprocessing=with_preprocessing)
+    assert (found.measure, found.images) == ("AP", len(data.val))
+    assert found.before == pytest.approx(load_run(detected).evaluate().numbers["map"], abs=1e-3)
+    assert found.before > 0.1
+    assert abs(found.after - found.before) < 0.1
+    assert found.difference > 0
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "from PyTorch that of whole objects; one" in str(dataclasses.replace(found, difference=math.inf))
 
 
 SEGMENTERS = [
@@ -318,6 +331,32 @@ def test_a_detector_finds_what_pytorchs_does(head, options, detected, tmp_path):
     assert found > 2
 
 
+@pytest.mark.parametrize(
+    ("export", "options"),
+    [(export_pt2, {}), (export_pt2, {"with_preprocessing": True, "img_size": (40, 64)}), (export_aoti, {})],
+    ids=str,
+)
+def test_a_detector_as_a_program(export, options, detected, tmp_path):
+    """With one object, with several, and with none."""
+    source, path = load_source(detected), tmp_path / "model.pt2"
+    data = open_for_eval(detected, find_task("detect"), str(detected.parent / "data"))[0]
+    assert export(source, path, samples=data.val, **options).difference <= 1e-5
+    exported = torch._inductor.aoti_load_package(str(path)) if export is export_aoti else None
+    exported = exported or torch.export.load(path).module()
+    raw, source, counts = "with_preprocessing" in options, source.sized(options.get("img_size")), []
+    images = example_images(source, raw, data.val)
+    for image in [*images.split(1), torch.zeros_like(images[:1])]:
+        with torch.inference_mode():
+            outputs = exported(image)
+            (wanted,) = source.model(normalised(image, source.preprocessing) if raw else image)
+        assert (
+            of_objects(outputs, [*(wanted[name] for name in ("boxes", "labels", "scores")), wanted["masks"][:, 0]])
+            <= 1e-5
+        )
+        counts.append(len(outputs[0]))
+    assert max(counts) > 2
+
+
 def test_objects_are_held_against_their_partners():
     torch.manual_seed(0)
     boxes, labels, scores = torch.rand(100, 4) * 32, torch.arange(100) % 3, torch.rand(100).sort(descending=True).values
@@ -341,8 +380,8 @@ def test_what_of_a_detector_cannot_be_exported_is_said(detected, tmp_path):
     with pytest.raises(UserError, match="`operator` standard: ONNX Runtime has no RoiAlign of that opset"):
         export_onnx(source, path, operator="standard")
     for export in (export_pt2, export_aoti):
-        with pytest.raises(UserError, match="`task` detect: is exported as onnx alone"):
-            export(source, path)
+        with pytest.raises(UserError, match="`dynamic_size`: the boxes that a detector begins with belong to one"):
+            export(source, path, dynamic_size=True)
     with pytest.raises(UserError, match="`format` web: is for models that classify or segment, not of task detect"):
         export_web(source, tmp_path / "page")
     black = ArraySamples(np.zeros((1, 32, 32), np.uint8), np.zeros(1), "black")

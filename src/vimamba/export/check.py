@@ -38,8 +38,9 @@ class Comparison:
 
     def __str__(self) -> str:
         times = self.seconds / self.seconds_of_pytorch
+        apart = f"{self.difference:.1e}" if math.isfinite(self.difference) else "that of whole objects"
         return (
-            f"largest difference from PyTorch {self.difference:.1e}; one image takes {1e3 * self.seconds:.1f} ms, "
+            f"largest difference from PyTorch {apart}; one image takes {1e3 * self.seconds:.1f} ms, "
             f"{times:.2f} times PyTorch's {1e3 * self.seconds_of_pytorch:.1f} ms"
         )
 

@@ -22,7 +22,7 @@ from vimamba.export.source import Source
 from vimamba.models.heads.detection import LEVELS, DetectionModel
 from vimamba.models.heads.pyramids import STRIDES
 
-DROPPED = -1.0  # a score
+DROPPED, SURE = -1.0, 2.0  # scores below and above all others
 SMALLEST = 1e-2  # side of an object in pixels, as torchvision's
 OUTPUTS = ["boxes", "labels", "scores", "masks"]
 
@@ -39,6 +39,7 @@ class DetectionOutputs(nn.Module):
     """
 
     anchors_A4: Tensor
+    apart_24: Tensor
 
     def __init__(self, source: Source, with_preprocessing: bool = False) -> None:
         super().__init__()
@@ -52,6 +53,9 @@ class DetectionOutputs(nn.Module):
         each = self.model.rpn.anchor_generator.num_anchors_per_location()
         self.counts = [n * x.shape[2] * x.shape[3] for n, x in zip(each, maps.values(), strict=True)]
         self.register_buffer("anchors_A4", anchors_A4, persistent=False)
+        # torch.export takes it for granted, and asserts, that two boxes or more are left: these are, before all others.
+        apart_24 = torch.tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]])
+        self.register_buffer("apart_24", apart_24, persistent=False)
 
     def original(self, images: Tensor) -> tuple[Tensor, ...]:
         """What the model itself finds in an image."""
@@ -120,7 +124,8 @@ class DetectionOutputs(nn.Module):
     def _uncovered(self, boxes_K4: Tensor, scores_K: Tensor, groups_K: Tensor, overlap: float) -> Tensor:
         """The rows of the boxes that no better one of their group overlaps by more than so much, the best first."""
         apart_K4 = boxes_K4 + groups_K[:, None] * (max(self.size) + 1.0)
-        return torch.ops.torchvision.nms(apart_K4, scores_K, overlap)
+        boxes, scores = torch.cat([apart_K4, self.apart_24]), torch.cat([scores_K, scores_K.new_full((2,), SURE)])
+        return torch.ops.torchvision.nms(boxes, scores, overlap)[2:]
 
 
 def sides(boxes_K4: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ from vimamba.data.samples import Samples
 from vimamba.data.transforms import eval_transform
 from vimamba.errors import require
 from vimamba.export.check import Comparison, Exported, compare, example_images, prepared
+from vimamba.export.detection import OUTPUTS
 from vimamba.export.onnx import export_onnx, session
-from vimamba.export.outputs import Outputs
 from vimamba.export.source import Source, load_source
-from vimamba.export.writing import placed
+from vimamba.export.writing import TASKS, placed
 from vimamba.inference.evaluation import RenamedClasses
+from vimamba.models.heads import paste
 from vimamba.tasks.find import find_task
 from vimamba.tasks.task import evaluation_of, results_of
 
@@ -48,19 +49,18 @@ def export_int8(
     source: Source | str | os.PathLike[str], path: str | os.PathLike[str], data: ImageData, *,
     img_size: int | tuple[int, int] | None = None, dynamic_size: bool = False, with_preprocessing: bool = False,
 ) -> Quantised:  # fmt: skip
-    """Write a model that classifies or segments as an ONNX file in 8 bits, once its float32 form has been held against
-    PyTorch's.
+    """Write a model as an ONNX file in 8 bits, once its float32 form has been held against PyTorch's.
 
     Args:
         source, path, img_size, dynamic_size, with_preprocessing: as of `export_onnx`.
         data: the ranges of activations are taken from its training images, or its held-out ones where there are none,
-            and top-1 or mean IoU from the held-out ones, which are brought to the size of the graph and cut to it.
+            and top-1, mean IoU or box AP from the held-out ones, brought to the size of the graph and cut to it.
 
     Raises:
-        UserError: as of `export_onnx`, or the model detects, or does not know a class of the data.
+        UserError: as of `export_onnx`, or the model does not know a class of the data.
     """
     source = load_source(source)
-    require(source.task in ("classification", "segment"), "`int8`: is for models that classify or segment")
+    require(source.task in TASKS, f"`int8`: is for models of one of {', '.join(TASKS)}")
     options = dict(img_size=img_size, dynamic_size=dynamic_size, with_preprocessing=with_preprocessing)
     task = find_task(source.task)
     held_out = RenamedClasses(data.val, task, data.class_names, source.class_names)
@@ -76,24 +76,27 @@ def export_int8(
         for file in partial.parent.glob(f"{whole.name}*"):  # with the weights beside it
             file.unlink()
         images = example_images(source, with_preprocessing, data.val)
-        module = Outputs(source, with_preprocessing).eval()
-        compared = compare(session(partial), module, [images], tolerance=float("inf"))
+        module = TASKS[source.task](source, with_preprocessing).eval()
+        batches = images.split(1) if source.task == "detect" else [images]
+        compared = compare(session(partial), module.original, batches, tolerance=float("inf"))
     measure = task.columns[task.monitor].removesuffix(" %")
     return Quantised(**dataclasses.asdict(compared), measure=measure, before=before, after=after, images=len(held_out))
 
 
 def _batches(
     source: Source, samples: Samples, rows: Iterable[int], with_preprocessing: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images as the exported graph takes them, and their classes: of each image, or of its pixels."""
+) -> Iterator[tuple[Tensor, Any]]:
+    """Images as the exported graph takes them, and their classes, of each image or of its pixels, or their objects."""
     rows, transform = list(rows), eval_transform(source.preprocessing)
-    batch = min(BATCH, find_task(source.task).eval_batch)
+    batch = 1 if source.task == "detect" else min(BATCH, find_task(source.task).eval_batch)
     for first in range(0, len(rows), batch):
         pairs = [(samples.image(row), samples.target(row)) for row in rows[first : first + batch]]
         images = prepared(source, [image for image, _ in pairs], with_preprocessing)
         if source.task == "segment":  # steps move stacks of masks
             stacks = [transform(image, tv_tensors.Mask(mask[None]))[1] for image, mask in pairs]
             yield images, torch.cat(stacks)
+        elif source.task == "detect":
+            yield images, [_inside(transform(*pair)[1]) for pair in pairs]
         else:
             yield images, torch.tensor([target for _, target in pairs])
 
@@ -103,8 +106,21 @@ def _measured(exported: Exported, source: Source, samples: Samples, with_preproc
     task = find_task(source.task)
     evaluation = evaluation_of(task, source.class_names)
     for images, targets in _batches(source, samples, range(len(samples)), with_preprocessing):
-        task.update(evaluation, exported(images), targets)
+        outputs = exported(images)
+        if source.task == "detect":
+            found = dict(zip(OUTPUTS, outputs, strict=False))
+            if "masks" in found:
+                found["masks"] = paste(found | {"masks": found["masks"][:, None]}, source.preprocessing.img_size)
+            outputs = [found]
+        task.update(evaluation, outputs, targets)
     return results_of(task, evaluation, source.class_names).numbers[task.monitor]
+
+
+def _inside(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The objects of which something is left in the image; their areas are those of what is left."""
+    boxes_N4 = target["boxes"].as_subclass(Tensor)
+    left_N = ((boxes_N4[:, 2:] - boxes_N4[:, :2]) >= 1).all(1)
+    return {name: values.as_subclass(Tensor)[left_N] for name, values in target.items() if name != "area"}
 
 
 def _quantise(given: Path, path: Path, batches: Iterator[Tensor]) -> None:

@@ -53,16 +53,18 @@ def export_aoti(
     require(path.suffix == ".pt2", f"`output` {path}: AOTInductor's packages are called something.pt2")
     missing = library.UNAVAILABLE
     require(missing is None, f"`format` aoti: {missing}")
+    known = checked(source, dynamic_size)
 
     def write(program: ExportedProgram, metadata: dict[str, str], partial: Path) -> None:
         try:
-            configs = {"aot_inductor.metadata": metadata}
+            # Channels last, of a batch whose length depends on data, inductor mixes up the channels of convolutions.
+            configs = {"aot_inductor.metadata": metadata, "layout_optimization": known.task != "detect"}
             torch._inductor.aoti_compile_and_package(program, package_path=str(partial), inductor_configs=configs)
         except RuntimeError as error:  # no compiler for one
             raise UserError(f"`format` aoti: the model cannot be compiled ({one_line(error)})") from error
 
-    source, graph = checked(source, dynamic_size), Graph(img_size, dynamic_size, with_preprocessing, joined=True)
-    return export(source, path, graph, write, _package, TOLERANCE, samples)
+    graph = Graph(img_size, dynamic_size, with_preprocessing, joined=True)
+    return export(known, path, graph, write, _package, TOLERANCE, samples)
 
 
 def checked(source: Source | str | os.PathLike[str], dynamic_size: bool) -> Source:
@@ -72,7 +74,6 @@ def checked(source: Source | str | os.PathLike[str], dynamic_size: bool) -> Sour
         UserError: it cannot.
     """
     source = load_source(source)
-    require(source.task != "detect", "`task` detect: is exported as onnx alone; give that as `format`")
     require(
         source.task != "segment" or not dynamic_size,
         "`dynamic_size`: of a model that segments is for `format` onnx; leave it out",
