@@ -67,6 +67,17 @@ def test_bad_images_and_runs_are_said(vimamba, trained, segmented, tmp_path):
     assert err.count("\n") == 1
 
 
+def test_a_model_to_compare_that_does_not_take_the_images_is_said_first(vimamba, trained, photos, tmp_path):
+    image = photos / "val" / "red" / "0.png"
+    status, out, err = vimamba(
+        "explain", trained, image, "--compare", "vit_small_patch32_224", "--output", tmp_path / "out"
+    )
+    assert status == 2
+    assert "--compare vit_small_patch32_224: takes no images of 16 × 16 pixels (" in err
+    assert not out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("label", ["", "$x_2$", "\u732b\u306e\u5199\u771f", "<script>alert(1)</script>", "long " * 60])
 def test_any_class_name_stands_in_the_page_as_it_is(label):
     picture = Image.new("L", (28, 28))
