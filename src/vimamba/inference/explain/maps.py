@@ -29,9 +29,10 @@ def explain(
             ours or timm's, and "integrated_gradients" any at all.
         images: preprocessed, (batch, in_chans, height, width), of any size that the model takes.
         method: "attribution" (what each patch adds to the logit, beside the image's mean colour: their difference times
-            the gradient, with delta, B, C, gates and norms held constant), "attention" (the hidden attention of the token that is read, mean of the layers),
-            "rollout" (the same through all layers), "gradcam" or "integrated_gradients"; or what asks about no answer:
-            "token_norms", "principal_components", "receptive_field" or "directions", see `tokens`.
+            the gradient, with delta, B, C, gates and norms held constant), "attention" (the hidden attention of the
+            token that is read, mean of the layers), "rollout" (the same through all layers), "gradcam" or
+            "integrated_gradients"; or what asks about no answer: "token_norms", "principal_components",
+            "receptive_field" or "directions", see `tokens`.
         target: the class of each image that is asked about; the likeliest if not given. Attention asks about none.
 
     Returns:
