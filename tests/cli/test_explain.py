@@ -87,6 +87,26 @@ def test_any_class_name_stands_in_the_page_as_it_is(label):
     assert (label or "(no name)") in page or "&lt;script&gt;" in page
 
 
+def test_the_columns_of_a_sheet_stand_under_their_headings_whatever_the_sizes():
+    def plain(width, colour):
+        return Image.new("RGB", (width, 50), colour)
+
+    rows = [
+        ("a.png: $x_2$", {"image": plain(90, "lime"), "rollout": plain(200, "blue")}),
+        ("b.png: \u732b", {"image": plain(300, "lime"), "rollout": plain(40, "blue")}),
+        ("receptive field", {"forward": plain(90, "lime")}),
+    ]
+    sheet = np.asarray(report.contact_sheet(rows)).astype(int)
+    lime, blue, ink = ((sheet == colour).all(-1) for colour in ([0, 255, 0], [0, 0, 255], [0, 0, 0]))
+    assert (lime.sum(), blue.sum()) == (50 * (90 + 300 + 90), 50 * (200 + 40))  # nothing hides another
+    second = blue.any(0).argmax()
+    assert all(blue[row].argmax() == second for row in np.flatnonzero(blue.any(1)))
+    headed = np.flatnonzero(ink.any(1))
+    assert headed[0] < lime.any(1).argmax()
+    assert ink[:, second : second + 60].any()  # "rollout" over its column
+    assert headed[-1] > np.flatnonzero(blue.any(1))[-1]  # other columns have headings of their own
+
+
 def test_gates_stand_beside_the_shares_of_their_directions():
     layers = [("0", {"row forward": 1.0}, {}), ("1", {"row forward": 0.75, "row backward": 0.25}, {"row forward": 0.6})]
     page = report.page("run", [], layers, {})
