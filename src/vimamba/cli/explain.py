@@ -82,7 +82,8 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     target = None if what.target is None else class_number(what.target, predictor.class_names)
     paths = list_images(options.images)
     folder, out = Path(what.output), terminal.console()
-    found, failed = [], 0
+    found: list[tuple[int, Found]] = []
+    failed = 0
     dataset = PictureDataset(Pictures(paths), predictor.transform)
     with terminal.progress_bar(out if out.is_terminal else terminal.console(stderr=True)) as bar, made(folder):
         line = bar.add_task("explaining", total=len(paths))
