@@ -1,8 +1,9 @@
 """Explanations that are measured: digits on canvases, and the time of a hidden attention at 1248 px.
 
-`python benchmarks/explain.py` trains a small model on digits that stand anywhere on a canvas, prints how often each
-method's largest value lies on the digit and in its box (the pointing game, arXiv 1608.00507), the areas under deletion
-and insertion beside those of a random map, and the time of a map of one large picture in forward passes.
+`python benchmarks/explain.py` trains two small models, with plain patches and with a convolutional stem, on digits that
+stand anywhere on a canvas, prints how often each method's largest value lies on the digit and in its box (the pointing
+game, arXiv 1608.00507), the areas under deletion and insertion beside those of a random map, and the time of a map of
+one large picture in forward passes.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def canvases(half: int, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return images, torch.tensor(labels), torch.tensor(corners)
 
 
-def train(steps: int, seed: int = 0) -> nn.Module:
+def train(steps: int, stem: str, seed: int = 0) -> nn.Module:
     """A small model that names digits wherever they stand."""
     torch.manual_seed(seed)
     model = VisionMamba(
-        img_size=SIDE, patch_size=PATCH, stem="conv", in_chans=1, embed_dim=48, depth=3, num_classes=10, d_state=8
+        img_size=SIDE, patch_size=PATCH, stem=stem, in_chans=1, embed_dim=48, depth=3, num_classes=10, d_state=8
     )
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
@@ -128,7 +129,9 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=1248, help="side of the large picture, pixels; 0 for none")
     options = parser.parse_args()
     if options.images:
-        judge(train(options.steps), options.images)
+        for stem in ("patch", "conv"):
+            print(f"stem {stem}", flush=True)
+            judge(train(options.steps, stem), options.images)
     if options.large:
         time_large(options.large)
 

@@ -67,6 +67,17 @@ def test_bad_images_and_runs_are_said(vimamba, trained, segmented, tmp_path):
     assert err.count("\n") == 1
 
 
+def test_a_model_to_compare_that_does_not_take_the_images_is_said_first(vimamba, trained, photos, tmp_path):
+    image = photos / "val" / "red" / "0.png"
+    status, out, err = vimamba(
+        "explain", trained, image, "--compare", "vit_small_patch32_224", "--output", tmp_path / "out"
+    )
+    assert status == 2
+    assert "--compare vit_small_patch32_224: takes no images of 16 × 16 pixels (" in err
+    assert not out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("label", ["", "$x_2$", "\u732b\u306e\u5199\u771f", "<script>alert(1)</script>", "long " * 60])
 def test_any_class_name_stands_in_the_page_as_it_is(label):
     picture = Image.new("L", (28, 28))
@@ -74,6 +85,26 @@ def test_any_class_name_stands_in_the_page_as_it_is(label):
     assert "<script>" not in page
     assert "a&lt;b.png" in page
     assert (label or "(no name)") in page or "&lt;script&gt;" in page
+
+
+def test_the_columns_of_a_sheet_stand_under_their_headings_whatever_the_sizes():
+    def plain(width, colour):
+        return Image.new("RGB", (width, 50), colour)
+
+    rows = [
+        ("a.png: $x_2$", {"image": plain(90, "lime"), "rollout": plain(200, "blue")}),
+        ("b.png: \u732b", {"image": plain(300, "lime"), "rollout": plain(40, "blue")}),
+        ("receptive field", {"forward": plain(90, "lime")}),
+    ]
+    sheet = np.asarray(report.contact_sheet(rows)).astype(int)
+    lime, blue, ink = ((sheet == colour).all(-1) for colour in ([0, 255, 0], [0, 0, 255], [0, 0, 0]))
+    assert (lime.sum(), blue.sum()) == (50 * (90 + 300 + 90), 50 * (200 + 40))  # nothing hides another
+    second = blue.any(0).argmax()
+    assert all(blue[row].argmax() == second for row in np.flatnonzero(blue.any(1)))
+    headed = np.flatnonzero(ink.any(1))
+    assert headed[0] < lime.any(1).argmax()
+    assert ink[:, second : second + 60].any()  # "rollout" over its column
+    assert headed[-1] > np.flatnonzero(blue.any(1))[-1]  # other columns have headings of their own
 
 
 def test_gates_stand_beside_the_shares_of_their_directions():

@@ -22,7 +22,7 @@ from vimamba.files import whole
 from vimamba.inference.explain import report
 from vimamba.inference.explain.faithful import curves, random_map
 from vimamba.inference.explain.maps import MAPS, METHODS, explain
-from vimamba.inference.explain.tokens import Use, direction_use, receptive_fields
+from vimamba.inference.explain.tokens import Use, direction_use, other_model, receptive_fields
 from vimamba.inference.predictor import PictureDataset, Pictures, Predictor, load_run
 from vimamba.quiet import quiet_libraries
 from vimamba.tasks.classification import ClassificationTask
@@ -82,7 +82,8 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
     target = None if what.target is None else class_number(what.target, predictor.class_names)
     paths = list_images(options.images)
     folder, out = Path(what.output), terminal.console()
-    found, failed = [], 0
+    found: list[tuple[int, Found]] = []
+    failed = 0
     dataset = PictureDataset(Pictures(paths), predictor.transform)
     with terminal.progress_bar(out if out.is_terminal else terminal.console(stderr=True)) as bar, made(folder):
         line = bar.add_task("explaining", total=len(paths))
@@ -93,6 +94,9 @@ def run(parser: ArgumentParser, options: Namespace) -> int:
                 terminal.warn(str(item))
                 failed += 1
                 continue
+            if not found:  # said before the work on many images
+                for name in what.compare:
+                    other_model(name, item.image[None])
             each = explained(predictor, item.image, path, what, target)
             found.append((index, each))
             save(folder, f"{index:03}-{Path(path).stem[:80]}", each.shown.pictures)
@@ -183,11 +187,10 @@ def write_all(
     drawn = {name: {way: report.logarithmic(field) for way, field in ways.items()} for name, ways in fields.items()}
     save(folder, "receptive-field", {f"{name}, {way}": p for name, ways in drawn.items() for way, p in ways.items()})
     shown = [each.shown for _, each in found]
-    rows = [[report.enlarged(each.image), *each.pictures.values()] for each in shown]
     layers = mean_use([each.uses for _, each in found])
     with written(folder):
         with whole(folder / "sheet.png") as partial:
-            report.contact_sheet([*rows, *(list(ways.values()) for ways in drawn.values())]).save(partial, "png")
+            report.sheet_of(shown, drawn).save(partial, "png")
         with whole(folder / "report.html") as partial:
             partial.write_text(report.page(title, shown, layers, drawn), encoding="utf-8")
         with whole(folder / "explain.npz") as partial, partial.open("wb") as file:

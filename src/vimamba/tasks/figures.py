@@ -47,9 +47,11 @@ def save_curves(path: Path, record: Record, title: str, heading: str) -> None:
     right.plot(epochs, values, color=BLUE, marker=".")
     best = epochs.index(record.best["epoch"])
     right.annotate(
-        f"{values[best]:.2f}%" if share else f"{values[best]:.4g}", (epochs[best], values[best]), (0, -14),
+        f"{values[best]:.2f}%" if share else f"{values[best]:.4g}", (epochs[best], values[best]),
+        (0, 8 if values[best] == max(values) else -16),  # points: on the side where the line does not go
         textcoords="offset points", ha="center", color=ORANGE, weight="bold",
     )  # fmt: skip
+    right.margins(y=0.12)
     right.plot(epochs[best], values[best], "o", color=ORANGE)
     right.set(xlabel="epoch", ylabel=f"held out, {heading}")
     for axes in (left, right):
@@ -61,8 +63,8 @@ def save_curves(path: Path, record: Record, title: str, heading: str) -> None:
 
 
 def text_picture(text: str, size: int, colour: str, background: str) -> Image.Image:
-    """A line of text, letters of so many pixels, cut where it is long."""
-    (text,), families = _drawable([_shortened(text)])
+    """A line of text, letters of so many pixels."""
+    (text,), families = _drawable([text])
     figure = Figure(figsize=(0.1, 0.1), dpi=DOTS, facecolor=background)
     figure.text(0, 0, text or " ", fontsize=72 * size / DOTS, fontfamily=families, color=colour)
     return _rendered(figure, pad=0.25 * size / DOTS)
@@ -85,7 +87,7 @@ def with_caption(image: Image.Image, lines: list[str]) -> Image.Image:
     figure = Figure(figsize=(inches, row * len(lines)), dpi=DOTS)
     for number, line in enumerate(lines):
         figure.text(
-            0.02, 1 - (number + 0.5) / len(lines), _shortened(line), va="center", fontsize=72 * row / 2.2,
+            0.02, 1 - (number + 0.5) / len(lines), shortened(line), va="center", fontsize=72 * row / 2.2,
             fontfamily=families,
         )  # fmt: skip
     caption = _rendered(figure, pad=0.05)  # as wide as the longest line
@@ -103,7 +105,7 @@ def save_confusion(path: Path, confusion_CC: torch.Tensor, class_names: list[str
     """
     count = len(class_names)
     share_CC = confusion_CC / confusion_CC.sum(1, keepdim=True).clamp(min=1)
-    (title, *names), families = _drawable([title, *map(_shortened, class_names)])
+    (title, *names), families = _drawable([title, *map(shortened, class_names)])
     longest = max(map(len, names))
     side = min(18.0, max(4.0, 0.32 * count) + 0.09 * longest) if count <= NAMED else 9.0
     with matplotlib.rc_context({"font.family": families}):
@@ -164,6 +166,6 @@ def _plain(text: str, covered: set[str]) -> str:
     return "".join(c if c in covered else f"\\u{ord(c):04x}" for c in text).replace("$", r"\$")
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
     """A long name without its middle."""
     return name if len(name) <= LONG else f"{name[: LONG // 2]}...{name[-LONG // 2 :]}"

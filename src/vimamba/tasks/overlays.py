@@ -13,7 +13,7 @@ from matplotlib import colors as mpl_colors
 from PIL import Image, ImageDraw
 
 from vimamba.data.decode import flatten
-from vimamba.tasks.figures import text_picture
+from vimamba.tasks.figures import shortened, text_picture
 from vimamba.tasks.results import Crop, is_background
 
 # Of a list of 20 that people tell apart, by Sasha Trubetskoy (sashamaps.net), without the palest.
@@ -159,4 +159,4 @@ def _shared(frame_4: np.ndarray, others_N4: np.ndarray) -> float:
 def _label(text: str, size: int, colour: Colour) -> Image.Image:
     """A line of text, letters of so many pixels, on a colour."""
     light = sum(part * weight for part, weight in zip(colour, (0.299, 0.587, 0.114), strict=True)) > 140
-    return text_picture(text, size, "black" if light else "white", f"#{bytes(colour).hex()}")
+    return text_picture(shortened(text), size, "black" if light else "white", f"#{bytes(colour).hex()}")

@@ -135,6 +135,15 @@ def test_gradients_are_those_of_the_model_with_its_choices_constant(options, fus
     assert all(weight.requires_grad for name, weight in model.named_parameters())
 
 
+def test_the_activations_of_a_stem_are_their_input_times_a_constant():
+    model = small(stem="conv")
+    x = torch.randn(9, requires_grad=True)
+    with frozen(model):
+        y = model.patch_embed.convs[0][2](x)
+    torch.testing.assert_close(y, torch.nn.functional.gelu(x))
+    torch.testing.assert_close(x * torch.autograd.grad(y.sum(), x)[0], y)
+
+
 def held(u, layer):
     """`_merged` with its choices constant, out of operations that autograd knows."""
     x_BLD, z_BLD = u.chunk(2, dim=-1)

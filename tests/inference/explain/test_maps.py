@@ -10,7 +10,7 @@ import vimamba
 from tests.inference.explain.test_attention import DESIGNS, images, small
 from vimamba import VisionMamba
 from vimamba.errors import UserError
-from vimamba.inference.explain.attention import to_places
+from vimamba.inference.explain.attention import in_parts, to_places
 from vimamba.inference.explain.faithful import STEPS, curves, random_map
 from vimamba.inference.explain.maps import MAPS, reshape_transform
 from vimamba.inference.explain.tokens import direction_use, receptive_field, receptive_fields
@@ -48,6 +48,23 @@ def test_attribution_is_of_what_the_class_changes(options):
     assert not torch.allclose(one, other)
     likeliest = model(images()).argmax(1).tolist()
     assert torch.equal(vimamba.explain(model, images()), vimamba.explain(model, images(), "attribution", likeliest))
+
+
+@pytest.mark.parametrize("options", [{}, dict(stem="conv")], ids=str)
+def test_a_patch_of_the_mean_colour_adds_nothing(options):
+    examples = images()
+    examples[..., 8:16, 24:32] = torch.nan
+    mean = examples.nanmean((2, 3), keepdim=True)
+    found = vimamba.explain(small(**options), torch.where(examples.isnan(), mean, examples), "attribution", [1, 2])
+    torch.testing.assert_close(found[:, 1, 3], torch.zeros(2), rtol=0, atol=1e-5 * float(found.abs().max()))
+    assert (found.flatten(1).abs() > 1e-3 * found.abs().max()).float().mean() > 0.8
+
+
+def test_values_of_pixels_are_summed_over_equal_parts():
+    values = torch.randn(2, 6, 7, dtype=torch.double)
+    found = in_parts(values, (2, 3))
+    finer = values.repeat_interleave(3, 2) / 3  # thirds of a pixel, seven of which are a part
+    torch.testing.assert_close(found, finer.unflatten(2, (3, 7)).unflatten(1, (2, 3)).sum((2, 4)))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +149,7 @@ def test_attribution_points_at_what_decides_and_its_deletion_changes_the_answer(
     with torch.no_grad():
         assert (finder(examples).argmax(1) == labels).float().mean() > 0.9
     maps = vimamba.explain(finder, examples, "attribution", labels.tolist())
-    assert (maps.flatten(1).argmax(1) == places).float().mean() > 0.6  # by chance 1 of 16
+    assert (maps.flatten(1).argmax(1) == places).float().mean() > 0.8  # by chance 1 of 16
     areas = []
     for i in range(8):
         of_image = (maps[i], random_map(maps[i], i))

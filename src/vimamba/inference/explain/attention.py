@@ -83,6 +83,18 @@ def to_places(maps_Bhw: Tensor, model: TokenModel, size: Sequence[int]) -> Tenso
     return rows @ maps_Bhw @ columns.t()
 
 
+def in_parts(values_BHW: Tensor, grid: Sequence[int]) -> Tensor:
+    """Values of pixels summed over equal parts of the image, (batch, rows, columns); a pixel that two share is cut."""
+    shares = []
+    for pixels, count in zip(values_BHW.shape[1:], grid, strict=True):
+        edges = torch.arange(count + 1, dtype=values_BHW.dtype, device=values_BHW.device) * pixels / count
+        lefts = torch.arange(pixels, dtype=values_BHW.dtype, device=values_BHW.device)
+        ends, starts = edges[1:, None].minimum(lefts + 1), edges[:-1, None].maximum(lefts)
+        shares.append((ends - starts).clamp(min=0))
+    rows, columns = shares
+    return rows @ values_BHW @ columns.t()
+
+
 def grid_layout(layer: Layer) -> Layout:
     """Where the tokens of the model stand, without the token that a layer pooled for itself: what `with_token` got."""
     pooled_at = layer.pooled_at

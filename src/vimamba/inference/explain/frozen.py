@@ -54,7 +54,7 @@ def watched(model: nn.Module, see: Callable[[Layer], None]) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: TokenModel) -> Iterator[None]:
-    """Forward passes inside are linear in what the mixers carry: gates, SiLUs, delta, B, C and norms are constants.
+    """Forward passes inside are linear in the image: gates, SiLUs, GELUs, delta, B, C and norms are constants.
 
     The outputs keep their values; their gradients, which only what is put in may ask for, are those of the linear
     model.
@@ -71,12 +71,16 @@ def frozen(model: TokenModel) -> Iterator[None]:
     methods: dict[nn.Module, tuple[str, Callable[..., Any]]] = {
         mixer: ("_merged", merged_of(mixer, mixer._merged)) for mixer in _mixers(model)
     }
-    norms = (module for module in model.modules() if isinstance(module, (RMSNorm, LayerNorm)))
+    for module in model.modules():
+        if isinstance(module, (RMSNorm, LayerNorm)):
+            methods[module] = "forward", _norm_of(module)
+        elif isinstance(module, nn.GELU):  # of a convolutional stem
+            methods[module] = "forward", _gelu
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learned:  # else each layer would keep its input for their gradients
             parameter.requires_grad_(False)
-        with _replaced(methods | {norm: ("forward", _norm_of(norm)) for norm in norms}):
+        with _replaced(methods):
             yield
     finally:
         for parameter in learned:
@@ -159,6 +163,11 @@ def _direction_backward(layer: Layer, index: int, dy_BLD: Tensor) -> Tensor:
     sigmoid_BDL = convolved_BDL.detach().sigmoid()
     (dx_BDL,) = torch.autograd.grad(convolved_BDL, x_BDL, sigmoid_BDL.mul_(du_BDL))
     return layer.back(dx_BDL.transpose(1, 2), index)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """The activation, with its gate a constant."""
+    return x * torch.special.ndtr(x.detach())
 
 
 def _norm_of(norm: RMSNorm | LayerNorm) -> Callable[[Tensor], Tensor]:

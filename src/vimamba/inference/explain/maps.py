@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vimamba.errors import UserError, nearest, require
-from vimamba.inference.explain.attention import attention, grid_layout, look, rollout, to_grid, to_places
+from vimamba.inference.explain.attention import attention, grid_layout, in_parts, look, rollout, to_grid, to_places
 from vimamba.inference.explain.frozen import frozen, require_tokens, watched
 from vimamba.inference.explain.layer import Layer
 from vimamba.inference.explain.tokens import direction_use, principal_colours, receptive_field, token_norms
@@ -28,10 +28,11 @@ def explain(
             "attribution", "attention" and "rollout" a VisionMamba over the recurrence mamba, the others any model of
             ours or timm's, and "integrated_gradients" any at all.
         images: preprocessed, (batch, in_chans, height, width), of any size that the model takes.
-        method: "attribution" (tokens times their gradient, with delta, B, C, gates and norms held constant: what each
-            patch adds to the logit), "attention" (the hidden attention of the token that is read, mean of the layers),
-            "rollout" (the same through all layers), "gradcam" or "integrated_gradients"; or what asks about no answer:
-            "token_norms", "principal_components", "receptive_field" or "directions", see `tokens`.
+        method: "attribution" (what each patch adds to the logit, beside the image's mean colour: their difference times
+            the gradient, with delta, B, C, gates and norms held constant), "attention" (the hidden attention of the
+            token that is read, mean of the layers), "rollout" (the same through all layers), "gradcam" or
+            "integrated_gradients"; or what asks about no answer: "token_norms", "principal_components",
+            "receptive_field" or "directions", see `tokens`.
         target: the class of each image that is asked about; the likeliest if not given. Attention asks about none.
 
     Returns:
@@ -77,23 +78,13 @@ def _classes(model: nn.Module, images: Tensor, target: Sequence[int] | None) -> 
 
 
 def _attribution(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    tokens_model, kept = require_tokens(model), []
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        kept.append(output.detach().requires_grad_())
-        return kept[-1]
-
-    handle = tokens_model.patch_embed.register_forward_hook(keep)
-    try:
-        with torch.enable_grad(), frozen(tokens_model):
-            logits = tokens_model(images)
-            score = logits.gather(1, classes[:, None]).sum() - logits.mean(1).sum()
-            (gradient,) = torch.autograd.grad(score, kept[0])
-    finally:
-        handle.remove()
-    values_BL = (kept[0].detach() * gradient).sum(-1)
-    size = tuple(images.shape[2:])
-    return to_places(values_BL.unflatten(1, tokens_model.patch_embed.grid_size(size)), tokens_model, size)
+    tokens_model, pixels = require_tokens(model), images.detach().requires_grad_()
+    with torch.enable_grad(), frozen(tokens_model):
+        logits = tokens_model(pixels)
+        score = logits.gather(1, classes[:, None]).sum() - logits.mean(1).sum()
+        (gradient,) = torch.autograd.grad(score, pixels)
+    values_BHW = ((images - images.mean((2, 3), keepdim=True)) * gradient).sum(1)
+    return in_parts(values_BHW, tokens_model.patch_embed.grid_size(tuple(images.shape[2:])))
 
 
 def _attention(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:

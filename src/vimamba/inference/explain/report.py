@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -11,9 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vimamba.tasks.figures import shortened, text_picture
 from vimamba.tasks.overlays import in_base64
 
 LEAST_SIDE = 224  # pixels of the shorter side of a picture: maps of small images are enlarged to be seen
+TEXT = 14  # pixels of the letters of a sheet
 STRENGTH = 0.6  # share of the colours where a map is largest
 DECADES = 4  # of a logarithmic map below its largest value
 
@@ -29,6 +33,16 @@ class Explained(NamedTuple):
     """By what they show: each method's overlay, and the tokens' norms and colours."""
     areas: dict[str, tuple[float, float]]
     """By method, and "random": under deletion and insertion."""
+
+    @property
+    def answer(self) -> str:
+        """The name of the class, or that it has none."""
+        return self.label if self.label.strip() else "(no name)"
+
+    @property
+    def columns(self) -> dict[str, Image.Image]:
+        """The image itself and its pictures, as large."""
+        return {"image": enlarged(self.image), **self.pictures}
 
 
 def as_picture(image_CHW: torch.Tensor, preprocessing: Any) -> Image.Image:
@@ -71,18 +85,47 @@ def coloured(image: Image.Image, colours_hw3: np.ndarray) -> Image.Image:
     return picture.resize(enlarged(image).size, Image.Resampling.NEAREST)
 
 
-def contact_sheet(rows: Sequence[Sequence[Image.Image]], gap: int = 6) -> Image.Image:
-    """Pictures in rows, on white."""
-    width = max(sum(p.width + gap for p in row) for row in rows) + gap
-    height = sum(max(p.height for p in row) + gap for row in rows) + gap
-    sheet, top = Image.new("RGB", (width, height), "white"), gap
-    for row in rows:
-        left = gap
-        for picture in row:
+def sheet_of(found: Sequence[Explained], fields: dict[str, dict[str, Image.Image]]) -> Image.Image:
+    """The pictures of each image and the receptive fields: `page`'s arguments."""
+    titles = [f"{shortened(Path(each.name).name)}: {shortened(each.answer)}, {100 * each.score:.1f}%" for each in found]
+    rows = [(title, each.columns) for title, each in zip(titles, found, strict=True)]
+    return contact_sheet([*rows, *((f"receptive field, {shortened(name)}", ways) for name, ways in fields.items())])
+
+
+def contact_sheet(rows: Sequence[tuple[str, dict[str, Image.Image]]], gap: int = 6) -> Image.Image:
+    """Rows of pictures on white, each under its title, in columns that are headed by what they show.
+
+    Rows of the same columns that follow each other stand under one line of headings.
+    """
+    tables = [list(table) for _, table in itertools.groupby(rows, lambda row: list(row[1]))]
+    parts = [part for table in tables for part in _under_headings(table, gap)]
+    width = max(left + picture.width for line in parts for left, picture in line) + gap
+    sheet, top = Image.new("RGB", (width, sum(_height(line) + gap for line in parts) + gap), "white"), gap
+    for line in parts:
+        for left, picture in line:
             sheet.paste(picture, (left, top))
-            left += picture.width + gap
-        top += max(p.height for p in row) + gap
+        top += _height(line) + gap
     return sheet
+
+
+Line = list[tuple[int, Image.Image]]
+"""Pictures beside each other, each with where its left edge stands."""
+
+
+def _height(line: Line) -> int:
+    return max(picture.height for _, picture in line)
+
+
+def _under_headings(rows: Sequence[tuple[str, dict[str, Image.Image]]], gap: int) -> Iterator[Line]:
+    """The headings, and of each row its title and its pictures."""
+    headings = [text_picture(name, TEXT, "black", "white") for name in rows[0][1]]
+    columns = zip(headings, *(pictures.values() for _, pictures in rows), strict=True)
+    widths = [max(picture.width for picture in column) + gap for column in columns]
+    lefts = list(itertools.accumulate(widths[:-1], initial=gap))
+    yield list(zip(lefts, headings, strict=True))
+    for title, pictures in rows:
+        yield [(gap, text_picture(title, TEXT, "dimgrey", "white"))]
+        yield list(zip(lefts, pictures.values(), strict=True))
 
 
 STYLE = """
@@ -116,9 +159,8 @@ def page(
     """
     body = [f"<h1>{_isolated(title)}</h1>"]
     for each in found:
-        label = _isolated(each.label) if each.label.strip() else "(no name)"
-        body.append(f"<h2>{_isolated(each.name)}: {label}, {100 * each.score:.1f}%</h2>")
-        body.append(_row({"image": enlarged(each.image), **each.pictures}))
+        body.append(f"<h2>{_isolated(each.name)}: {_isolated(each.answer)}, {100 * each.score:.1f}%</h2>")
+        body.append(_row(each.columns))
         if each.areas:
             rows = [[name, f"{gone:.3f}", f"{shown:.3f}"] for name, (gone, shown) in each.areas.items()]
             body.append(_table(["method", "deletion (low is better)", "insertion (high is better)"], rows))

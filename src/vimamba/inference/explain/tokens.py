@@ -82,7 +82,7 @@ def receptive_fields(model: Any, images: Tensor, compare: Sequence[str] = ()) ->
             models["before training"] = copy.deepcopy(model)
             models["before training"].init_weights()
     models["after training"] = model
-    models |= {f"{name}, untrained": _other(name, images) for name in compare}
+    models |= {f"{name}, untrained": other_model(name, images) for name in compare}
     fields = {}
     for name, each in models.items():
         several = any(isinstance(module, DirectionalMixer) for module in each.modules())
@@ -119,14 +119,29 @@ def direction_use(model: nn.Module, images: Tensor) -> list[Use]:
     return found
 
 
-def _other(name: str, images: Tensor) -> nn.Module:
+def other_model(name: str, images: Tensor) -> nn.Module:
+    """A model with initial weights, to be compared on these images.
+
+    Raises:
+        UserError: there is no such model, it does not take the images, or it does not show its features.
+    """
     require(
         timm.is_model(name), f"`compare` {escaped(name)}: there is no such model{nearest(name, timm.list_models())}"
     )
     size = (images.shape[2], images.shape[3])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return create(name, size, in_chans=images.shape[1], num_classes=0).eval().to(images.device)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = create(name, size, in_chans=images.shape[1], num_classes=0).eval().to(images.device)
+        with torch.no_grad():
+            _features(model, images[:1])
+    except (AssertionError, RuntimeError, ValueError) as error:  # whatever timm's models say of a size
+        said = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"`compare` {name}: takes no images of {size[0]} × {size[1]} pixels ({said}); "
+            "give one that takes any size, such as resnet18"
+        ) from error
+    return model
 
 
 def _features(model: Any, images: Tensor) -> Tensor:
