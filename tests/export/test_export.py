@@ -334,7 +334,7 @@ def test_a_detector_finds_what_pytorchs_does(head, options, detected, tmp_path):
 @pytest.mark.parametrize(
     ("export", "options"),
     [(export_pt2, {}), (export_pt2, {"with_preprocessing": True, "img_size": (40, 64)}), (export_aoti, {})],
-    ids=str,
+    ids=["pt2", "pt2 of another size", "aoti"],
 )
 def test_a_detector_as_a_program(export, options, detected, tmp_path):
     """With one object, with several, and with none."""

@@ -80,7 +80,8 @@ def export_onnx(
         found.save(partial)
 
     graph = Graph(img_size, dynamic_size, with_preprocessing)
-    cascades = source.task == "detect" and len(source.model.heads.stages) > 1
+    model: Any = source.model
+    cascades = source.task == "detect" and len(model.heads.stages) > 1
     tolerance = OF_CASCADES if cascades else TOLERANCE
     return export(source, path, graph, write, load, tolerance, samples)
 
