@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 
 from vimamba.data.image_data import ImageData
 from vimamba.data.samples import Samples
+from vimamba.data.steps import KeepVisible
 from vimamba.data.transforms import eval_transform
 from vimamba.errors import require
 from vimamba.export.check import Comparison, Exported, compare, example_images, prepared
@@ -22,7 +23,7 @@ from vimamba.export.onnx import export_onnx, session
 from vimamba.export.source import Source, load_source
 from vimamba.export.writing import TASKS, placed
 from vimamba.inference.evaluation import RenamedClasses
-from vimamba.models.heads import paste
+from vimamba.tasks.detection import placed as placed_in
 from vimamba.tasks.find import find_task
 from vimamba.tasks.task import evaluation_of, results_of
 
@@ -96,7 +97,7 @@ def _batches(
             stacks = [transform(image, tv_tensors.Mask(mask[None]))[1] for image, mask in pairs]
             yield images, torch.cat(stacks)
         elif source.task == "detect":
-            yield images, [_inside(transform(*pair)[1]) for pair in pairs]
+            yield images, [_left(*transform(*pair)) for pair in pairs]
         else:
             yield images, torch.tensor([target for _, target in pairs])
 
@@ -110,17 +111,17 @@ def _measured(exported: Exported, source: Source, samples: Samples, with_preproc
         if source.task == "detect":
             found = dict(zip(OUTPUTS, outputs, strict=False))
             if "masks" in found:
-                found["masks"] = paste(found | {"masks": found["masks"][:, None]}, source.preprocessing.img_size)
-            outputs = [found]
+                found["masks"] = found["masks"][:, None]
+            size = source.preprocessing.img_size
+            outputs = [placed_in(found, size, size)]
         task.update(evaluation, outputs, targets)
     return results_of(task, evaluation, source.class_names).numbers[task.monitor]
 
 
-def _inside(target: dict[str, Tensor]) -> dict[str, Tensor]:
+def _left(image: Any, target: Any) -> dict[str, Tensor]:
     """The objects of which something is left in the image; their areas are those of what is left."""
-    boxes_N4 = target["boxes"].as_subclass(Tensor)
-    left_N = ((boxes_N4[:, 2:] - boxes_N4[:, :2]) >= 1).all(1)
-    return {name: values.as_subclass(Tensor)[left_N] for name, values in target.items() if name != "area"}
+    kept = KeepVisible()(image, target)[1]
+    return {name: values.as_subclass(Tensor) for name, values in kept.items() if name != "area"}
 
 
 def _quantise(given: Path, path: Path, batches: Iterator[Tensor]) -> None:

@@ -128,16 +128,19 @@ class Predictor:
         dataset = PictureDataset(Pictures(images), self.transform)
         loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list, worker_init_fn=obey_parent)
         for items in loader:
-            good = [item for item in items if not isinstance(item, UserError)]
-            results = self.results(good) if good else iter(())
-            yield from (item if isinstance(item, UserError) else next(results) for item in items)
+            yield from self.results(items)
 
     def item(self, image: Image.Image) -> Item:
         """An upright 8-bit image as the model takes it; `results` says what it shows."""
         return Item(self.transform(image, 0)[0], 0, (image.height, image.width))
 
-    def results(self, items: list[Item]) -> Iterator[Any]:
-        """What images show, all looked at together."""
+    def results(self, items: Sequence[Item | UserError]) -> Iterator[Any]:
+        """What images show, all looked at together; where one could not be read, the UserError that stands for it."""
+        good = [item for item in items if not isinstance(item, UserError)]
+        found = self._together(good) if good else iter(())
+        yield from (item if isinstance(item, UserError) else next(found) for item in items)
+
+    def _together(self, items: list[Item]) -> Iterator[Any]:
         batch = collate(items)
         for outputs, _ in self.runner(batch.images, batch.sizes):
             yield from self.task.predictions(outputs, self.class_names)

@@ -73,10 +73,7 @@ class Service:
 
     def _results(self, images: list[Wanted], busy: int) -> list[Any]:
         torch.set_num_threads(max(1, self.cores // busy))  # of this thread
-        items = [self._item(wanted) for wanted in images]
-        good = [item for item in items if not isinstance(item, UserError)]
-        results = self.predictor.results(good) if good else iter(())
-        return [item if isinstance(item, UserError) else next(results) for item in items]
+        return list(self.predictor.results([self._item(wanted) for wanted in images]))
 
     async def predict(self, request: Request, asked: Asked, masks: bool, heat: bool) -> JSONResponse:
         """Answer a request.

@@ -40,7 +40,7 @@ def serve(run: str, options: ServeOptions, how: InferenceOptions, ready: Callabl
         UserError: there is no run, or the address cannot be had.
     """
     application(run, options, how)  # whatever is wrong with the run is said here, once
-    listening = listen(options)
+    sockets = listen(options)
     host = f"[{options.host}]" if ":" in options.host else options.host
     allow_connections(options.max_connections)
     config = Config(
@@ -51,13 +51,13 @@ def serve(run: str, options: ServeOptions, how: InferenceOptions, ready: Callabl
     )  # fmt: skip
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn sends itself again what it was stopped by
         signal.signal(number, lambda *_: None)
-    ready(f"http://{host}:{listening.getsockname()[1]}")
+    ready(f"http://{host}:{sockets[0].getsockname()[1]}")
     if options.workers == 1:
-        uvicorn.Server(config).run([listening])
+        uvicorn.Server(config).run(sockets)
         return
     with tempfile.TemporaryDirectory(prefix="vimamba-metrics-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        Workers(config, shared_out(listening, options)).run()
+        Workers(config, sockets).run()
 
 
 class Workers(Multiprocess):
@@ -94,34 +94,28 @@ def application(run: str, options: ServeOptions, how: InferenceOptions) -> Any:
     return create_app(predictor, options)
 
 
-def listen(options: ServeOptions) -> socket.socket:
-    """A socket at the address.
+def listen(options: ServeOptions) -> list[socket.socket]:
+    """A socket at the address for each worker, between which Linux shares connections out; elsewhere all have one.
 
     Raises:
         UserError: it cannot be had.
     """
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+
+    def opened(port: int, reuse_port: bool) -> socket.socket:
+        return socket.create_server((options.host, port), family=family, backlog=BACKLOG, reuse_port=reuse_port)
+
     try:
-        return socket.create_server((options.host, options.port), family=family, backlog=BACKLOG)
+        alone = opened(options.port, False)  # refused where anybody listens: those that follow would share with them
+        if options.workers == 1 or sys.platform != "linux":
+            return [alone] * options.workers
+        port = alone.getsockname()[1]
+        alone.close()
+        return [opened(port, True) for _ in range(options.workers)]
     except OSError as error:
         known = error.errno or 0  # below 0 of a name that nobody knows
         reason = (os.strerror(known) if known > 0 else error.strerror or str(error)).lower()
         raise UserError(f"`port` {options.port} on {options.host}: {reason}; give another `port` or `host`") from error
-
-
-def shared_out(listening: socket.socket, options: ServeOptions) -> list[socket.socket]:
-    """A socket at its address for each worker, between which the system shares connections out; itself if it does not.
-
-    It has shown that nobody else listens there: sockets of this kind would share with them.
-    """
-    if sys.platform != "linux":
-        return [listening]
-    address = listening.getsockname()[:2]
-    listening.close()
-    return [
-        socket.create_server(address, family=listening.family, backlog=BACKLOG, reuse_port=True)
-        for _ in range(options.workers)
-    ]
 
 
 def allow_connections(count: int) -> None:
