@@ -45,6 +45,34 @@ def test_lanes_look_at_two_batches_at_once_and_share_what_waits():
     assert sorted(seen) == [(3, 1), (3, 2)]
 
 
+def test_a_lane_that_comes_from_a_batch_takes_its_part_at_once():
+    """Of two lanes one is held, the other goes on: three items are no full batch, and two of five are its part."""
+    both, more_wait, more_are_done = threading.Barrier(2), threading.Event(), threading.Event()
+    seen = []
+
+    def results(items, busy):
+        seen.append(items)
+        if len(seen) <= 2:
+            both.wait(60)
+            assert (more_are_done if items == [0, 1] else more_wait).wait(60)
+        elif items[-1] == 6:
+            more_are_done.set()
+        return items
+
+    batcher = Batcher(results, 4, 60.0, 100, lanes=2)
+
+    async def later():
+        while both.n_waiting or len(seen) < 2:
+            await asyncio.sleep(0.001)
+        asking = asyncio.create_task(batcher.answers([4, 5, 6]))
+        await asyncio.sleep(0)
+        more_wait.set()
+        return await asking
+
+    assert answered(batcher, lambda: batcher.answers([0, 1, 2, 3]), later) == [[0, 1, 2, 3], [4, 5, 6]]
+    assert sorted(seen) == [[0, 1], [2, 3], [4, 5], [6]]
+
+
 @pytest.mark.parametrize("lanes", [1, 2, 3])
 def test_nothing_else_runs_beside_a_call_alone(lanes):
     running, lock = [], threading.Lock()

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from threading import Lock, Semaphore
 from typing import Any, NamedTuple
 
@@ -27,7 +27,9 @@ class Batcher:
     """A queue before one model that a few threads run, its lanes.
 
     A batch begins when the first image waits and a lane is free, and is looked at when it is full or the first has
-    waited long enough; lanes that are free share what waits. Images whose request has gone are left out.
+    waited long enough. Lanes that were free share what waits. A lane that comes from a batch while others are busy
+    takes its part of what is not answered yet and leaves the rest, so that the next lane has work at once; nor does it
+    wait for more. Images whose request has gone are left out.
 
     Args:
         results: what the model says of items, one result each; called in a lane, and told how many lanes are busy.
@@ -43,7 +45,7 @@ class Batcher:
         done: Callable[[int, float], None] = lambda size, seconds: None, lanes: int = 1,
     ):  # fmt: skip
         self.results, self.done = results, done
-        self.lanes, self.busy = lanes, 0
+        self.lanes, self.busy, self.inside = lanes, 0, 0
         self.free, self.turn = Semaphore(lanes), Lock()  # of threads, which go on where a request is given up
         self.max_batch, self.max_wait_s, self.max_queue = max_batch, max_wait_s, max_queue
         self.queue: deque[Waiting] = deque()
@@ -90,11 +92,14 @@ class Batcher:
         return await asyncio.get_running_loop().run_in_executor(self.threads, undisturbed)
 
     async def _lane(self) -> None:
+        ran = False
         while True:
-            batch = await self._next_batch()
-            if not batch:
+            batch = await self._next_batch(ran)
+            ran = bool(batch)
+            if not ran:
                 continue
             self.busy += 1
+            self.inside += len(batch)
             start, items = time.monotonic(), [one.item for one in batch]
             call = asyncio.get_running_loop().run_in_executor(self.threads, self._in_lane, items, self.busy)
             answers = await call
@@ -102,23 +107,30 @@ class Batcher:
                 if not one.answer.done():
                     one.answer.set_result(answer)
             self.busy -= 1
+            self.inside -= len(batch)
             if good := sum(not isinstance(answer, Exception) for answer in answers):
                 self.done(good, time.monotonic() - start)
 
-    async def _next_batch(self) -> list[Waiting]:
+    async def _next_batch(self, ran: bool) -> list[Waiting]:
+        """What a lane looks at that `ran`, or not, until now."""
+        ran &= bool(self.queue)
         while not self.queue:
             self.arrived.clear()
             await self.arrived.wait()
         until = self.queue[0].since + self.max_wait_s
-        while 0 < len(self.queue) < self.max_batch and (left := until - time.monotonic()) > 0:
-            self.arrived.clear()
-            try:
-                await asyncio.wait_for(self.arrived.wait(), left)
-            except asyncio.TimeoutError:
+        while 0 < len(self.queue) < (self._part() if self.busy else self.max_batch):
+            if (left := until - time.monotonic()) <= 0:
                 break
-        share = -(-len(self.queue) // (self.lanes - self.busy))
-        taken = [self.queue.popleft() for _ in range(min(self.max_batch, share))]
+            self.arrived.clear()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.arrived.wait(), left)
+        count = self._part() if self.busy and ran else -(-len(self.queue) // (self.lanes - self.busy))
+        taken = [self.queue.popleft() for _ in range(min(len(self.queue), self.max_batch, count))]
         return [one for one in taken if not one.answer.done()]
+
+    def _part(self) -> int:
+        """Of what has no answer yet, a part for each lane, and one that waits for the lane that is next."""
+        return min(self.max_batch, -(-(len(self.queue) + self.inside) // (self.lanes + 1)))
 
     def _in_lane(self, items: list[Any], busy: int) -> list[Any]:
         with self.free:
