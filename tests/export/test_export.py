@@ -299,6 +299,8 @@ def test_a_segmenter_of_any_size(head, backbone, options, tmp_path):
 
 DETECTORS = [
     ("mask_rcnn", {}), ("cascade_mask_rcnn", {"portable": True}), ("faster_rcnn", {"img_size": (40, 64)}),
+    # Padded, and many anchors in the padding are as sure as each other.
+    ("mask_rcnn", {"img_size": (48, 40)}), ("mask_rcnn", {"img_size": (33, 95), "portable": True}),
     pytest.param("mask_rcnn", {"operator": "vimamba", "with_preprocessing": True}, marks=built),
 ]  # fmt: skip
 
@@ -314,7 +316,8 @@ def test_a_detector_finds_what_pytorchs_does(head, options, detected, tmp_path):
             "vim_nano", dict(depth=2, embed_dim=16, d_state=4), 3, 3, (32, 32), {"head": head, **args}
         )
         source = dataclasses.replace(source_of(model), task="detect")
-    assert export_onnx(source, path, samples=data.val, **options).difference <= 1e-3
+    least = 1e-3 if head.startswith("cascade") else 1e-4
+    assert export_onnx(source, path, samples=data.val, **options).difference <= least
     given = onnx.load(path).graph.output
     names = [output.name for output in given]
     assert names == ["boxes", "labels", "scores", "masks"][: 4 if "mask" in head else 3]
@@ -326,15 +329,19 @@ def test_a_detector_finds_what_pytorchs_does(head, options, detected, tmp_path):
         with torch.inference_mode():
             (wanted,) = source.model(normalised(image, source.preprocessing) if raw else image)
         masks = [wanted["masks"][:, 0]] if "masks" in wanted else []
-        assert of_objects(outputs, [*(wanted[name] for name in names[:3]), *masks]) <= 1e-3
+        assert of_objects(outputs, [*(wanted[name] for name in names[:3]), *masks]) <= least
         found += len(wanted["boxes"])
     assert found > 2
 
 
 @pytest.mark.parametrize(
     ("export", "options"),
-    [(export_pt2, {}), (export_pt2, {"with_preprocessing": True, "img_size": (40, 64)}), (export_aoti, {})],
-    ids=["pt2", "pt2 of another size", "aoti"],
+    [
+        (export_pt2, {}),
+        (export_pt2, {"with_preprocessing": True, "img_size": (40, 64)}),
+        (export_aoti, {"img_size": (48, 40)}),
+    ],
+    ids=["pt2", "pt2 of another size", "aoti of another size"],
 )
 def test_a_detector_as_a_program(export, options, detected, tmp_path):
     """With one object, with several, and with none."""

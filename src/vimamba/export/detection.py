@@ -8,6 +8,7 @@ Layouts: B batch (of one), A anchors, K boxes, C classes and the background, N o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from torchvision.ops.poolers import LevelMapper
 
 from vimamba.export.outputs import normalised
 from vimamba.export.source import Source
-from vimamba.models.heads.detection import LEVELS, DetectionModel
+from vimamba.models.heads.detection import LEVELS, DetectionModel, surest, surest_of_levels
 from vimamba.models.heads.pyramids import STRIDES
 
-DROPPED, SURE = -1.0, 2.0  # scores below and above all others
+DROPPED = -math.inf  # a score below all others
 SMALLEST = 1e-2  # side of an object in pixels, as torchvision's
 OUTPUTS = ["boxes", "labels", "scores", "masks"]
 
@@ -86,20 +87,15 @@ class DetectionOutputs(nn.Module):
         """Boxes (K, 4) and which of them count, (K,) bool."""
         rpn: Any = self.model.rpn
         scores_A1, deltas_A4 = concat_box_prediction_layers(*rpn.head([*maps.values()]))
-        most, rows, levels, first = rpn.pre_nms_top_n(), [], [], 0
-        for level, scores in enumerate(scores_A1[:, 0].split(self.counts)):
-            rows.append(scores.topk(min(most, len(scores))).indices + first)
-            levels.append(torch.full_like(rows[-1], level))
-            first += len(scores)
-        rows_K, levels_K = torch.cat(rows), torch.cat(levels)
+        rows_K, levels_K = surest_of_levels(scores_A1[:, 0], self.counts, rpn.pre_nms_top_n())
         boxes_K4 = rpn.box_coder.decode_single(deltas_A4[rows_K], self.anchors_A4[rows_K])
         boxes_K4 = clip_boxes_to_image(boxes_K4, self.size)
-        scores_K = scores_A1[rows_K, 0].sigmoid().where(sides(boxes_K4) >= rpn.min_size, DROPPED)
+        scores_K = scores_A1[rows_K, 0].where(sides(boxes_K4) >= rpn.min_size, DROPPED)
         best = self._uncovered(boxes_K4, scores_K, levels_K, rpn.nms_thresh)
         uncovered_K = torch.zeros_like(scores_K).index_put((best,), torch.ones(1))
         scores_K = scores_K.where(uncovered_K > 0, DROPPED)
-        scores_K, rows_K = scores_K.topk(min(rpn.post_nms_top_n(), len(scores_K)))
-        return boxes_K4[rows_K], scores_K > DROPPED
+        rows_K = surest(scores_K, rpn.post_nms_top_n())
+        return boxes_K4[rows_K], scores_K[rows_K] > DROPPED
 
     def _objects(self, maps: dict[str, Tensor], boxes_K4: Tensor, counts_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The objects that are chosen of the proposals: boxes (N, 4), labels (N,) from 0 and scores (N,)."""
@@ -122,10 +118,15 @@ class DetectionOutputs(nn.Module):
         return boxes_N4, labels_N, scores_N
 
     def _uncovered(self, boxes_K4: Tensor, scores_K: Tensor, groups_K: Tensor, overlap: float) -> Tensor:
-        """The rows of the boxes that no better one of their group overlaps by more than so much, the best first."""
-        apart_K4 = boxes_K4 + groups_K[:, None] * (max(self.size) + 1.0)
-        boxes, scores = torch.cat([apart_K4, self.apart_24]), torch.cat([scores_K, scores_K.new_full((2,), SURE)])
-        return torch.ops.torchvision.nms(boxes, scores, overlap)[2:]
+        """The rows of the boxes that no better one of their group overlaps by more than so much, the best first.
+
+        Runtimes differ in which of equal scores comes first, and some drop those under zero: places have neither.
+        """
+        order_K = surest(scores_K)
+        apart_K4 = boxes_K4[order_K] + groups_K[order_K, None] * (max(self.size) + 1.0)
+        boxes = torch.cat([self.apart_24, apart_K4])
+        places = torch.arange(boxes.shape[0], 0, -1, dtype=torch.float32)
+        return order_K[torch.ops.torchvision.nms(boxes, places, overlap)[2:] - 2]
 
 
 def sides(boxes_K4: Tensor) -> Tensor:
