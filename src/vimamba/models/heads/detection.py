@@ -177,9 +177,12 @@ class Anchors(AnchorGenerator):
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """The anchors of each image, (all places and ratios, 4)."""
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
+        return [torch.cat(self.of_maps(feature_maps))] * len(image_list.image_sizes)
+
+    def of_maps(self, feature_maps: list[Tensor]) -> list[Tensor]:
+        """The anchors of each map, (places and ratios, 4)."""
         steps = [torch.tensor(STRIDES[0] << level, device=feature_maps[0].device) for level in range(len(feature_maps))]
-        anchors = self.grid_anchors([x.shape[2:] for x in feature_maps], [[step, step] for step in steps])
-        return [torch.cat(anchors)] * len(image_list.image_sizes)
+        return self.grid_anchors([x.shape[2:] for x in feature_maps], [[step, step] for step in steps])
 
 
 class Proposals(RegionProposalNetwork):
@@ -217,13 +220,14 @@ def surest_of_levels(logits_A: Tensor, counts: Sequence[int], most: int) -> tupl
     for level, logits in enumerate(logits_A.split(list(counts))):
         rows.append(surest(logits, most) + first)
         levels.append(torch.full_like(rows[-1], level))
-        first += len(logits)
+        first += logits.shape[0]  # of a graph of any size, not a number as len is
     return torch.cat(rows), torch.cat(levels)
 
 
 def surest(scores_A: Tensor, most: int | None = None) -> Tensor:
     """The rows of the highest scores, the highest first, and of equal ones the first."""
-    return scores_A.sort(descending=True, stable=True).indices[:most]
+    rows = scores_A.sort(descending=True, stable=True).indices
+    return rows if most is None else rows.narrow(0, 0, torch.sym_min(most, rows.shape[0]))
 
 
 class Align(MultiScaleRoIAlign):
