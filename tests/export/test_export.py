@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from safetensors.torch import save_file

@@ -197,7 +197,7 @@ def test_a_folder_detects_as_the_command_does(width, scheme, sides, detected, tm
     assert seen["about"] == "vim_nano finds objects of 2 classes."
     capsys.readouterr()
     assert main(["predict", str(run), *map(str, paths), "--json", "--min_score", "0.05"]) == 0
-    printed = {Path(line["file"]).stem: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    printed = {Path(line.get("image") or line["path"]).stem: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
     predictor = load_run(run)
     for path, entry, of_server in zip(paths, seen["found"], wanted["found"], strict=True):
         said, result = printed[path.stem]["objects"], predictor.predict(path).above(0.05)

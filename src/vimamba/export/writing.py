@@ -44,7 +44,7 @@ class Graph:
 
     Args:
         img_size: height and width of the images, pixels; the model's own if None.
-        dynamic_size: take images of any size from half of that up, to segment of any size over 32 pixels.
+        dynamic_size: take images of any size from half of that up, to segment or detect of any over 32 pixels.
         with_preprocessing: take uint8 RGB (batch, height, width, 3) that has its size, and give probabilities.
         joined: have a run of blocks as one operator, vimamba::blocks.
     """
