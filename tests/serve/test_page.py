@@ -175,7 +175,7 @@ def masked(entry, height, width):
     ("width", "scheme", "sides"), [(1100, "light", {}), (375, "dark", {"short_side": 40, "long_side": 120})]
 )
 def test_a_folder_detects_as_the_command_does(width, scheme, sides, detected, tmp_path, capsys):
-    """Small pictures of objects, across and upright, real ones, and one where nothing is; by their size, and scaled."""
+    """Pictures across and upright, real ones, and one where nothing is; by their own size, and scaled."""
     model, card = load_model(str(detected))
     prep = dataclasses.replace(card.preprocessing, **sides)
     run = tmp_path / "model.safetensors"
@@ -197,7 +197,7 @@ def test_a_folder_detects_as_the_command_does(width, scheme, sides, detected, tm
     assert seen["about"] == "vim_nano finds objects of 2 classes."
     capsys.readouterr()
     assert main(["predict", str(run), *map(str, paths), "--json", "--min_score", "0.05"]) == 0
-    printed = {Path(line.get("image") or line["path"]).stem: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    printed = {Path(line["image"]).stem: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
     predictor = load_run(run)
     for path, entry, of_server in zip(paths, seen["found"], wanted["found"], strict=True):
         said, result = printed[path.stem]["objects"], predictor.predict(path).above(0.05)
