@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
 from vimamba.errors import UserError
@@ -409,6 +410,26 @@ def test_options_of_detectors_act():
     model(batch, [scene(64, 64, (10, 20, 50, 60))])
     assert seen["out"] == (8, 48)
     assert isinstance(detector(pyramid="deconv").neck, detection.FeaturePyramidNetwork)
+
+
+@torch.no_grad()
+def test_proposals_are_torchvisions_and_of_equal_ones_the_first():
+    rpn, counts, draw = detector(proposals=20).eval().rpn, [90, 30], torch.Generator().manual_seed(0)
+    corners = 60 * torch.rand(2, 120, 2, generator=draw)
+    boxes = torch.cat([corners, corners + 1 + 30 * torch.rand(2, 120, 2, generator=draw)], 2)
+    logits, sizes = torch.randn(2, 120, generator=draw), [(64, 64), (50, 40)]
+    found, scores = rpn.filter_proposals(boxes, logits, sizes, counts)
+    wanted, shares = RegionProposalNetwork.filter_proposals(rpn, boxes, logits, sizes, counts)
+    for ours, theirs in zip((*found, *(x.sigmoid() for x in scores)), (*wanted, *shares), strict=True):
+        assert len(ours) > 10
+        assert torch.equal(ours, theirs)
+
+    apart = torch.arange(120.0)[:, None] * 2 + torch.tensor([0.0, 0.0, 1.0, 1.0])
+    for level in (0.0, 30.0, -200.0):  # of the last two the sigmoids of all are alike, near enough
+        logits = torch.full((1, 120), level)
+        logits[0, [7, 100]] += torch.tensor([1.0, 2.0])
+        (kept,), _ = rpn.filter_proposals(apart[None], logits, [(300, 300)], counts)
+        assert (kept[:, 0] / 2).tolist() == [100, 7, *range(7), *range(8, 19)]
 
 
 @pytest.mark.parametrize(("img_size", "smallest"), [((256, 256), 16), ((256, 800), 32), (None, 32)])

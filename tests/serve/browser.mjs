@@ -25,6 +25,14 @@ const found = await page.$$eval(".result", entries => entries.map(entry => ({
   heat: entry.querySelector(".heat")?.naturalWidth ?? 0,
   pixels: entry.querySelector("canvas").toDataURL(),
 })));
+const objects = await page.$$eval(".result", entries => Promise.all(entries.map(async ({answer}) => ({
+  objects: answer?.objects ?? [],
+  masks: await Promise.all((answer?.masks ?? []).map(async ({left, top, png}) => {
+    const picture = await overlay(png), canvas = element("canvas", {width: picture.width, height: picture.height});
+    canvas.getContext("2d").drawImage(picture, 0, 0);
+    return {left, top, png: canvas.toDataURL()};
+  })),
+}))));
 const said = await page.textContent("[aria-live]");
 await page.screenshot({path: shot, fullPage: true});
 const overflow = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
@@ -39,4 +47,4 @@ const ground = await page.evaluate(() => getComputedStyle(document.body).backgro
 await page.click(".result .close");
 const left = await page.locator(".result").count();
 await browser.close();
-console.log(JSON.stringify({reached, found: found.reverse(), said, overflow, camera, about, ground, left, faults, requests}));
+console.log(JSON.stringify({reached, found: found.map((entry, i) => ({...entry, ...objects[i]})).reverse(), said, overflow, camera, about, ground, left, faults, requests}));

@@ -83,8 +83,8 @@ def test_what_no_folder_can_be_made_of(workplace, segmented, detected, monkeypat
         assert capsys.readouterr().err.startswith(f"error: {sentence}")
         assert not Path("p").exists()
     for run, words, sentence in (
-        (detected, "", "--format web: is for models that classify or segment, not of task detect; "),
-        (segmented, "--img_size 64", "--img_size: the page of a model that segments takes any size; leave it out"),
+        (detected, "", "the model finds no object in the images that the export is checked with; give --data "),
+        (segmented, "--img_size 64", "--img_size: the page of a dense model takes any size; leave it out"),
     ):
         assert main(["export", str(run), "--format", "web", "--output", "p", *words.split()]) == 2
         assert capsys.readouterr().err.startswith(f"error: {sentence}")

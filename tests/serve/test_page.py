@@ -20,7 +20,10 @@ from tests.cli.runs import write_photos
 from tests.serve.servers import Server
 from vimamba import load_run
 from vimamba.cli import main
-from vimamba.export.web import INTEGRITY, SCRIPT, VERSION, WASM, integrity
+from vimamba.data.scenes import open_scenes
+from vimamba.export.web import INTEGRITY, SCRIPT, VERSION, WASM, export_web, integrity
+from vimamba.inference.evaluation import open_for_eval
+from vimamba.tasks.find import find_task
 from vimamba.tasks.weights import load_model, save_model
 
 HERE = Path(__file__).parent
@@ -155,7 +158,67 @@ def test_a_folder_segments_as_the_server_does(width, scheme, sides, segmented, t
 
 
 def web(run, folder):
-    assert main(["export", str(run), "--format", "web", "--output", str(folder), "--runtime", str(RUNTIME)]) == 0
+    command = ["export", str(run), "--format", "web", "--output", str(folder), "--runtime", str(RUNTIME)]
+    assert main(command) == 0
+
+
+def masked(entry, height, width):
+    """The masks of a page's objects in their image, (n, height, width)."""
+    found_NHW = np.zeros((len(entry["masks"]), height, width), bool)
+    for mask_HW, mask in zip(found_NHW, entry["masks"], strict=True):
+        picture = Image.open(io.BytesIO(base64.b64decode(mask["png"].split(",")[1])))
+        mask_HW[mask["top"] :, mask["left"] :][: picture.height, : picture.width] = np.asarray(picture)[..., 3] > 0
+    return found_NHW
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme", "sides"), [(1100, "light", {}), (375, "dark", {"short_side": 40, "long_side": 120})]
+)
+def test_a_folder_detects_as_the_command_does(width, scheme, sides, detected, tmp_path, capsys):
+    """Pictures across and upright, real ones, and one where nothing is; by their own size, and scaled."""
+    model, card = load_model(str(detected))
+    prep = dataclasses.replace(card.preprocessing, **sides)
+    run = tmp_path / "model.safetensors"
+    save_model(run, model, dataclasses.replace(card, class_names=NAMES[:2], preprocessing=prep))
+    data = open_for_eval(detected, find_task("detect"), str(detected.parent / "data"))[0]
+    picture, scenes = data.val.image(0), open_scenes("scenes-det").val
+    pictures = {
+        f"{w} by {h}": picture.resize((w, h), Image.Resampling.BICUBIC) for w, h in ((32, 32), (70, 45), (61, 90))
+    }
+    pictures |= {f"scene {i}": scenes.image(i) for i in range(2)} | {"black": Image.new("RGB", (48, 32))}
+    paths = [tmp_path / f"{name}.png" for name in pictures]
+    for path in paths:
+        pictures[path.stem].save(path)
+    export_web(run, tmp_path / "page", runtime=RUNTIME, samples=data.val)
+    with served(tmp_path / "page") as address, Server(run, log=tmp_path / "log") as server:
+        seen = visit(address, tmp_path / "page.png", *paths, width=width, scheme=scheme)
+        wanted = visit(f"http://{server.host}:{server.port}/", tmp_path / "server.png", *paths, width=width)
+    check_whole(seen, len(paths))
+    assert seen["about"] == "vim_nano finds objects of 2 classes."
+    capsys.readouterr()
+    assert main(["predict", str(run), *map(str, paths), "--json", "--min_score", "0.05"]) == 0
+    printed = {Path(line["image"]).stem: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    predictor = load_run(run)
+    for path, entry, of_server in zip(paths, seen["found"], wanted["found"], strict=True):
+        said, result = printed[path.stem]["objects"], predictor.predict(path).above(0.05)
+        assert [line["class"] for line in entry["objects"]] == [line["class"] for line in said]
+        for found, line in zip(entry["objects"], said, strict=True):
+            assert found["score"] == pytest.approx(line["score"], abs=2e-5)
+            assert found["box"] == pytest.approx(line["box"], abs=0.02)
+        if len(said):
+            differ_N = (masked(entry, *result.size) != result.masks).sum((1, 2))
+            assert (differ_N <= 1 + 0.002 * result.masks.sum((1, 2))).all()
+        assert entry["lines"] == of_server["lines"]
+        painted, same = pixels(entry), pixels(of_server)
+        assert painted.shape == same.shape
+        assert (abs(painted - same).max(-1) > 8).mean() < 0.002
+    counts = {path.stem: len(entry["objects"]) for path, entry in zip(paths, seen["found"], strict=True)}
+    assert counts["32 by 32"] > 1
+    assert counts["70 by 45"] > 0
+    assert counts["scene 0"] + counts["scene 1"] > 0
+    assert counts["black"] == 0
+    assert seen["found"][-1]["lines"] == [["Nothing was found.", None]]
+    assert all(request.startswith(("GET " + address, "GET blob:", "GET data:")) for request in seen["requests"])
 
 
 @pytest.mark.parametrize("kind", ["vim_nano", "vim_tiny"])

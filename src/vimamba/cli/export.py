@@ -32,7 +32,7 @@ class ExportOptions:
         checkpoint: weights of the model, where it is given by its name: .safetensors or a PyTorch file
         model_args: keyword arguments of that model, or of vimamba.load_hustvl for a checkpoint of the official code
         img_size: height and width of the images, or one number; the model's own if not given
-        dynamic_size: take images of any size from half the model's own up, to segment (of onnx) any over 32 pixels
+        dynamic_size: take images of any size from half the model's own up, of dense models (of onnx) any over 32 pixels
         with_preprocessing: take uint8 RGB (batch, height, width, 3) that has its size, and give probabilities
         portable: of onnx, write opset 18, which other runtimes than ONNX Runtime know
         operator: of onnx, what computes the scan: a loop of standard operators (stock); the operator of a library for

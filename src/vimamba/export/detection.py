@@ -8,21 +8,21 @@ Layouts: B batch (of one), A anchors, K boxes, C classes and the background, N o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from vimamba.export.outputs import normalised
 from vimamba.export.source import Source
-from vimamba.models.heads.detection import LEVELS, DetectionModel
+from vimamba.models.heads.detection import LEVELS, DetectionModel, surest, surest_of_levels
 from vimamba.models.heads.pyramids import STRIDES
 
-DROPPED, SURE = -1.0, 2.0  # scores below and above all others
+DROPPED = -math.inf  # a score below all others
 SMALLEST = 1e-2  # side of an object in pixels, as torchvision's
 OUTPUTS = ["boxes", "labels", "scores", "masks"]
 
@@ -38,21 +38,14 @@ class DetectionOutputs(nn.Module):
         with_preprocessing: take uint8 RGB (1, height, width, 3).
     """
 
-    anchors_A4: Tensor
     apart_24: Tensor
 
     def __init__(self, source: Source, with_preprocessing: bool = False) -> None:
         super().__init__()
         assert isinstance(source.model, DetectionModel)
-        self.model, self.size = source.model, source.preprocessing.img_size
+        self.model = source.model
         self.preprocessing = source.preprocessing if with_preprocessing else None
-        image_BCHW = torch.zeros(1, source.preprocessing.in_chans, *self.size)
-        with torch.no_grad():
-            maps = self._maps(image_BCHW)
-            (anchors_A4,) = self.model.rpn.anchor_generator(ImageList(image_BCHW, [self.size]), [*maps.values()])
-        each = self.model.rpn.anchor_generator.num_anchors_per_location()
-        self.counts = [n * x.shape[2] * x.shape[3] for n, x in zip(each, maps.values(), strict=True)]
-        self.register_buffer("anchors_A4", anchors_A4, persistent=False)
+        self.model.rpn.anchor_generator.set_cell_anchors(torch.float32, torch.device("cpu"))
         # torch.export takes it for granted, and asserts, that two boxes or more are left: these are, before all others.
         apart_24 = torch.tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]])
         self.register_buffer("apart_24", apart_24, persistent=False)
@@ -65,8 +58,9 @@ class DetectionOutputs(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The image to what is found in it."""
-        maps = self._maps(self._taken(images))
-        boxes_N4, labels_N, scores_N = self._objects(maps, *self._proposals(maps))
+        taken_BCHW = self._taken(images)
+        size, maps = taken_BCHW.shape[2:], self._maps(taken_BCHW)
+        boxes_N4, labels_N, scores_N = self._objects(maps, size, *self._proposals(maps, size))
         mask: Any = self.model.heads.mask
         if mask is None:
             return boxes_N4, labels_N, scores_N
@@ -82,26 +76,25 @@ class DetectionOutputs(nn.Module):
         maps = self.model.neck(dict(zip(LEVELS, self.model.backbone(images_BCHW), strict=True)))
         return {name: x_BCHW.float() for name, x_BCHW in maps.items()}
 
-    def _proposals(self, maps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _proposals(self, maps: dict[str, Tensor], size: Any) -> tuple[Tensor, Tensor]:
         """Boxes (K, 4) and which of them count, (K,) bool."""
         rpn: Any = self.model.rpn
+        anchors = rpn.anchor_generator.of_maps([*maps.values()])
         scores_A1, deltas_A4 = concat_box_prediction_layers(*rpn.head([*maps.values()]))
-        most, rows, levels, first = rpn.pre_nms_top_n(), [], [], 0
-        for level, scores in enumerate(scores_A1[:, 0].split(self.counts)):
-            rows.append(scores.topk(min(most, len(scores))).indices + first)
-            levels.append(torch.full_like(rows[-1], level))
-            first += len(scores)
-        rows_K, levels_K = torch.cat(rows), torch.cat(levels)
-        boxes_K4 = rpn.box_coder.decode_single(deltas_A4[rows_K], self.anchors_A4[rows_K])
-        boxes_K4 = clip_boxes_to_image(boxes_K4, self.size)
-        scores_K = scores_A1[rows_K, 0].sigmoid().where(sides(boxes_K4) >= rpn.min_size, DROPPED)
-        best = self._uncovered(boxes_K4, scores_K, levels_K, rpn.nms_thresh)
+        counts = [each_A4.shape[0] for each_A4 in anchors]
+        rows_K, levels_K = surest_of_levels(scores_A1[:, 0], counts, rpn.pre_nms_top_n())
+        boxes_K4 = rpn.box_coder.decode_single(deltas_A4[rows_K], torch.cat(anchors)[rows_K])
+        boxes_K4 = clip_boxes_to_image(boxes_K4, size)
+        scores_K = scores_A1[rows_K, 0].where(sides(boxes_K4) >= rpn.min_size, DROPPED)
+        best = self._uncovered(boxes_K4, scores_K, levels_K, size, rpn.nms_thresh)
         uncovered_K = torch.zeros_like(scores_K).index_put((best,), torch.ones(1))
         scores_K = scores_K.where(uncovered_K > 0, DROPPED)
-        scores_K, rows_K = scores_K.topk(min(rpn.post_nms_top_n(), len(scores_K)))
-        return boxes_K4[rows_K], scores_K > DROPPED
+        rows_K = surest(scores_K, rpn.post_nms_top_n())
+        return boxes_K4[rows_K], scores_K[rows_K] > DROPPED
 
-    def _objects(self, maps: dict[str, Tensor], boxes_K4: Tensor, counts_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _objects(
+        self, maps: dict[str, Tensor], size: Any, boxes_K4: Tensor, counts_K: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The objects that are chosen of the proposals: boxes (N, 4), labels (N,) from 0 and scores (N,)."""
         scores = []
         stages: Any = self.model.heads.stages
@@ -109,7 +102,7 @@ class DetectionOutputs(nn.Module):
             logits_KC, deltas = stage.box_predictor(stage.box_head(pooled(stage.box_roi_pool, maps, boxes_K4)))
             scores.append(logits_KC.softmax(-1))
             moved = stage.box_coder.decode_single(deltas, boxes_K4).reshape(*logits_KC.shape, 4)
-            moved_KC4 = clip_boxes_to_image(moved, self.size)
+            moved_KC4 = clip_boxes_to_image(moved, size)
             boxes_K4 = moved_KC4[:, 0]  # what the next stage of a cascade takes
         last = stages[-1]
         scores_KC = torch.stack(scores).mean(0)[:, 1:]
@@ -117,15 +110,21 @@ class DetectionOutputs(nn.Module):
         sure_KC = (scores_KC > last.score_thresh) & counts_K[:, None] & (sides(moved_KC4[:, 1:]) >= SMALLEST)
         rows = sure_KC.flatten().nonzero()[:, 0]
         found = moved_KC4[:, 1:].reshape(-1, 4)[rows], scores_KC.reshape(-1)[rows], labels_KC.reshape(-1)[rows]
-        best_N = self._uncovered(*found, last.nms_thresh)[: last.detections_per_img]
+        best_N = self._uncovered(*found, size, last.nms_thresh)[: last.detections_per_img]
         boxes_N4, scores_N, labels_N = (values[best_N] for values in found)
         return boxes_N4, labels_N, scores_N
 
-    def _uncovered(self, boxes_K4: Tensor, scores_K: Tensor, groups_K: Tensor, overlap: float) -> Tensor:
-        """The rows of the boxes that no better one of their group overlaps by more than so much, the best first."""
-        apart_K4 = boxes_K4 + groups_K[:, None] * (max(self.size) + 1.0)
-        boxes, scores = torch.cat([apart_K4, self.apart_24]), torch.cat([scores_K, scores_K.new_full((2,), SURE)])
-        return torch.ops.torchvision.nms(boxes, scores, overlap)[2:]
+    def _uncovered(self, boxes_K4: Tensor, scores_K: Tensor, groups_K: Tensor, size: Any, overlap: float) -> Tensor:
+        """The rows of the boxes that no better one of their group overlaps by more than so much, the best first.
+
+        Runtimes differ in which of equal scores comes first, and some drop those under zero: places have neither.
+        """
+        order_K = surest(scores_K)
+        step_11 = boxes_K4.new_full((1, 1), torch.sym_max(*size) + 1.0)
+        apart_K4 = boxes_K4[order_K] + groups_K[order_K, None] * step_11
+        boxes = torch.cat([self.apart_24, apart_K4])
+        places = torch.arange(boxes.shape[0], 0, -1, dtype=torch.float32)
+        return order_K[torch.ops.torchvision.nms(boxes, places, overlap)[2:] - 2]
 
 
 def sides(boxes_K4: Tensor) -> Tensor:

@@ -277,8 +277,14 @@ def _rms_norm(x, weight, residual, eps, out_dtype, backend):
     return total * rstd * weight, total, rstd[..., 0]
 
 
+def _sort(x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> Any:
+    """By TopK, of whose equal values the first come first."""
+    return x.topk(x.shape[dim], dim, descending)
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.vimamba.mixer.default: _mixer, torch.ops.vimamba.rms_norm.default: _rms_norm,
     torch.ops.aten.adaptive_avg_pool2d.default: _pool, torch.ops.aten._adaptive_avg_pool2d.default: _pool,
+    torch.ops.aten.sort.stable: _sort,
 }  # fmt: skip
 """For `torch.export.ExportedProgram.run_decompositions`: a model's operators in those that torch.onnx knows."""

@@ -75,8 +75,8 @@ def checked(source: Source | str | os.PathLike[str], dynamic_size: bool) -> Sour
     """
     source = load_source(source)
     require(
-        source.task != "segment" or not dynamic_size,
-        "`dynamic_size`: of a model that segments is for `format` onnx; leave it out",
+        source.task == "classification" or not dynamic_size,
+        "`dynamic_size`: of a model that segments or detects is for `format` onnx; leave it out",
     )
     return source
 

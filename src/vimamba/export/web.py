@@ -38,8 +38,8 @@ def export_web(
 ) -> Comparison:  # fmt: skip
     """Write a page, index.html, and the model that it runs, model.onnx; any server of static files can serve them.
 
-    Images are prepared as `vimamba predict` does it, and a model that segments looks at them as that does, at images of
-    any size.
+    Images are prepared as `vimamba predict` does it, and a model that segments or detects looks at them as that does,
+    at images of any size.
 
     Args:
         source: what `load_source` gives or takes.
@@ -49,8 +49,8 @@ def export_web(
             if not given.
 
     Raises:
-        UserError: the model detects, `img_size` is given of one that segments, the runtime is not there, the folder
-            cannot be written, or as of `export_onnx`.
+        UserError: `img_size` is given of a model that segments or detects, the runtime is not there, the folder cannot
+            be written, or as of `export_onnx`.
     """
     files = [Path(runtime) / name for name in (SCRIPT, WASM)] if runtime is not None else []
     for file in files:
@@ -58,13 +58,8 @@ def export_web(
     folder = Path(folder)
     require(not folder.exists() or folder.is_dir(), f"`output` {folder}: is a file; give a folder")
     source = load_source(source)
-    dense = source.task == "segment"
-    known = dense or source.task == "classification"
-    require(
-        known,
-        f"`format` web: is for models that classify or segment, not of task {source.task}; `vimamba serve` has a page",
-    )
-    require(not dense or img_size is None, "`img_size`: the page of a model that segments takes any size; leave it out")
+    dense = source.task != "classification"
+    require(not dense or img_size is None, "`img_size`: the page of a dense model takes any size; leave it out")
     source = source.sized(img_size)
     try:
         folder.mkdir(parents=True, exist_ok=True)

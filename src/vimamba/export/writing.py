@@ -30,7 +30,7 @@ from vimamba_command import package_version
 TASKS: dict[str, type[Outputs] | type[DetectionOutputs]] = {
     "classification": Outputs, "segment": Outputs, "detect": DetectionOutputs,
 }  # fmt: skip
-STEP = 32  # pixels of the coarsest map's stride in a dense model
+COARSEST = {"segment": 32, "detect": 64}  # stride of the last map of a dense model, pixels
 UNLIKE = 13  # pixels: what holds of a size with this remainder, as of an odd number, holds of most
 
 Write = Callable[[ExportedProgram, dict[str, str], Path], None]
@@ -44,7 +44,7 @@ class Graph:
 
     Args:
         img_size: height and width of the images, pixels; the model's own if None.
-        dynamic_size: take images of any size from half of that up, to segment of any size over 32 pixels.
+        dynamic_size: take images of any size from half of that up, to segment or detect of any over 32 pixels.
         with_preprocessing: take uint8 RGB (batch, height, width, 3) that has its size, and give probabilities.
         joined: have a run of blocks as one operator, vimamba::blocks.
     """
@@ -68,12 +68,12 @@ class Graph:
         if task == "detect":
             example, sizes = images[:1], {}
         how: dict[str, Any] = {}
-        if self.dynamic_size and task == "segment":
+        if self.dynamic_size and task in COARSEST:
             # Maps are cut to the image's size, which torch.export asks about and cannot answer for all sizes.
-            example, how = self._unlike(example), {"prefer_deferred_runtime_asserts_over_guards": True}
+            example, how = self._unlike(example, COARSEST[task]), {"prefer_deferred_runtime_asserts_over_guards": True}
         if self.dynamic_size:
             for axis, name in zip(self.sides, ("height", "width"), strict=True):
-                least = STEP + 1 if task == "segment" else max(2, images.shape[axis] // 2)
+                least = COARSEST[task] + 1 if task in COARSEST else max(2, images.shape[axis] // 2)
                 sizes[axis] = Dim(name, min=least, max=MAX_SIDE)
         joining = traced_as_one() if self.joined else contextlib.nullcontext()
         with torch.no_grad(), warnings.catch_warnings(), joining:
@@ -84,11 +84,11 @@ class Graph:
                 way_out = "; leave `dynamic_size` out" if self.dynamic_size else ""
                 raise UserError(f"the model cannot be exported ({one_line(error)}){way_out}") from error
 
-    def _unlike(self, images: Tensor) -> Tensor:
+    def _unlike(self, images: Tensor, stride: int) -> Tensor:
         """Empty images about as large, of a size that is a multiple of nothing."""
         shape = [*images.shape]
         for axis in self.sides:
-            shape[axis] = max(STEP, shape[axis] // STEP * STEP) + UNLIKE
+            shape[axis] = max(stride, shape[axis] // stride * stride) + UNLIKE
         return images.new_zeros(shape)
 
     def smaller(self, images: Tensor) -> Tensor:
@@ -109,17 +109,13 @@ def export(
     """
     known = ", ".join(TASKS)
     require(source.task in TASKS, f"`task` {source.task}: is not exported; export a model of one of {known}")
-    require(
-        source.task != "detect" or not graph.dynamic_size,
-        "`dynamic_size`: the boxes that a detector begins with belong to one size; leave it out",
-    )
     with placed(Path(path)) as partial:
         source = source.sized(graph.img_size)
         module = TASKS[source.task](source, graph.with_preprocessing).eval()
         images = example_images(source, graph.with_preprocessing, samples)
         batches = [images, images[:1], *([graph.smaller(images)] if graph.dynamic_size else [])]
         if source.task == "detect":
-            batches = [*images.split(1)]
+            batches = [image for batch in batches[::2] for image in batch.split(1)]
             require_objects(module.original, batches)
         write(graph.trace(module, images, source.task), _metadata(source, graph), partial)
         return compare(load(partial), module.original, batches, tolerance)
