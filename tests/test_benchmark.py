@@ -15,7 +15,9 @@ from vimamba.benchmark import Entry, machine, measure, memory, report
 from vimamba.benchmark.entries import build, cost, step_of
 from vimamba.benchmark.run import plan
 from vimamba.benchmark.timing import alternate, quartiles, ratio
+from vimamba.data.mnist import load_mnist
 from vimamba.errors import UserError
+from vimamba.export.check import compare
 
 TINY = {"depth": 1, "embed_dim": 12}
 PEER = {"depth": 1, "embed_dim": 12, "num_heads": 2}
@@ -239,3 +241,49 @@ class TestGpuScript:
         assert done.returncode == 1
         assert done.stderr.count("\n") == 1
         assert "cannot be continued" in done.stderr
+
+
+def test_formats_are_held_against_pytorch_and_timed(tmp_path):
+    """benchmarks/runtimes.py: a file that ONNX Runtime runs in a process of its own, and a program."""
+    script = Path(__file__).parents[1] / "benchmarks" / "runtimes.py"
+    options = "--models nano --formats onnx pt2 --timed nano --seconds 0 --threads 1 --json"
+    command = [sys.executable, str(script), *options.split(), str(tmp_path / "found.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [(row["model"], row["format"]) for row in rows] == [("nano", "onnx"), ("nano", "pt2")]
+    for row in rows:
+        assert row["error"] is None
+        assert 0 <= row["difference"] <= row["at_most"] <= 1e-4
+        assert row["times"] > 0
+        assert f"nano, {row['format']}: {row['difference']:.1e}" in done.stdout
+
+
+def test_a_format_that_is_refused_is_a_row_and_the_rest_goes_on(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import runtimes
+
+    def export(source, path, samples, refused=False):
+        if refused:
+            raise UserError("the exported model differs")
+        model = torch.nn.Sequential(source.model, torch.nn.Identity())
+        images = runtimes.prepared(source, [samples.image(0)], False)
+        return compare(model, source.model, [images], 1e-4)
+
+    formats = {"refused": (export, {"refused": True}, 1e-4, None), "itself": (export, {}, 1e-4, None)}
+    monkeypatch.setattr(runtimes, "FORMATS", formats)
+    refused, kept = runtimes.rows_of("nano", [*formats], load_mnist()[1], None)
+    assert (refused["difference"], refused["error"]) == (None, "the exported model differs")
+    assert (kept["difference"], kept["error"], "times" in kept) == (0, None, False)
+    assert ("refused" in runtimes._cell(refused), runtimes._said(refused)) == (True, "the exported model differs")
+
+
+def test_logits_are_as_large_as_a_trained_models(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import runtimes
+
+    samples = load_mnist()[1]
+    source = runtimes.weighted(runtimes.MODELS["nano"], samples, tmp_path)
+    with torch.inference_mode():
+        logits = source.model(runtimes.prepared(source, [samples.image(i) for i in range(4)], False))
+    assert logits.std() == pytest.approx(runtimes.SPREAD, rel=1e-3)

@@ -80,7 +80,8 @@ _as_one = ContextVar("blocks as one operator", default=False)
 
 @contextmanager
 def traced_as_one() -> Iterator[None]:
-    """Within it torch.export takes a run of blocks as one operator, which has no derivative, as it is computed."""
+    """Within it torch.export takes a run of blocks, and each linear layer of others, as the operator that computes it,
+    which has no derivative."""
     token = _as_one.set(True)
     try:
         yield
@@ -88,10 +89,14 @@ def traced_as_one() -> Iterator[None]:
         _as_one.reset(token)
 
 
+def exports_as_one(x: Tensor) -> bool:
+    """Whether a program of operators without derivatives is made of what is done with `x`."""
+    return _as_one.get() and torch.compiler.is_exporting() and x.dtype == torch.float32
+
+
 def as_one(stream: Tensor) -> bool:
     """Whether blocks that pass `stream` on are to run in one call, as far as it depends on what is wanted of them."""
-    exported = _as_one.get() and torch.compiler.is_exporting() and stream.dtype == torch.float32
-    return exported or backends.values_only(stream)
+    return exports_as_one(stream) or backends.values_only(stream)
 
 
 def _exported(stream, weights, reverse, directions, scale, eps):

@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from vimamba.errors import UserError
-from vimamba.ops import backends
+from vimamba.ops import backends, operators
 from vimamba.ops.arguments import check_shape, check_tensors
+from vimamba.ops.blocks import exports_as_one
+
+operators.define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,11 +41,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x must have shape (..., in_features) = (..., {weight.shape[1]}), got {tuple(x.shape)}")
     check_shape("bias", bias, weight.shape[:1], "(out_features,)")
     same_types = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+    if same_types and exports_as_one(x):
+        return torch.ops.vimamba.linear(x, weight, bias)
     if same_types and backends.untraced(x) and not backends.autocasts(x.device):
         backend = backends.resolve("", x.device, x.dtype)
         if backend.has_linear(x):
             return (_Linear.apply if backends.differentiates(x, weight, bias) else backend.linear)(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _exported(x, weight, bias):
+    backend = backends.resolve("", x.device, x.dtype)
+    return (backend.linear if backend.has_linear(x) else F.linear)(x, weight, bias)
+
+
+operators.implement("linear", _exported)
+operators.first_derivatives_only("linear")
+
+
+@torch.library.register_fake("vimamba::linear")
+def _fake(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:

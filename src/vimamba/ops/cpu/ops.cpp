@@ -70,6 +70,11 @@ Tensor blocks(const Tensor stream, std::vector<Tensor> weights, std::vector<int6
   return remembered_blocks(stream, weights, reverse, directions, scale, eps);
 }
 
+Tensor exported_linear(const Tensor x, const Tensor weight, const Maybe bias) {
+  check_without_python(x, "");
+  return linear(x, weight, bias);
+}
+
 }  // namespace
 
 // clang-format off
@@ -116,6 +121,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vimamba, m) {
   m.def("mixer(Tensor xz, Tensor[] weights, int[] reverse, float scale, Tensor? gates, bool save_states, str backend)"
         " -> (Tensor, Tensor)");
   m.def("blocks(Tensor stream, Tensor[] weights, int[] reverse, int directions, float scale, float eps) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
 // clang-format on
 
@@ -150,4 +156,5 @@ STABLE_TORCH_LIBRARY_IMPL(vimamba, CompositeExplicitAutograd, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("mixer", TORCH_BOX(&mixer));
   m.impl("blocks", TORCH_BOX(&blocks));
+  m.impl("linear", TORCH_BOX(&exported_linear));
 }
