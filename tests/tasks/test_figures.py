@@ -52,8 +52,8 @@ def test_curves_of_one_epoch_with_a_name_of_mathematics(tmp_path):
 
 
 def test_what_no_font_has_is_written_as_its_number():
-    (dollar, tab, surrogate), _ = _drawable(["a $ b", "\t", "\udcff"])
-    assert (dollar, tab, surrogate) == (r"a \$ b", r"\u0009", r"\udcff")
+    (dollar, tab, surrogate, beyond), _ = _drawable(["a $ b", "\t", "\udcff", "\U0010ffff9"])
+    assert (dollar, tab, surrogate, beyond) == (r"a \$ b", r"\u0009", r"\udcff", r"\U0010ffff9")
 
 
 def drawn_of_fonts(monkeypatch, listed):

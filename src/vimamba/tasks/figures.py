@@ -182,7 +182,8 @@ def _characters(file: str) -> frozenset[str]:
 
 
 def _plain(text: str, covered: set[str]) -> str:
-    return "".join(c if c in covered else f"\\u{ord(c):04x}" for c in text).replace("$", r"\$")
+    numbers = (f"\\u{ord(c):04x}" if c <= "\uffff" else f"\\U{ord(c):08x}" for c in text)
+    return "".join(c if c in covered else number for c, number in zip(text, numbers, strict=True)).replace("$", r"\$")
 
 
 def shortened(name: str) -> str:
