@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 OF_THE_REPOSITORY = ("CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md")
+LINE = 36
+"""Letters of code that fit in a line of a phone's."""
 PLACES = {"../examples/cpp": "examples.md#without-python", "../recipes": "numbers.md"}
 
 
@@ -28,3 +31,19 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for path, page in PLACES.items():
         markdown = markdown.replace(f"]({path})", f"]({page})")
     return markdown
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Keep short code in one line, and let long names break behind their dots."""
+    content = re.sub(r"(?<!</span>)<code>([^<]+)</code>", lambda code: f"<code>{_whole(code[1])}</code>", content)
+    return re.sub(r"(?<=doc-object-name )[^>]*>[^<]+", lambda name: name[0].replace(".", ".<wbr>"), content)
+
+
+def _whole(code: str) -> str:
+    """Code that is not broken, or of long code its words."""
+    code = " ".join(code.split())
+    parts = [code] if len(html.unescape(code)) <= LINE else code.split()
+    short = (len(html.unescape(part)) <= LINE for part in parts)
+    return " ".join(
+        f'<span class="whole">{part}</span>' if fits else part for part, fits in zip(parts, short, strict=True)
+    )

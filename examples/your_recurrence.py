@@ -22,7 +22,7 @@ class Gated(nn.Module):
         steps = list(zip(x_BLD.unbind(1), self.forget(x_BLD).sigmoid().unbind(1), strict=True))
         y, found = torch.zeros_like(x_BLD[:, 0]), []
         for x, f in reversed(steps) if reverse else steps:
-            y = f * y + (1 - f) * x
+            y = torch.lerp(x, y, f)  # f y + (1 - f) x
             found.append(y)
         return self.out(torch.stack(found[::-1] if reverse else found, 1))
 

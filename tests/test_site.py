@@ -66,9 +66,23 @@ def test_no_page_loads_anything_from_elsewhere(site):
 def test_every_public_name_is_described(site):
     import vimamba
 
-    text = "".join(path.read_text() for path in (site / "api").glob("*.html"))
+    text = "".join(path.read_text() for path in (site / "api").glob("*.html")).replace("<wbr>", "")
     assert [name for name in vimamba.__all__ if not re.search(rf">\s*vimamba\.{name}\s*<", text)] == []
     assert "repeated_augmentation" in text  # an argument of `train`, whose words are put together from its options
+
+
+def test_a_list_is_no_sentence(site):
+    pages = {path.name: path.read_text() for path in site.rglob("*.html")}
+    assert "<li>" in pages["CHANGELOG.html"]
+    assert [name for name, text in pages.items() if re.search(r"<p>(?:(?!</p>).)*\n- ", text, re.S)] == []
+
+
+def test_short_code_stays_in_one_line_and_long_code_keeps_its_words(site):
+    text = (site / "explain.html").read_text()
+    assert '<code><span class="whole">integrated_gradients</span></code>' in text
+    long = re.search(r"<code>(<span class=\"whole\">vimamba</span> .*?)</code>", text)
+    assert long is not None
+    assert long[1].endswith('<span class="whole">explained/</span>')
 
 
 def test_the_drawings_are_those_of_the_code():

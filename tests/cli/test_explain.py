@@ -107,6 +107,18 @@ def test_the_columns_of_a_sheet_stand_under_their_headings_whatever_the_sizes():
     assert headed[-1] > np.flatnonzero(blue.any(1))[-1]  # other columns have headings of their own
 
 
+def test_names_of_every_script_keep_the_order_of_a_sheets_titles(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "text_picture", lambda text, *_: drawn.append(text) or Image.new("RGB", (9, 9)))
+    picture = Image.new("RGB", (28, 28))
+    found = [report.Explained("new/\u05d7\u05ea\u05d5\u05dc.png", "\u0642\u0637\u0629", 0.5, picture, {}, {})]
+    report.sheet_of(found, {})
+    heading, title = drawn
+    assert heading == "image"
+    # With a mark on both its sides, a name that is read from the right moves nothing else.
+    assert title == "\u200e\u05d7\u05ea\u05d5\u05dc.png\u200e: \u200e\u0642\u0637\u0629\u200e, 50.0%"
+
+
 def test_gates_stand_beside_the_shares_of_their_directions():
     layers = [("0", {"row forward": 1.0}, {}), ("1", {"row forward": 0.75, "row backward": 0.25}, {"row forward": 0.6})]
     page = report.page("run", [], layers, {})

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
 from rich.table import Table
 
 from vimamba.cli import terminal
@@ -22,17 +25,40 @@ def save_plot(path: Path, study: Study, title: str) -> None:
     """Accuracy, with its spread, over the cost of a forward pass."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
+    labels = []
     for row in study.rows:
         at = (1e3 * row.gflops, 100 * row.top1)
         color = "#ea580c" if row.design == BASE else "#2563eb"
         axes.errorbar(*at, yerr=100 * row.spread, fmt="o", color=color, capsize=2)
-        axes.annotate(row.design, at, (5, 4), textcoords="offset points", fontsize=8)
+        labels.append(
+            axes.annotate(
+                row.design, at, (5, 4), textcoords="offset points", fontsize=8,
+                arrowprops=dict(arrowstyle="-", color="#94a3b8", linewidth=0.6, shrinkA=0),
+                path_effects=[withStroke(linewidth=2, foreground="white")],
+            )
+        )  # fmt: skip
     axes.set(
         xlabel="MFLOPs of a forward pass", ylabel="held-out accuracy, % (mean ± deviation over seeds)", title=title
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e2e8f0", linewidth=0.8)
+    _spread(figure, labels)
     figure.savefig(path)
+
+
+def _spread(figure: Figure, labels: list[Annotation]) -> None:
+    """Move labels down until none stands on another or on a point; a line leads to its own."""
+    figure.draw_without_rendering()  # the layout is known then
+    points = (label.axes.transData.transform(label.xy) for label in labels if label.axes)
+    near = 4 * figure.dpi / 72  # less than a label is away from its point
+    taken = [Bbox.from_extents(x - near, y - near, x + near, y + near) for x, y in points]
+    for label in sorted(labels, key=lambda label: -label.xy[1]):
+        box = Text.get_window_extent(label)  # the annotation's own has its line, too
+        down = next(down for down in range(10**4) if not box.translated(0, -down).count_overlaps(taken))
+        if down:
+            across, up = label.xyann
+            label.xyann = (across + 6, up - 72 * down / figure.dpi)  # room for the line
+        taken.append(Text.get_window_extent(label))
 
 
 def plot_of(page: Path, name: str) -> Path:

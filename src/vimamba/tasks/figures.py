@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ import matplotlib
 import torch
 from matplotlib import font_manager
 from matplotlib.figure import Figure  # not pyplot's, whose backend is the user's
-from matplotlib.font_manager import get_font
+from matplotlib.font_manager import FontEntry, get_font
 from PIL import Image
 
 from vimamba.data.decode import flatten
@@ -149,21 +150,40 @@ def _drawable(texts: list[str]) -> tuple[list[str], list[str]]:
     families = ["DejaVu Sans"]
     covered = set(_characters(font_manager.findfont("DejaVu Sans")))
     missing = {c for text in texts for c in text if c.isprintable()} - covered
-    fonts = (font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort"))  # boxes
-    for font in sorted(fonts, key=lambda font: font.name) if missing else ():
-        if found := missing & _characters(font.fname):
-            families.append(font.name)
-            covered, missing = covered | found, missing - found
+    for listed in (_listed_fonts, _unlisted_fonts):
+        for font in sorted(listed(), key=lambda font: font.name) if missing else ():
+            if found := missing & _characters(font.fname):
+                families.append(font.name)
+                covered, missing = covered | found, missing - found
     return [_plain(text, covered) for text in texts], families
+
+
+def _listed_fonts() -> list[FontEntry]:
+    """Those that matplotlib knows, but one that has a box for every character."""
+    return [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
+
+
+@cache  # once a process: it reads the folders of fonts
+def _unlisted_fonts() -> list[FontEntry]:
+    """Those that came after matplotlib wrote its list, which it keeps between processes."""
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for file in set(font_manager.findSystemFonts()) - known:
+        with contextlib.suppress(Exception):  # a damaged file is no font
+            font_manager.fontManager.addfont(file)
+    return [font for font in _listed_fonts() if font.fname not in known]
 
 
 @cache
 def _characters(file: str) -> frozenset[str]:
-    return frozenset(map(chr, get_font(file).get_charmap()))
+    try:
+        return frozenset(map(chr, get_font(file).get_charmap()))
+    except OSError:  # removed after matplotlib wrote its list
+        return frozenset()
 
 
 def _plain(text: str, covered: set[str]) -> str:
-    return "".join(c if c in covered else f"\\u{ord(c):04x}" for c in text).replace("$", r"\$")
+    numbers = (f"\\u{ord(c):04x}" if c <= "\uffff" else f"\\U{ord(c):08x}" for c in text)
+    return "".join(c if c in covered else number for c, number in zip(text, numbers, strict=True)).replace("$", r"\$")
 
 
 def shortened(name: str) -> str:

@@ -18,6 +18,7 @@ from vimamba.tasks.overlays import in_base64
 
 LEAST_SIDE = 224  # pixels of the shorter side of a picture: maps of small images are enlarged to be seen
 TEXT = 14  # pixels of the letters of a sheet
+LEFT_TO_RIGHT = "\u200e"  # the mark behind a name of any script, and in front of the first
 STRENGTH = 0.6  # share of the colours where a map is largest
 DECADES = 4  # of a logarithmic map below its largest value
 
@@ -87,8 +88,10 @@ def coloured(image: Image.Image, colours_hw3: np.ndarray) -> Image.Image:
 
 def sheet_of(found: Sequence[Explained], fields: dict[str, dict[str, Image.Image]]) -> Image.Image:
     """The pictures of each image and the receptive fields: `page`'s arguments."""
-    titles = [f"{shortened(Path(each.name).name)}: {shortened(each.answer)}, {100 * each.score:.1f}%" for each in found]
-    rows = [(title, each.columns) for title, each in zip(titles, found, strict=True)]
+    rows = []
+    for each in found:
+        names = [LEFT_TO_RIGHT + shortened(name) + LEFT_TO_RIGHT for name in (Path(each.name).name, each.answer)]
+        rows.append((f"{': '.join(names)}, {100 * each.score:.1f}%", each.columns))
     return contact_sheet([*rows, *((f"receptive field, {shortened(name)}", ways) for name, ways in fields.items())])
 
 
