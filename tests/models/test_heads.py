@@ -339,6 +339,15 @@ def test_detections_lie_in_their_images(head):
             assert paste(found, (height, width)).shape == (len(boxes), height, width)
 
 
+def test_an_image_has_the_objects_beside_others_that_it_has_alone():
+    """Others of its size and of another, which would pad it."""
+    model, given = detector().eval(), [*images(2, 33, 97), *images(1, 70, 40), images(1, 33, 97)[0] + 1]
+    for together, alone in zip(model(given), (model([one])[0] for one in given), strict=True):
+        assert len(alone["boxes"]) > 0
+        for name, expected in alone.items():
+            torch.testing.assert_close(together[name], expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("head", DETECTORS)
 def test_boxes_stay_exact_in_bfloat16(head):
     model, seen = detector(head=head).train(), []

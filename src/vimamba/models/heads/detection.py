@@ -126,9 +126,13 @@ class DetectionModel(DenseModel):
 
         Returns:
             In training the losses by name. Otherwise of each image: boxes (n, 4), labels (n,) and scores (n,), the
-            highest first, and where there are masks, masks (n, 1, 28, 28), shares of each box, for `paste`.
+            highest first, and where there are masks, masks (n, 1, 28, 28), shares of each box, for `paste`. Images of
+            one size are looked at together, so that what one shows does not depend on the padding that others cause.
         """
         sizes = [(image.shape[1], image.shape[2]) for image in images]
+        if not self.training and any(size != sizes[0] for size in sizes[1:]):
+            each = {one: iter(self([x for x in images if x.shape[1:] == one])) for one in set(sizes)}
+            return [next(each[size]) for size in sizes]
         batch_BCHW = _batch(images)
         maps = self.neck(dict(zip(LEVELS, self.backbone(batch_BCHW), strict=True)))
         maps = {name: x_BCHW.float() for name, x_BCHW in maps.items()}  # boxes need more digits than bfloat16 has
