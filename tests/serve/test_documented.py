@@ -83,7 +83,7 @@ def test_what_no_folder_can_be_made_of(workplace, segmented, detected, monkeypat
         assert capsys.readouterr().err.startswith(f"error: {sentence}")
         assert not Path("p").exists()
     for run, words, sentence in (
-        (detected, "", "the model finds no object in the images that the export is checked with; give --data "),
+        (detected, "--img_size 64", "--img_size: the page of a dense model takes any size; leave it out"),
         (segmented, "--img_size 64", "--img_size: the page of a dense model takes any size; leave it out"),
     ):
         assert main(["export", str(run), "--format", "web", "--output", "p", *words.split()]) == 2
