@@ -75,6 +75,11 @@ class Workers(Multiprocess):
     def sockets(self, each: list[socket.socket]) -> None:
         self.each, self.turns = each, itertools.cycle(range(len(each)))
 
+    def keep_subprocess_alive(self) -> None:
+        for worker in self.processes:  # with this end open too, what a killed worker was asked would be waited for
+            worker.child_conn.close()
+        super().keep_subprocess_alive()
+
 
 def process(run: str, options: ServeOptions, how: InferenceOptions) -> Any:
     """The same of a process that does nothing else: with its share of the cores, and a log in JSON."""
