@@ -158,8 +158,7 @@ def test_a_folder_segments_as_the_server_does(width, scheme, sides, segmented, t
 
 
 def web(run, folder):
-    command = ["export", str(run), "--format", "web", "--output", str(folder), "--runtime", str(RUNTIME)]
-    assert main(command) == 0
+    assert main(["export", str(run), "--format", "web", "--output", str(folder), "--runtime", str(RUNTIME)]) == 0
 
 
 def masked(entry, height, width):
@@ -216,7 +215,7 @@ def test_a_folder_detects_as_the_command_does(width, scheme, sides, detected, tm
     assert counts["32 by 32"] > 0
     assert counts["70 by 45"] > 0
     assert counts["scene 0"] + counts["scene 1"] > 0
-    assert counts["black"] == 0
+    assert all(found["score"] < 0.5 for found in seen["found"][-1]["objects"])  # the least that the page shows
     assert seen["found"][-1]["lines"] == [["Nothing was found.", None]]
     assert all(request.startswith(("GET " + address, "GET blob:", "GET data:")) for request in seen["requests"])
 
