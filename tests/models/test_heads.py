@@ -24,6 +24,7 @@ from vimamba.models.heads import (
     detection,
     enlarge,
     paste,
+    proposals,
 )
 from vimamba.tasks.optim import OptimOptions, parameter_groups
 
@@ -448,7 +449,7 @@ def test_anchors_are_small_for_small_images(img_size, smallest):
 
 
 def test_anchors_stand_at_the_true_strides_on_maps_of_odd_size():
-    anchors = detection.Anchors(((16,), (64,)), ((1.0,), (1.0,)))
+    anchors = proposals.Anchors(((16,), (64,)), ((1.0,), (1.0,)))
     maps = [torch.zeros(1, 1, 24, 24), torch.zeros(1, 1, 12, 12)]
     (found,) = anchors(detection.ImageList(torch.zeros(1, 3, 90, 90), [(90, 90)]), maps)
     centres = (found[24 * 24 :, 0] + found[24 * 24 :, 2]) / 2

@@ -19,7 +19,8 @@ from torchvision.ops.poolers import LevelMapper
 
 from vimamba.export.outputs import normalised
 from vimamba.export.source import Source
-from vimamba.models.heads.detection import LEVELS, DetectionModel, surest, surest_of_levels
+from vimamba.models.heads.detection import LEVELS, DetectionModel
+from vimamba.models.heads.proposals import surest, surest_of_levels
 from vimamba.models.heads.pyramids import STRIDES
 
 DROPPED = -math.inf  # a score below all others
