@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vimamba.benchmark import machine, memory, report
+from vimamba.benchmark.script import script
 from vimamba.benchmark.timing import alternate, quartiles, ratio
 from vimamba.models.heads import SegmentationModel, build_detector, build_segmenter, enlarge
 
@@ -165,4 +166,4 @@ def training_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

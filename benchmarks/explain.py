@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimamba import VisionMamba, create_model
+from vimamba.benchmark.script import script
 from vimamba.data.mnist import load_mnist
 from vimamba.inference.explain.faithful import curves, random_map
 from vimamba.inference.explain.maps import MAPS, explain
@@ -137,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

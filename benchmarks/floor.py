@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from vimamba.benchmark.entries import DTYPES, Entry, build, step_of
+from vimamba.benchmark.script import script
 from vimamba.benchmark.timing import alternate, ratio
 from vimamba.layers.mixers import BidirectionalMixer
 from vimamba.ops import linear
@@ -153,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

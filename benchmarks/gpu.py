@@ -34,6 +34,7 @@ from torch import Tensor
 import vimamba
 from vimamba.benchmark import Entry, Result, machine, measure, memory, report
 from vimamba.benchmark.entries import MODES, PASSES, build, images
+from vimamba.benchmark.script import script
 from vimamba.benchmark.timing import alternate, quartiles
 from vimamba.files import write_text
 from vimamba.ops import backends, reference
@@ -374,4 +375,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

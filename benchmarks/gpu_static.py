@@ -37,6 +37,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from vimamba.benchmark.report import check_writable
+from vimamba.benchmark.script import script
 from vimamba.ops.direction import Direction, flat
 from vimamba.ops.triton import mixer, norm, scan
 
@@ -296,6 +298,8 @@ def main() -> int:
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES), help="which sizes")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
+    if options.json:
+        check_writable(options.json, "--json")
     results = [report(arch, options.case) for arch in options.arch]
     rows = [row for part, _ in results for row in part]
     spilling = sum(count for _, count in results)
@@ -306,4 +310,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)

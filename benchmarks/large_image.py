@@ -22,6 +22,7 @@ import tifffile
 import torch
 
 from vimamba.benchmark import machine, report
+from vimamba.benchmark.script import script
 from vimamba.cli import main as vimamba
 from vimamba.data.scenes import SIDE, open_scenes
 from vimamba.data.transforms import Preprocessing
@@ -105,4 +106,4 @@ def predict_here(options: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

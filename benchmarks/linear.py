@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimamba.benchmark.script import script
 from vimamba.benchmark.timing import alternate, quartiles
 from vimamba.ops import linear
 
@@ -43,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

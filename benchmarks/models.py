@@ -26,6 +26,7 @@ from runtimes import Elsewhere, missing
 import vimamba
 from vimamba.benchmark import Entry, Result, machine, measure, memory, report
 from vimamba.benchmark.entries import build, step_of
+from vimamba.benchmark.script import script
 from vimamba.benchmark.timing import BLOCK, alternate, quartiles, ratio
 
 VIM_TI, DEIT_TI = "vim_tiny_patch16_224", "deit_tiny_patch16_224"
@@ -216,9 +217,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="PyTorch's own choice by default")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     effort = Effort(3, 0.0) if options.quick else Effort(options.repeats, options.seconds)
-    report.check_writable(options.json, "--json")
+    report.check_writable(options.json, "--json", parents=True)
 
     console = Console(highlight=False, width=200)
     facts = machine.describe("cpu")
@@ -262,4 +262,4 @@ def _cells(goal: Goal, measured: Measured) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

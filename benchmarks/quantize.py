@@ -14,6 +14,7 @@ import torch
 import vimamba
 from vimamba.benchmark import Entry, machine
 from vimamba.benchmark.entries import build, step_of
+from vimamba.benchmark.script import script
 from vimamba.benchmark.timing import BLOCK, alternate, quartiles, ratio
 
 PRECISIONS = ("32-true", "bf16-mixed", "int8")
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

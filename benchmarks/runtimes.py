@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from vimamba import onnx_library
 from vimamba.benchmark import Entry, machine, report
 from vimamba.benchmark.entries import build, images, step_of
+from vimamba.benchmark.script import script
 from vimamba.benchmark.timing import BLOCK, alternate, quartiles, ratio
 from vimamba.data.samples import Samples
 from vimamba.data.scenes import open_scenes
@@ -77,7 +78,7 @@ MODELS = {
     "double": vim_tiny(class_token="double"),
     "no-token": vim_tiny(class_token="none"),
     "column": vim_tiny(paths=["row", "column"]),
-    "snake": vim_tiny(paths=["snake"], path_weights="shared"),
+    "snake": vim_tiny(paths=["snake", "column"], path_weights="shared"),
     "window": vim_tiny(paths=["row:forward", "window7:backward"]),
     "nano": Entry("vim_nano", 28),
 }
@@ -162,8 +163,7 @@ def main() -> None:
     if options.answer:
         return answer(*options.answer)
     torch.set_num_threads(options.threads)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    report.check_writable(options.json, "--json")
+    report.check_writable(options.json, "--json", parents=True)
     facts, samples, rows = machine.describe("cpu"), open_scenes("scenes-seg").val, []
     console = Console(highlight=False, width=200)
     console.print(machine.heading(facts) + "\n", markup=False)
@@ -279,4 +279,4 @@ def answer(runtime: str, model: str, size: str, batch: str, dtype: str, threads:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

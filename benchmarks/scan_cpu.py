@@ -24,6 +24,8 @@ from floor import update_function
 from mambapy.pscan import pscan
 from torch import Tensor
 
+from vimamba.benchmark import report
+from vimamba.benchmark.script import script
 from vimamba.benchmark.timing import alternate
 from vimamba.ops import backends
 from vimamba.ops.cpu import library
@@ -131,6 +133,8 @@ def main() -> None:
     reason = cpu.unavailable()
     if reason is not None:
         raise SystemExit(reason)
+    if options.json:
+        report.check_writable(options.json, "--json")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rate, bytes_a_second = rates()
@@ -160,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

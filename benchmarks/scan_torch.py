@@ -21,7 +21,9 @@ import torch
 from mambapy.pscan import pscan
 
 import vimamba
+from vimamba.benchmark import report
 from vimamba.benchmark.memory import growth
+from vimamba.benchmark.script import script
 from vimamba.benchmark.timing import alternate
 
 SHAPE, STATE = (1, 384, 6085), 16
@@ -59,6 +61,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.json:
+        report.check_writable(options.json, "--json")
     runs = contestants()
     with torch.inference_mode():
         if options.memory:
@@ -79,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -30,6 +30,7 @@ from PIL import Image
 
 from vimamba import load_run
 from vimamba.benchmark import machine, report
+from vimamba.benchmark.script import script
 from vimamba.data.transforms import Preprocessing
 from vimamba.tasks.weights import ModelCard, save_model
 
@@ -215,4 +216,4 @@ def memory(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

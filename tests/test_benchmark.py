@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import torch
 from vimamba.benchmark import Entry, machine, measure, memory, report
 from vimamba.benchmark.entries import build, cost, step_of
 from vimamba.benchmark.run import plan
+from vimamba.benchmark.script import script
 from vimamba.benchmark.timing import alternate, quartiles, ratio
 from vimamba.data.mnist import load_mnist
 from vimamba.errors import UserError
 from vimamba.export.check import compare
 
 TINY = {"depth": 1, "embed_dim": 12}
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PEER = {"depth": 1, "embed_dim": 12, "num_heads": 2}
 
 
@@ -207,7 +210,7 @@ def test_timm_agrees_on_the_parameters():
 class TestGpuScript:
     """benchmarks/gpu.py, as far as it goes without a GPU."""
 
-    SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    SCRIPT = BENCHMARKS / "gpu.py"
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(self.SCRIPT), *options]
@@ -245,7 +248,7 @@ class TestGpuScript:
 
 def test_formats_are_held_against_pytorch_and_timed(tmp_path):
     """benchmarks/runtimes.py: a file that ONNX Runtime runs in a process of its own, and a program."""
-    script = Path(__file__).parents[1] / "benchmarks" / "runtimes.py"
+    script = BENCHMARKS / "runtimes.py"
     options = "--models nano --formats onnx pt2 --timed nano --seconds 0 --threads 1 --json"
     command = [sys.executable, str(script), *options.split(), str(tmp_path / "found.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -259,8 +262,29 @@ def test_formats_are_held_against_pytorch_and_timed(tmp_path):
         assert f"nano, {row['format']}: {row['difference']:.1e}" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["models", "runtimes", "scan_torch", "serve", "dense", "large_image"])
+def test_a_script_refuses_a_file_that_cannot_be_written_before_it_measures(name, tmp_path):
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", str(tmp_path / "file" / "found.json")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: --json \S+: cannot be written \(\w[\w ]+\)\n", done.stderr), done.stderr
+
+
+def test_a_script_that_is_interrupted_says_so_and_returns_its_mains_status(capsys):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    for main, status, said in ((interrupted, 130, "\nstopped\n"), (lambda: 3, 3, ""), (lambda: None, None, "")):
+        with pytest.raises(SystemExit) as ended:
+            script(main)
+        assert (ended.value.code, capsys.readouterr().err) == (status, said)
+
+
 def test_a_format_that_is_refused_is_a_row_and_the_rest_goes_on(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(BENCHMARKS)
     import runtimes
 
     def export(source, path, samples, refused=False):
@@ -278,8 +302,16 @@ def test_a_format_that_is_refused_is_a_row_and_the_rest_goes_on(monkeypatch):
     assert ("refused" in runtimes._cell(refused), runtimes._said(refused)) == (True, "the exported model differs")
 
 
+def test_models_of_the_list_can_be_built(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import runtimes
+
+    for entry in runtimes.MODELS.values():
+        timm.create_model(entry.model, img_size=entry.size, **entry.model_args)
+
+
 def test_logits_are_as_large_as_a_trained_models(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(BENCHMARKS)
     import runtimes
 
     samples = load_mnist()[1]

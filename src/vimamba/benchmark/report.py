@@ -18,11 +18,13 @@ SCHEMA = 1
 PLOTS = (".png", ".svg", ".pdf")
 
 
-def check_writable(path: str | Path, option: str) -> None:
-    """Raise UserError unless a file can be written there: better now than after the measurement."""
+def check_writable(path: str | Path, option: str, parents: bool = False) -> None:
+    """Raise UserError unless a file can be written there, in folders made for it or (without `parents`) its own."""
     path = Path(path)
     fresh = not path.exists()
     try:
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written ({error.strerror})") from error
