@@ -411,6 +411,23 @@ def test_what_of_a_detector_cannot_be_exported_is_said(detected, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_page_whose_model_fails_its_check_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
+    source, folder = small(), tmp_path / "page"
+
+    def differs(*args: object) -> None:
+        raise UserError("the exported model differs")
+
+    monkeypatch.setattr("vimamba.export.writing.compare", differs)
+    with pytest.raises(UserError, match="differs"):
+        export_web(source, folder)
+    assert not list(tmp_path.iterdir())
+    folder.mkdir()
+    (folder / "index.html").write_text("of before")
+    with pytest.raises(UserError, match="differs"):
+        export_web(source, folder)
+    assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("index.html", "of before")]
+
+
 def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
     source, path = small(), tmp_path / "model.onnx"
     with pytest.raises(UserError, match="`task` depth: is not exported; export a model of one of classification, "):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -17,7 +18,7 @@ from vimamba.errors import require
 from vimamba.export.check import Comparison
 from vimamba.export.onnx import export_onnx
 from vimamba.export.source import Source, load_source
-from vimamba.files import write_text
+from vimamba.export.writing import placed
 from vimamba.serve.options import largest
 from vimamba.serve.page import page, with_rules
 
@@ -37,6 +38,8 @@ def export_web(
     samples: Samples | None = None,
 ) -> Comparison:  # fmt: skip
     """Write a page, index.html, and the model that it runs, model.onnx; any server of static files can serve them.
+
+    All of it or, if the model's check fails, nothing: what lies there stays as it is.
 
     Images are prepared as `vimamba predict` does it, and a model that segments or detects looks at them as that does,
     at images of any size.
@@ -61,13 +64,11 @@ def export_web(
     dense = source.task != "classification"
     require(not dense or img_size is None, "`img_size`: the page of a dense model takes any size; leave it out")
     source = source.sized(img_size)
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         require(False, f"`output` {folder}: cannot be made ({error.strerror})")
-    found = export_onnx(source, folder / "model.onnx", with_preprocessing=True, dynamic_size=dense, samples=samples)
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
     web: dict[str, Any] = {
         "model": "model.onnx", "script": SCRIPT, "wasm": WASM, "max_aspect": MAX_ASPECT,
         "max_side": MAX_SIDE, "max_pixels": largest(source.task, len(source.class_names)),
@@ -75,8 +76,19 @@ def export_web(
         "runtime": "./" if files else f"{CDN}/npm/onnxruntime-web@{VERSION}/dist/",
         "integrity": {file.name: integrity(file) for file in files} or INTEGRITY,
     }  # fmt: skip
-    text = page(source.name, source.task, source.class_names, web=web)
-    write_text(folder / "index.html", with_rules(text, "" if files else CDN))
+    text = with_rules(page(source.name, source.task, source.class_names, web=web), "" if files else CDN)
+    try:
+        with placed(folder / "index.html") as index:
+            model = index.with_name("model.onnx")
+            found = export_onnx(source, model, with_preprocessing=True, dynamic_size=dense, samples=samples)
+            for file in files:
+                shutil.copyfile(file, index.with_name(file.name))
+            index.write_text(text, encoding="utf-8")
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
     return found
 
 
