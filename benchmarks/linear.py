@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimamba.benchmark.script import script
-from vimamba.benchmark.timing import alternate, quartiles
+from vimamba.benchmark.timing import alternate, quartiles, ratios
 from vimamba.ops import linear
 
 DIM, DEPTH = 192, 24
@@ -37,7 +37,7 @@ def main() -> None:
 
         ours, theirs = alternate([lambda: run(linear), lambda: run(F.linear)], options.rounds, 20)
         rates = [2e-9 * tokens * weights / quartiles(times)[1] for times in (ours, theirs)]
-        gain = quartiles([b / a for a, b in zip(ours, theirs, strict=True)])
+        gain = ratios(theirs, ours)
         print(
             f"{name}: {rates[0]:.0f} GFLOP/s, PyTorch {rates[1]:.0f}, {gain[1]:.2f}x ({gain[0]:.2f} to {gain[2]:.2f})"
         )

@@ -27,7 +27,7 @@ import vimamba
 from vimamba.benchmark import Entry, Result, machine, measure, memory, report
 from vimamba.benchmark.entries import build, step_of
 from vimamba.benchmark.script import script
-from vimamba.benchmark.timing import BLOCK, alternate, quartiles, ratio
+from vimamba.benchmark.timing import BLOCK, alternate, quartiles, ratios
 
 VIM_TI, DEIT_TI = "vim_tiny_patch16_224", "deit_tiny_patch16_224"
 VIM_S, DEIT_S = "vim_small_patch16_224", "deit_small_patch16_224"
@@ -161,10 +161,10 @@ def _quotient(effort: Effort, ours: Callable[[], None], theirs: Callable[[], Non
     for warm_up in (ours, theirs):
         warm_up()
     times = alternate([ours, theirs], effort.repeats, effort.seconds, block=BLOCK)
-    low, _, high = quartiles([b / a for a, b in zip(*times, strict=True)])
+    low, middle, high = ratios(times[1], times[0])
     of_ours, of_theirs = (1000 * quartiles(seconds)[1] for seconds in times)
     remark = f"{of_ours:.0f} and {of_theirs:.0f} ms, quartiles {low:.2f} and {high:.2f}"
-    return Measured(ratio(times[1], times[0]), remark)
+    return Measured(middle, remark)
 
 
 def _entry(size: int, dtype: str = "float32") -> Entry:

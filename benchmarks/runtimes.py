@@ -33,7 +33,7 @@ from vimamba import onnx_library
 from vimamba.benchmark import Entry, machine, report
 from vimamba.benchmark.entries import build, images, step_of
 from vimamba.benchmark.script import script
-from vimamba.benchmark.timing import BLOCK, alternate, quartiles, ratio
+from vimamba.benchmark.timing import BLOCK, alternate, quartiles, ratios
 from vimamba.data.samples import Samples
 from vimamba.data.scenes import open_scenes
 from vimamba.errors import UserError
@@ -123,10 +123,10 @@ def beside_pytorch(entry: Entry, model: nn.Module, kind: str, path: Path, second
         for warm_up in (ours, theirs):
             warm_up()
         of_pytorch, of_file = alternate([ours, theirs], 30, seconds, block=BLOCK)
-    low, _, high = quartiles([b / a for a, b in zip(of_pytorch, of_file, strict=True)])
+    low, times, high = ratios(of_file, of_pytorch)
     return {
         "seconds": quartiles(of_file)[1], "seconds_of_pytorch": quartiles(of_pytorch)[1],
-        "times": ratio(of_file, of_pytorch), "lower_quartile": low, "upper_quartile": high,
+        "times": times, "lower_quartile": low, "upper_quartile": high,
     }  # fmt: skip
 
 

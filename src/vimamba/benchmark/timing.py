@@ -60,6 +60,11 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def ratios(times: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """How many times as long as `base`: quartiles over the rounds of the quotient within a round."""
+    return quartiles([a / b for a, b in zip(times, base, strict=True)])
+
+
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """How many times as long as `base`: the median over the rounds of the quotient within a round."""
-    return statistics.median(a / b for a, b in zip(times, base, strict=True))
+    """The median of `ratios`."""
+    return ratios(times, base)[1]
