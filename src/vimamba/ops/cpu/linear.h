@@ -5,8 +5,8 @@
 // contiguous; the weight (N, K) is packed into panels of kWide vectors of output features, each (words,
 // vectors x W), so that the innermost loop reads it in order. A block of kRows x kWide sums stays in
 // registers: for each word, kWide loads of weights and kRows broadcasts of x feed kRows x kWide
-// multiply-adds of 1, 2 or 4 features. Where the processor has tiles (AMX), sixteen rows by sixteen words by a
-// panel are one step. Parallel axes: panels, which need no other's packing, then rows (the caller's).
+// multiply-adds of 1, 2 or 4 features. Where the processor has tiles (AMX), sixteen rows by sixteen words by
+// a panel are one step. Parallel axes: panels, which need no other's packing, then rows (the caller's).
 #pragma once
 
 #include "kernels.h"
@@ -148,11 +148,7 @@ struct Sum<Element::int8> {
     value = (vi)_mm512_dpbusd_epi32((__m512i)value, (__m512i)w, _mm512_set1_epi32(x->bits));
   }
 #else
-  void add(vf w, const Word* x) {
-    const vu bytes = (vu)w;
-    for (int i = 0; i < 4; ++i)
-      value += (vi)((bytes >> (8 * i)) & 255u) * (int32_t)(int8_t)((uint32_t)x->bits >> (8 * i));
-  }
+  void add(vi pairs, int32_t x) { value = add_pairs(value, pairs, vi{} + x); }
 #endif
 };
 
@@ -181,6 +177,47 @@ struct PointerTo<Element::float32> {
   typedef const float* type;
 };
 
+#if !defined(VIMAMBA_AVX512_BF16)
+// 8-bit integers without an instruction for four of them: the even ones of each word, then the odd ones, as
+// pairs of 16 bits. Those of x are widened once for all vectors, a stretch of words at a time.
+template <int rows, int vectors>
+inline void multiply_pairs(const Word* x, int64_t x_stride, const float* weight, int64_t words,
+                           Sum<Element::int8> (&sums)[rows][vectors]) {
+  typedef int16_t vs __attribute__((vector_size(W * 4), may_alias));
+  constexpr int kStretch = 64;
+  int32_t pairs[2][rows][kStretch];
+  Sum<Element::int8> gathered[rows][vectors];
+  for (int64_t begin = 0; begin < words; begin += kStretch) {
+    const int count = words - begin < kStretch ? (int)(words - begin) : kStretch;
+    for (int r = 0; r < rows; ++r)
+      for (int g = 0; g < count; g += W) {
+        const float* from = (const float*)(x + r * x_stride + begin + g);
+        const vs bytes = (vs)load(from, count - g < W ? count - g : W);
+        store((float*)(pairs[0][r] + g), (vf)(bytes << 8 >> 8));
+        store((float*)(pairs[1][r] + g), (vf)(bytes >> 8));
+      }
+    for (int g = 0; g < count; ++g)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        vi w[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          const vu bytes = (vu)load(weight + ((begin + g) * vectors + v) * W);
+          w[v] = (vi)(bytes >> (8 * half) & 0x00ff00ffu);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) gathered[r][v].add(w[v], pairs[half][r][g]);
+      }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sums[r][v] = gathered[r][v];
+}
+#endif
+
 template <Element element, class T, int rows, int vectors>
 inline void multiply_block(const Product& p, int64_t m, int64_t n, const float* weight) {
   typedef typename PointerTo<element>::type X;
@@ -196,14 +233,18 @@ inline void multiply_block(const Product& p, int64_t m, int64_t n, const float* 
     }
   }
   const int64_t words = words_of(element, p.K);
-  for (int64_t g = 0; g < words; ++g) {
-    vf w[vectors];
+  if constexpr (element == Element::int8 && !kHasBf16) {
+    multiply_pairs<rows, vectors>(x, p.x_stride, weight, words, sums);
+  } else {
+    for (int64_t g = 0; g < words; ++g) {
+      vf w[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) w[v] = load(weight + (g * vectors + v) * W);
+      for (int v = 0; v < vectors; ++v) w[v] = load(weight + (g * vectors + v) * W);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
+      for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[r][v].add(w[v], x + r * p.x_stride + g);
+        for (int v = 0; v < vectors; ++v) sums[r][v].add(w[v], x + r * p.x_stride + g);
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
@@ -252,13 +293,13 @@ inline void multiply_tile(const Product& p, int64_t m, int rows, int64_t n, cons
   _tile_zero(0);
   if constexpr (vectors > 1) _tile_zero(1);
   if constexpr (vectors > 2) _tile_zero(2);
-#define VIMAMBA_STEP(sums, weights, v)                                        \
-  if constexpr (vectors > v) {                                                \
-    _tile_loadd(weights, weight + g * kLine + v * W, kLine * 4);              \
-    if constexpr (element == Element::int8)                                   \
-      _tile_dpbsud(sums, 3, weights);                                         \
-    else                                                                      \
-      _tile_dpbf16ps(sums, 3, weights);                                       \
+#define VIMAMBA_STEP(sums, weights, v)                           \
+  if constexpr (vectors > v) {                                   \
+    _tile_loadd(weights, weight + g * kLine + v * W, kLine * 4); \
+    if constexpr (element == Element::int8)                      \
+      _tile_dpbsud(sums, 3, weights);                            \
+    else                                                         \
+      _tile_dpbf16ps(sums, 3, weights);                          \
   }
   for (int64_t g = 0; g < words; g += kTileWords) {
     _tile_loadd(3, x + g, p.x_stride * 4);
@@ -353,14 +394,20 @@ void linear_quantize(const float* x, int64_t rows, int64_t K, int8_t* integers, 
     for (int i = 0; i < W; ++i) most = largest[i] > most ? largest[i] : most;
     const float scale = most > 0 ? most / 127 : 1;
     vi sum = {};
-    for (int64_t k = 0; k < stride; k += W) {
-      const int lanes = K - k < W ? (int)(K - k > 0 ? K - k : 0) : W;
-      // Adding 1.5 * 2^23 rounds to the nearest integer, which the low bits then hold.
-      const vi integer = as_int(load(row + k, lanes) * (1 / scale) + 12582912.0f) - 0x4b400000;
-      typedef int8_t vq __attribute__((vector_size(W)));
-      const vq bytes = __builtin_convertvector(integer, vq);
-      memcpy(to + k, &bytes, stride - k < W ? stride - k : W);
+    // Adding 1.5 * 2^23 rounds to the nearest integer, which the low bits then hold.
+    auto quantized = [&](vf value) {
+      const vi integer = as_int(value * (1 / scale) + 12582912.0f) - 0x4b400000;
       sum += integer;
+      return to_bytes(integer);
+    };
+    int64_t k = 0;
+    for (; k + W <= K; k += W) {
+      const vb bytes = quantized(load(row + k));
+      memcpy(to + k, &bytes, W);
+    }
+    if (k < stride) {
+      const vb bytes = quantized(load(row + k, (int)(K - k)));
+      memcpy(to + k, &bytes, stride - k);
     }
     int32_t total = 0;
     for (int i = 0; i < W; ++i) total += sum[i];

@@ -10,8 +10,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(VIMAMBA_AVX512) || defined(VIMAMBA_AVX2)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -28,6 +30,7 @@ typedef float vf __attribute__((vector_size(W * 4), may_alias));
 typedef int32_t vi __attribute__((vector_size(W * 4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(W * 4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(W * 2), may_alias));
+typedef int8_t vb __attribute__((vector_size(W), may_alias));
 
 // bfloat16 as it lies in memory: the upper half of a float32.
 struct bf16 {
@@ -75,6 +78,41 @@ inline vh narrow(vf value) {
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vi not_a_number = value != value;
   return __builtin_convertvector(not_a_number ? vu{} + 0x7fc0u : rounded, vh);
+#endif
+}
+
+// sum + a0 b0 + a1 b1 for the two 16-bit integers of each lane. In the order of the calls: the compiler would
+// reorder sums of integers, for which there are not enough registers.
+inline vi add_pairs(vi sum, vi a, vi b) {
+#if defined(VIMAMBA_AVX512)
+  sum += (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(VIMAMBA_AVX2)
+  sum += (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  sum += (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  const int16x8_t pairs = (int16x8_t)a, others = (int16x8_t)b;
+  sum += (vi)vpaddq_s32(vmull_s16(vget_low_s16(pairs), vget_low_s16(others)), vmull_high_s16(pairs, others));
+#else
+  sum += (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+#if defined(__x86_64__)
+  asm("" : "+v"(sum));
+#elif defined(__aarch64__)
+  asm("" : "+w"(sum));
+#endif
+  return sum;
+}
+
+// Of numbers from -128 to 127.
+inline vb to_bytes(vi value) {
+#if defined(VIMAMBA_AVX2)
+  const __m256i whole = (__m256i)value;
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
+  return (vb)bytes;
+#else
+  return __builtin_convertvector(value, vb);
 #endif
 }
 
