@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: install demo demo-dense docs test test-compiled test-sanitized test-browser test-timm wheels test-wheels lint types bench clean
+.PHONY: install demo demo-dense docs test test-slow test-compiled test-sanitized test-browser test-timm wheels test-wheels lint types bench clean
 
 install: $(VENV)/installed
 
@@ -39,9 +39,15 @@ docs: install
 	$(BIN)/python docs/drawings.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# A process a core; threads that a test asks for sleep while they wait.
+ALONE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/ops/interpreted
+	$(ALONE) $(BIN)/python -m pytest $(PARALLEL)
+	$(ALONE) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/ops/interpreted
+
+# The rest: every option and each two that meet, every block of every page, every export, servers under pressure.
+test-slow: install
+	$(ALONE) $(BIN)/python -m pytest $(PARALLEL) -m slow
 
 # C++ programs: the example that runs a package without Python, and the kernels alone under the sanitizers.
 test-compiled: install
@@ -54,7 +60,7 @@ test-sanitized: install
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DVIMAMBA_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitized
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 VIMAMBA_CPU_LIBRARY=build/sanitized/_kernels.so FUZZ_CASES=400 \
-	  $(BIN)/python -m pytest tests/ops/test_cpu_kernels.py tests/ops/test_blocks.py \
+	  $(BIN)/python -m pytest -m 'not compiled' tests/ops/test_cpu_kernels.py tests/ops/test_blocks.py \
 	    tests/ops/test_quantized.py tests/ops/test_fuzz.py
 
 # The page in headless Chromium, of a server and of a folder that runs the model by onnxruntime-web.

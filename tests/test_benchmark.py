@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -223,6 +224,7 @@ class TestGpuScript:
         assert done.stderr.count("\n") == 1
         assert "needs a GPU" in done.stderr
 
+    @pytest.mark.slow
     def test_cases_are_added_to_earlier_ones(self, tmp_path):
         earlier = {"which": "nano", "name": "vim_nano", "mode": "eager", "pass": "forward", "batch": 1, "error": "none"}
         rows = [{**earlier, "size": size} for size in (32, 48)]
@@ -246,6 +248,7 @@ class TestGpuScript:
         assert "cannot be continued" in done.stderr
 
 
+@pytest.mark.slow
 def test_formats_are_held_against_pytorch_and_timed(tmp_path):
     """benchmarks/runtimes.py: a file that ONNX Runtime runs in a process of its own, and a program."""
     script = BENCHMARKS / "runtimes.py"
@@ -263,14 +266,14 @@ def test_formats_are_held_against_pytorch_and_timed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["models", "runtimes", "scan_torch", "serve", "dense", "large_image"])
-def test_a_script_refuses_a_file_that_cannot_be_written_before_it_measures(name, tmp_path):
+def test_a_script_refuses_a_file_that_cannot_be_written_before_it_measures(name, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", str(tmp_path / "file" / "found.json")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: --json \S+: cannot be written \(\w[\w ]+\)\n", done.stderr), done.stderr
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", [name, "--json", str(tmp_path / "file" / "found.json")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+    assert re.fullmatch(r"error: --json \S+: cannot be written \(\w[\w ]+\)", ended.value.code), ended.value.code
+    assert capsys.readouterr().out == ""
 
 
 def test_a_script_that_is_interrupted_says_so_and_returns_its_mains_status(capsys):

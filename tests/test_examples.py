@@ -37,6 +37,7 @@ def test_every_script_is_run_and_short():
     assert all(len(path.read_text().splitlines()) < LONGEST for path in SCRIPTS.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRINTS)
 def test_a_script_prints_what_it_promises(name, capsys):
     runpy.run_path(str(SCRIPTS[name]), run_name="__main__")

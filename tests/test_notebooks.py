@@ -44,6 +44,7 @@ def after(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_first_steps(after):
     names, shown = after("first_steps")
     assert names["run"].best["val_top1"] > 0.7  # by chance 0.1

@@ -46,6 +46,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_no_page_loads_anything_from_elsewhere(site):
     pages = {path: Loads(path.read_text()) for path in site.rglob("*.html")}
     assert len(pages) > 25

@@ -128,6 +128,7 @@ def test_every_document_shows_commands_and_every_command_is_shown():
     assert {line.split()[1] for text in shells() for line in commands_in(text)} == {*COMMANDS} - {"serve"}
 
 
+@pytest.mark.slow
 def test_commands_run_one_after_the_other(vimamba, runs):
     called = set()
     on_pages = {line.strip() for text in shells() for line in commands_in(text)}  # called when a page is run
@@ -237,6 +238,7 @@ def runs(workplace):
     return workplace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_every_block_of_a_page_runs(name, capsys, runs, tmp_path, monkeypatch):
     """From top to bottom, in a folder with what pages speak of, or, where a page makes that itself, an empty one."""

@@ -180,6 +180,7 @@ def test_no_value_is_the_default(caller, case, tmp_path):
     assert parsing.parse(parser, words)[name] != parser.get_default(name)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_as_it_was")
 @pytest.mark.parametrize("case", CASES, ids=described)
 def test_every_option_acts(caller, case):

@@ -72,6 +72,7 @@ def test_what_a_kill_leaves_resumes_to_the_same_result(vimamba, photos, tmp_path
     same_run(cut, whole)
 
 
+@pytest.mark.slow
 def test_a_killed_process_releases_its_folder_and_is_resumed(vimamba, photos, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     more = ("--checkpoint_every", "2steps", "--num_workers", "1")
@@ -124,6 +125,7 @@ def free_port():
         return str(found.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cores() < 2, reason="needs two cores")
 @pytest.mark.parametrize(
     ("nodes", "devices", "changes"),
@@ -182,6 +184,7 @@ def test_signals_of_schedulers_and_terminals_save(vimamba, photos, tmp_path, mon
     assert [signal.getsignal(number) for number in (signal.SIGINT, signum)] == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_whole_group_saves(vimamba, photos, tmp_path, name):
     run, signum = tmp_path / "run", getattr(signal, name)

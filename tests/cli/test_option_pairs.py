@@ -67,12 +67,14 @@ def check_run(vimamba, monkeypatch, row: Row, command, run, learned):
         same_run(cut, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row.values()))
 def test_options_that_meet(vimamba, flat, tmp_path, monkeypatch, row):
     # Attention over a single token has no gradient.
     check_run(vimamba, monkeypatch, row, command_of(row, flat, tmp_path / "run"), tmp_path / "run", 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", DENSE_ROWS, ids=lambda row: " ".join(row.values()))
 def test_options_of_dense_tasks_that_meet(vimamba, dense, tmp_path, monkeypatch, row):
     detects = "rcnn" in row["head"]

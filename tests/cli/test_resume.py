@@ -42,6 +42,7 @@ OTHER = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TAKEN - {"strategy", "num_nodes", "data"}))
 def test_what_is_safe_is_taken_said_and_kept(vimamba, run, name, monkeypatch):
     monkeypatch.setattr("torch.nn.Module.compile", lambda model: None)  # for real in test_every_option.py

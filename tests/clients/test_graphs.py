@@ -32,6 +32,7 @@ def images(batch: int, height: int, width: int) -> torch.Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", DESIGNS, ids=str)
 @pytest.mark.parametrize("size", [(32, 32), (48, 40)], ids=["own size", "other size"])
 def test_one_exported_graph_takes_every_size(options, size):
@@ -52,6 +53,7 @@ def test_an_exported_graph_saves_no_states():
     assert [call.args[names.index("save_states")] for call in calls] == [False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(merge="gate"), dict(bidirectional="none", norm="layer")], ids=str)
 def test_training_compiles_once_for_every_size(options):
     model = small(**options, depth=1).train()

@@ -84,7 +84,13 @@ OF_ONNX = [
 
 
 @pytest.mark.parametrize(
-    ("options", "kind"), [pytest.param(*of, marks=built if of[1] == "vimamba" else (), id=str(of)) for of in OF_ONNX]
+    ("options", "kind"),
+    [
+        pytest.param(
+            *of, marks=[*([built] if of[1] == "vimamba" else []), *([pytest.mark.slow] if i % 4 else [])], id=str(of)
+        )
+        for i, of in enumerate(OF_ONNX)
+    ],
 )
 def test_onnx_gives_pytorchs_logits(options, kind, tmp_path):
     pyramid = options == "pyramid"
@@ -248,6 +254,7 @@ def test_int8_tells_the_accuracy_before_and_after(trained, tmp_path):
         export_int8(dataclasses.replace(small(), task="depth"), tmp_path / "x.onnx", data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"dynamic_size": True, "with_preprocessing": True}], ids=str)
 def test_int8_of_a_segmenter_tells_the_mean_iou(options, segmented, tmp_path):
     data = open_for_eval(segmented, find_task("segment"), str(segmented.parent / "data"))[0]
@@ -261,6 +268,7 @@ def test_int8_of_a_segmenter_tells_the_mean_iou(options, segmented, tmp_path):
     assert "QuantizeLinear" in {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_preprocessing", [False, True])
 def test_int8_of_a_detector_tells_the_average_precision(with_preprocessing, detected, tmp_path):
     data = open_for_eval(detected, find_task("detect"), str(detected.parent / "data"))[0]
@@ -280,6 +288,7 @@ SEGMENTERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "backbone", "options"), SEGMENTERS, ids=str)
 def test_a_segmenter_of_any_size(head, backbone, options, tmp_path):
     torch.manual_seed(0)
@@ -319,6 +328,7 @@ def resized(images, height, width, raw):
     return scaled_BCHW.round().byte().permute(0, 2, 3, 1).contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "options"), DETECTORS, ids=str)
 def test_a_detector_finds_what_pytorchs_does(head, options, detected, tmp_path):
     source, path = load_source(detected), tmp_path / "model.onnx"
@@ -350,6 +360,7 @@ def test_a_detector_finds_what_pytorchs_does(head, options, detected, tmp_path):
     assert found > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("export", "options"),
     [

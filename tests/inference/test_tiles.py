@@ -215,6 +215,7 @@ def outcome(kind, tiling, advance=lambda done, of: None):
     return numbers, {what: (tiling.folder / path).read_bytes() for what, path in files.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["segment", "detect"])
 @pytest.mark.parametrize("overlap", [0, 12])
 def test_it_goes_on_after_every_tile(tmp_path, monkeypatch, kind, overlap):

@@ -71,6 +71,7 @@ def test_images_of_a_batch_do_not_meet(name):
         torch.testing.assert_close(model(batch)[1:2], model(batch[1:2]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAIN)
 def test_a_design_exports(name):
     model = build(**DESIGNS[name])

@@ -72,6 +72,7 @@ def test_the_loss_alone_reaches_the_gates_only_through_their_inputs(model):
     assert model.head.weight.grad is None
 
 
+@pytest.mark.slow
 def test_compiled_models_hand_the_gates_out(model):
     value, grads = losses(model)
     compiled = torch.compile(model, backend="eager")

@@ -364,6 +364,7 @@ def test_boxes_stay_exact_in_bfloat16(head):
         assert not torch.equal(boxes, boxes.bfloat16().float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["mask_rcnn", "cascade_mask_rcnn"])
 def test_two_objects_are_learned(head):
     image, target = torch.zeros(3, 64, 64), scene(64, 64, (4, 8, 28, 30), (36, 30, 60, 58))

@@ -177,6 +177,7 @@ def test_compiles_and_exports():
     torch.testing.assert_close(exported(x), model(x))
 
 
+@pytest.mark.slow
 def test_compiled_with_inductor():
     model, x = small(depth=1), images(2, 3, 32, 32)
     with torch.no_grad():

@@ -158,6 +158,7 @@ def check_states(xz_BLE: Tensor, way: Direction, saved_BKDN: Tensor) -> None:
 
 
 @cache
+@cache
 def mixer_gradients(batch: int, length: int, reverse: tuple[int, ...]) -> tuple[Tensor, Tensor, list, list[Tensor]]:
     """xz, dout, the flat directions and the true gradients of xz and of all weights."""
     xz, ways, _ = mixer_problem(batch, length)
@@ -223,16 +224,22 @@ def frozen_truth(xz_BLE, dout_BLD, weights, reverse, gates_BLR) -> Tensor:
     return torch.autograd.grad(0.5 * total_BDL, x_BDL, dout_BLD.double().transpose(1, 2))[0].transpose(1, 2)
 
 
+@cache
+def frozen_case(batch: int, length: int, reverse: tuple[int, ...], gated: str) -> tuple:
+    """xz, dout, the flat directions, their gates and the true gradient of xz's first half."""
+    xz, dout, weights, _ = mixer_gradients(batch, length, reverse)
+    steps = {"no": 0, "images": 1, "tokens": length}[gated]
+    gates = torch.rand(batch, steps, len(reverse), generator=torch.Generator().manual_seed(1)) if steps else None
+    return xz, dout, weights, gates, frozen_truth(xz, dout, weights, reverse, gates)
+
+
 @pytest.mark.parametrize("gated", ["no", "images", "tokens"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 135), (2, 66), (3, 33)])
 def test_the_frozen_gradient_however_its_work_is_divided(batch, length, count, gated, threads, each_set):
     threads(count)
     for reverse in ((0, 3), (3,), (0, 1, 2)):
-        xz, dout, weights, _ = mixer_gradients(batch, length, reverse)
-        steps = {"no": 0, "images": 1, "tokens": length}[gated]
-        gates = torch.rand(batch, steps, len(reverse), generator=torch.Generator().manual_seed(1)) if steps else None
-        truth = frozen_truth(xz, dout, weights, reverse, gates)
+        xz, dout, weights, gates, truth = frozen_case(batch, length, reverse, gated)
         kernel = torch.ops.vimamba_cpu.mixer_frozen_backward
         assert error(kernel(dout, xz, weights, reverse, 0.5, gates).sum(0), truth) < TOLERANCE
         found = kernel(dout.bfloat16(), xz.bfloat16(), weights, reverse, 0.5, gates)

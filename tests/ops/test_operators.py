@@ -38,6 +38,7 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @built
 def test_python_defines_what_the_library_would():
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -127,6 +128,7 @@ assert not any(name.partition(".")[0] == "vimamba" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 @built
 @torch.no_grad()
 def test_exported_programs_run_with_the_library_and_none_of_our_python(tmp_path):
@@ -149,6 +151,7 @@ def test_exported_programs_run_with_the_library_and_none_of_our_python(tmp_path)
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.out"), want, **tolerance)
 
 
+@pytest.mark.slow
 @built
 @pytest.mark.parametrize(
     ("call", "message"),

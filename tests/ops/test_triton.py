@@ -36,6 +36,7 @@ def compiled(tmp_path_factory):
     return json.loads(rows.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)  # sm_75 has no bfloat16 units
 def test_kernels_compile_without_spills(arch, compiled):
     found = [row for row in compiled if row["arch"] == arch]

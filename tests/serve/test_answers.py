@@ -113,6 +113,7 @@ def test_answers_are_never_mixed(server, photographs):
     assert batches < images  # some were looked at together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["segment", "detect"])
 def test_dense_tasks_answer_with_what_predict_prints_and_with_masks(task, request, tmp_path, capsys):
     run = request.getfixturevalue({"segment": "segmented", "detect": "detected"}[task])

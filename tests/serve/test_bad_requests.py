@@ -155,6 +155,7 @@ def test_100_mb_are_refused_without_being_read(server, length):
     assert sent < 100_000_000
 
 
+@pytest.mark.slow
 def test_a_full_queue_and_a_slow_model(trained, tmp_path, photograph):
     """An image waits 10 s for company here, which nobody has the time for."""
     words = ["--max_wait_ms", "10000", "--max_batch", "64", "--max_queue", "3", "--timeout_s", "1.5"]
@@ -171,6 +172,7 @@ def test_a_full_queue_and_a_slow_model(trained, tmp_path, photograph):
         assert server.predict(body, content_type=kind).status == 413
 
 
+@pytest.mark.slow
 def test_memory_is_shared_out(trained, tmp_path, photograph):
     with Server(trained, "--max_memory_mb", "0.5", "--max_upload_mb", "0.1", log=tmp_path / "log") as server:
         assert server.predict(photograph).status == 200
@@ -190,6 +192,7 @@ def test_a_thread_that_outlives_its_request_holds_nothing():
     assert memory.held == 0
 
 
+@pytest.mark.slow
 def test_ten_thousand_connections(trained, tmp_path, photograph):
     """As many as this system gives a process, up to 10 000: those beyond the bound are told, and it goes on after."""
     resource = pytest.importorskip("resource", reason="Windows has no limit of this kind")

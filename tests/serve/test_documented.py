@@ -40,6 +40,7 @@ def test_there_is_no_other_command():
     assert min(map(len, (SERVES, ASKS, EXPORTS, static))) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", SERVES)
 def test_servers(line, workplace, tmp_path, monkeypatch):
     monkeypatch.chdir(workplace)
@@ -61,6 +62,7 @@ def said(line, port):
     return {} if "/metrics" in line else json.loads(found.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", EXPORTS)
 def test_folders(line, workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)

@@ -14,6 +14,7 @@ import pytest
 from tests.serve.servers import START_S, Server, form
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_answers_what_is_in_work(trained, tmp_path, photograph, number):
     found = []
@@ -32,6 +33,7 @@ def test_stopping_answers_what_is_in_work(trained, tmp_path, photograph, number)
         assert server.lines()[-1]["message"] == "stopped"
 
 
+@pytest.mark.slow
 def test_several_workers_count_together_share_connections_and_are_replaced(trained, tmp_path, photograph):
     with Server(trained, "--workers", "2", log=tmp_path / "log") as server:
 
@@ -59,6 +61,7 @@ def test_several_workers_count_together_share_connections_and_are_replaced(train
         assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_batch_is_no_larger_than_asked_for(trained, tmp_path, photograph):
     with Server(trained, "--max_batch", "2", log=tmp_path / "log") as server:
         body, kind = form(*[("a.png", photograph)] * 9)

@@ -260,6 +260,7 @@ PYRAMID = {"model": "vim_pyramid_nano",
            "model_args": {"dims": [8, 8, 16, 16], "depths": [1, 1, 2, 1], "head_dim": 8, "d_state": 4}}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

@@ -210,6 +210,7 @@ def test_a_run_is_resumed_to_the_bit(data, tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

@@ -190,6 +190,7 @@ class ErrorOfTenths(MeanAbsoluteError):  # noqa: N818 - no exception
         super().update(outputs[:, 0].float(), targets.float() / 10)
 
 
+@pytest.mark.slow
 def test_a_task_from_outside_is_trained_evaluated_and_used(tmp_path, capsys):
     arguments = {**TINY, "epochs": 2, "img_size": None, "batch_size": 64, "lr": 5e-3}
     run = vimamba.train(data="mnist", output=tmp_path / "run", task="brightness", **arguments)
