@@ -48,6 +48,7 @@ test: lint types
 # The rest: every option and each two that meet, every block of every page, every export, servers under pressure.
 test-slow: install
 	$(ALONE) $(BIN)/python -m pytest $(PARALLEL) -m slow
+	$(ALONE) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -m slow tests/ops/interpreted
 
 # C++ programs: the example that runs a package without Python, and the kernels alone under the sanitizers.
 test-compiled: install

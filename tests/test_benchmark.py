@@ -217,6 +217,7 @@ class TestGpuScript:
         command = [sys.executable, str(self.SCRIPT), *options]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
+    @pytest.mark.slow
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
     def test_without_a_gpu_it_says_so(self):
         done = self.run()
@@ -240,6 +241,7 @@ class TestGpuScript:
         assert max(found["errors"].values()) < 5e-3
         assert (tmp_path / "results.png").stat().st_size > 0
 
+    @pytest.mark.slow
     def test_what_cannot_be_continued_is_left_alone(self, tmp_path):
         (tmp_path / "results.json").write_text("{")
         done = self.run("--device", "cpu", "--out", str(tmp_path))

@@ -50,6 +50,7 @@ def same_run(run, other):
     assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "every", "options"),
     [  # 4 steps an epoch
@@ -319,6 +320,7 @@ def longer(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "zeros", "a bit", "not a number", "gone"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(vimamba, longer, tmp_path, monkeypatch, how):
     run = shutil.copytree(longer / "3", tmp_path / "run")
@@ -445,6 +447,7 @@ def spoil(monkeypatch, step, what):
     monkeypatch.setattr(Task, "training_step", training_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "signum", "message"),
     [

@@ -97,6 +97,7 @@ def test_the_mixer_is_composed_of_a_backends_functions(backend, gates):
         torch.testing.assert_close(mixer(xz, ways, 0.5, gates, backend=backend.name), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference", "torch", "mine"])
 def test_a_named_backend_compiles_as_one_graph(name):
     backends.register(Mine())

@@ -108,6 +108,7 @@ def test_a_port_that_is_taken_or_no_run(vimamba, trained):
     assert (status, err.count("\n")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_without_its_packages_the_command_says_which_to_install(trained):
     hidden = "import sys; sys.modules['uvicorn'] = None; from vimamba.cli import main; sys.exit(main(sys.argv[1:]))"
     found = subprocess.run(

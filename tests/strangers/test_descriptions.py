@@ -239,6 +239,7 @@ def test_the_commands_say_so_and_exit_with_2(stranger, capsys, command, kind):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_real_command_does_not_trace_back(stranger):
     signal.alarm(60)  # Python and PyTorch have to start
     path = stranger(json.dumps(REFUSED["checkpoint_path"][0]))

@@ -69,8 +69,12 @@ def test_scan_over_several_chunks(reverse, short_chunks, either_way):
     check_scan(scan_case(batch=2, dim=3, length=37, state=3), reverse=reverse)
 
 
-@pytest.mark.parametrize("unroll", [1, 2, 4, 8])
-@pytest.mark.parametrize("sets", [1, 2, 3])
+TURNS = [(2, 2), *((sets, unroll) for sets in (1, 2, 3) for unroll in (1, 2, 4, 8) if (sets, unroll) != (2, 2))]
+
+
+@pytest.mark.parametrize(
+    ("sets", "unroll"), [pytest.param(*turn, marks=[pytest.mark.slow] if i else []) for i, turn in enumerate(TURNS)]
+)
 def test_turns_and_sets(sets, unroll, monkeypatch):
     """Several turns, of which the states before every 16 steps are kept, and channels in some sets only."""
     monkeypatch.setattr(sizes, "CHUNK", 16)
