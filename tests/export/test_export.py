@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -437,6 +438,14 @@ def test_a_page_whose_model_fails_its_check_leaves_nothing_and_harms_nothing(tmp
     with pytest.raises(UserError, match="differs"):
         export_web(source, folder)
     assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("index.html", "of before")]
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vimamba.export.writing.compare", full)
+    with pytest.raises(UserError) as refused:
+        export_web(source, folder)
+    assert str(refused.value) == f"`output` {folder}/model.onnx: cannot be written (No space left on device)"
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):

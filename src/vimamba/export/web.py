@@ -14,7 +14,7 @@ from typing import Any
 from vimamba.data.samples import Samples
 from vimamba.data.steps import MAX_ASPECT
 from vimamba.data.transforms import MAX_SIDE
-from vimamba.errors import require
+from vimamba.errors import UserError, require
 from vimamba.export.check import Comparison
 from vimamba.export.onnx import export_onnx
 from vimamba.export.source import Source, load_source
@@ -80,7 +80,10 @@ def export_web(
     try:
         with placed(folder / "index.html") as index:
             model = index.with_name("model.onnx")
-            found = export_onnx(source, model, with_preprocessing=True, dynamic_size=dense, samples=samples)
+            try:
+                found = export_onnx(source, model, with_preprocessing=True, dynamic_size=dense, samples=samples)
+            except UserError as error:  # of a file that goes by another name
+                raise UserError(str(error).replace(str(model.parent), str(folder))) from error
             for file in files:
                 shutil.copyfile(file, index.with_name(file.name))
             index.write_text(text, encoding="utf-8")
