@@ -19,6 +19,8 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
+from vimamba.benchmark.script import script
+
 TEXTURES = ("brick", "grass", "gravel", "coins", "hubble_deep_field", "immunohistochemistry")
 MODELS = ("vim_nano", "vim_tiny_patch16_224", "resnet18", "vit_tiny_patch16_224")
 
@@ -65,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
