@@ -50,7 +50,7 @@ def blocks(
     check_number("eps", eps, low=0)
     _check(stream, weights)
     dtype = dtype or stream.dtype
-    if _as_one.get() and not backends.untraced(stream):
+    if torch.compiler.is_exporting() and _as_one.get() and not backends.untraced(stream):
         return torch.ops.vimamba.blocks(stream, *flat_blocks(weights), len(weights[0].directions), scale, eps)
     with torch.no_grad():
         chosen = backends.resolve(backend or "", stream.device, wide(stream.dtype))
@@ -91,7 +91,8 @@ def traced_as_one() -> Iterator[None]:
 
 def exports_as_one(x: Tensor) -> bool:
     """Whether a program of operators without derivatives is made of what is done with `x`."""
-    return _as_one.get() and torch.compiler.is_exporting() and x.dtype == torch.float32
+    # In this order: torch.compile of PyTorch 2.11 cannot trace the second, and the first is a constant for it.
+    return torch.compiler.is_exporting() and _as_one.get() and x.dtype == torch.float32
 
 
 def as_one(stream: Tensor) -> bool:
