@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ def blocks(
     check_number("eps", eps, low=0)
     _check(stream, weights)
     dtype = dtype or stream.dtype
-    if torch.compiler.is_exporting() and _as_one.get() and not backends.untraced(stream):
+    if _as_one and not backends.untraced(stream):
         return torch.ops.vimamba.blocks(stream, *flat_blocks(weights), len(weights[0].directions), scale, eps)
     with torch.no_grad():
         chosen = backends.resolve(backend or "", stream.device, wide(stream.dtype))
@@ -75,24 +74,24 @@ def _check(stream: Tensor, weights: Sequence[BlockWeights]) -> None:
             raise ValueError(f"weights[{i}] must have {directions or 1} directions, got {len(block.directions)}")
 
 
-_as_one = ContextVar("blocks as one operator", default=False)
+_as_one = False  # of the process, as is_exporting is; torch.compile of PyTorch 2.11 cannot trace a ContextVar
 
 
 @contextmanager
 def traced_as_one() -> Iterator[None]:
     """Within it torch.export takes a run of blocks, and each linear layer of others, as the operator that computes it,
     which has no derivative."""
-    token = _as_one.set(True)
+    global _as_one
+    before, _as_one = _as_one, True
     try:
         yield
     finally:
-        _as_one.reset(token)
+        _as_one = before
 
 
 def exports_as_one(x: Tensor) -> bool:
     """Whether a program of operators without derivatives is made of what is done with `x`."""
-    # In this order: torch.compile of PyTorch 2.11 cannot trace the second, and the first is a constant for it.
-    return torch.compiler.is_exporting() and _as_one.get() and x.dtype == torch.float32
+    return _as_one and torch.compiler.is_exporting() and x.dtype == torch.float32
 
 
 def as_one(stream: Tensor) -> bool:
