@@ -96,7 +96,7 @@ struct Problem {
 static void check_scan(int64_t D, int64_t L, int64_t N, bool reverse) {
   Problem p(D, L, N, reverse);
   vector<float> out(L * D), last(D * N), states((L + kChunk - 1) / kChunk * D * N);
-  auto rows = [&](vector<float>& data) { return Rows{data.data(), L * D, D}; };
+  auto rows = [&, L = L, D = D](vector<float>& data) { return Rows{data.data(), L * D, D}; };
   auto projection = [&](vector<float>& data) { return Projection{data.data(), L * N, 0, 1, N, false}; };
   const Scan scan = {.batch = 1,
                      .dim = D,
@@ -316,7 +316,7 @@ static void check_mixer(const Sizes& s) {
   };
   const vector<float> gates = normal(L);
   vector<float> out(L * D), states(chunks_of(L) * D * N);
-  auto rows = [&](vector<float>& data) { return Rows{data.data(), L * D, D}; };
+  auto rows = [&, L = L, D = D](vector<float>& data) { return Rows{data.data(), L * D, D}; };
   Mixer mixer = {.batch = 1,
                  .dim = D,
                  .length = L,
@@ -392,7 +392,8 @@ int main() {
   may_use_tiles();
 #endif
   check_fingerprint();
-  for (const int64_t M : {1, 7, 50}) check_linear(M, 37, 101), check_linear(M, 3, 5), check_linear(M, 192, 85);
+  for (const int64_t M : {1, 7, 50})
+    check_linear(M, 37, 101), check_linear(M, 3, 5), check_linear(M, 192, 85);
   for (const bool reverse : {false, true}) {
     for (const int64_t N : {1, 5, 16, 19}) check_scan(37, 131, N, reverse);
     check_scan(1, 1, 16, reverse);

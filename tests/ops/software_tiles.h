@@ -1,12 +1,31 @@
-// The tiles of AMX in plain C++, as Intel's manual defines their instructions, for processors that have none: with
-// -DVIMAMBA_AMX -include of this file the kernels are the portable ones with AMX's products. What the processor
-// refuses ends the program.
+// The tiles of AMX in plain C++, as Intel's manual defines their instructions, for processors that have none:
+// with -DVIMAMBA_AMX -include of this file the kernels are the portable ones with AMX's products. What the
+// processor refuses ends the program.
 #pragma once
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+
+// The processor's own are declared first, then their names are taken.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#undef _tile_release
+#define _tile_release software_tile_release
+#undef _tile_loadconfig
+#define _tile_loadconfig software_tile_loadconfig
+#undef _tile_zero
+#define _tile_zero software_tile_zero
+#undef _tile_loadd
+#define _tile_loadd software_tile_loadd
+#undef _tile_stored
+#define _tile_stored software_tile_stored
+#undef _tile_dpbf16ps
+#define _tile_dpbf16ps software_tile_dpbf16ps
+#undef _tile_dpbsud
+#define _tile_dpbsud software_tile_dpbsud
 
 struct SoftwareTile {
   int rows = 0, row_bytes = 0;

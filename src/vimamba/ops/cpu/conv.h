@@ -29,6 +29,15 @@ inline void pack_taps(const float* weight_DW, int64_t width, int lanes, float* p
   }
 }
 
+// The sum of four taps that all lie inside.
+template <class T>
+inline vf convolve_four(vf bias, const vf (&tap)[4], const T* at, int64_t stride) {
+  vf y = bias;
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) y += tap[j] * load(at + j * stride);
+  return y;
+}
+
 // The sum at `position`; `at` points to the block's channels there, `stride` leads one tap away, `reach` taps
 // are inside.
 template <class T>

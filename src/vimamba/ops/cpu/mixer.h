@@ -66,31 +66,64 @@ void mixer_pack(const Mixer& m, const Direction& direction, float* memory) {
 }
 
 struct MixerScratch {
-  float *c, *narrow, *projected, *delta, *delta_u, *y;  // (T, D padded) x 2, (T, columns), (T, W) x 3
+  float *c, *narrow, *projected, *delta, *delta_u, *y;  // (T, D in rows) x 2, (T, columns), (T, W) x 3
 
   static int64_t padded(const Mixer& m) { return blocks_of(m.dim, 1, W) * W; }
-  static int64_t floats(const Mixer& m) { return kTile * (2 * padded(m) + mixer_columns(m) + 3 * W); }
+  // From one step's channels to the next one's: apart by an odd number of cache lines, or the steps of a
+  // block would meet in few sets of the cache.
+  static int64_t row_floats(const Mixer& m) { return ((padded(m) + 15) / 16 | 1) * 16; }
+  static int64_t floats(const Mixer& m) { return kTile * (2 * row_floats(m) + mixer_columns(m) + 3 * W); }
   MixerScratch(const Mixer& m, float* at) {
     delta = at, delta_u = delta + kTile * W, y = delta_u + kTile * W, c = y + kTile * W,
-    narrow = c + kTile * padded(m), projected = narrow + kTile * padded(m);
+    narrow = c + kTile * row_floats(m), projected = narrow + kTile * row_floats(m);
   }
 };
 
 int64_t mixer_scratch(const Mixer& m) { return MixerScratch::floats(m); }
+
+// One block's channels step by step, as the recurrence goes.
+template <class T>
+struct Steps {
+  T* first;
+  int64_t stride;
+  T* operator[](int64_t t) const { return first + t * stride; }
+};
+
+template <class T>
+inline Steps<T> steps_from(int64_t step, const Rows& rows, const Mixer& m, const Direction& direction,
+                           int64_t b, const Block& block) {
+  return {row<T>(rows, b, position_of(step, m.length, direction.scan_reverse)) + block.channel,
+          direction.scan_reverse ? -rows.time_stride : rows.time_stride};
+}
+
+// Taps of the convolution at a step that lie inside the sequence, beside the token itself.
+inline int64_t reach_of(const Mixer& m, const Direction& direction, int64_t step) {
+  return reach_at(position_of(step, m.length, direction.scan_reverse), m.length, direction.conv_reverse);
+}
+
+// Whether all taps do, at each of some steps.
+inline bool reach_inside(const Mixer& m, const Direction& direction, int64_t step, int steps) {
+  return reach_of(m, direction, step) >= m.width - 1 &&
+         reach_of(m, direction, step + steps - 1) >= m.width - 1;
+}
 
 // Calls use(t, i, sum) with the convolution at each of some steps, for each of the blocks [begin, end).
 template <class T, class F>
 inline void for_each_sum(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
                          int64_t step, int steps, int64_t begin, int64_t end, const F& use) {
   const int64_t stride = direction.conv_reverse ? m.x.time_stride : -m.x.time_stride;
+  const bool four = m.width == 4 && reach_inside(m, direction, step, steps);
   for (int64_t i = begin; i < end; ++i) {
     const Block block = block_at(i, m.dim, 1);
     const Taps taps{packed.taps + i * m.width * W, load(packed.conv_bias + i * W), (int)m.width};
-    for (int t = 0; t < steps; ++t) {
-      const int64_t position = position_of(step + t, m.length, direction.scan_reverse);
-      const int64_t reach = reach_at(position, m.length, direction.conv_reverse);
-      const T* x = row<const T>(m.x, b, position) + block.channel;
-      use(t, i, convolve(taps, x, stride, reach, block.lanes));
+    const Steps<const T> x = steps_from<const T>(step, m.x, m, direction, b, block);
+    if (four && block.lanes == W) {
+      const vf tap[4] = {load(taps.weight), load(taps.weight + W), load(taps.weight + 2 * W),
+                         load(taps.weight + 3 * W)};
+      for (int t = 0; t < steps; ++t) use(t, i, convolve_four(taps.bias, tap, x[t], stride));
+    } else {
+      for (int t = 0; t < steps; ++t)
+        use(t, i, convolve(taps, x[t], stride, reach_of(m, direction, step + t), block.lanes));
     }
   }
 }
@@ -99,7 +132,7 @@ inline void for_each_sum(const Mixer& m, const Direction& direction, const Packe
 template <class T>
 void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
                    int64_t step, int steps, int64_t begin, int64_t end, float* c) {
-  const int64_t row_floats = MixerScratch::padded(m);
+  const int64_t row_floats = MixerScratch::row_floats(m);
   for_each_sum<T>(m, direction, packed, b, step, steps, begin, end,
                   [&](int t, int64_t i, vf sum) { store(c + t * row_floats + i * W, silu(sum)); });
 }
@@ -107,50 +140,62 @@ void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirec
 // `narrow` is room for the tile in the type of the product.
 inline void project_tile(const Mixer& m, const PackedDirection& packed, const float* c, int steps,
                          float* narrow, float* out) {
-  const int64_t columns = mixer_columns(m), padded = MixerScratch::padded(m);
+  const int64_t columns = mixer_columns(m), row_floats = MixerScratch::row_floats(m);
   const Element element = projection_element(m);
   if (element == Element::bfloat16)
-    for (int64_t i = 0; i < steps * padded; i += W) store((bf16*)narrow + i, load(c + i));
+    for (int t = 0; t < steps; ++t)
+      for (int64_t d = t * row_floats; d < t * row_floats + MixerScratch::padded(m); d += W)
+        store((bf16*)narrow + d, load(c + d));
   linear_multiply({.element = element,
                    .out_bf16 = false,
                    .x = element == Element::bfloat16 ? narrow : c,
                    .packed = packed.x_proj,
                    .bias = nullptr,
                    .out = out,
-                   .x_stride = words_of(element, padded),
+                   .x_stride = words_of(element, row_floats),
                    .out_stride = columns,
                    .N = columns,
                    .K = m.dim},
                   0, steps, 0, linear_panels(columns));
 }
 
-// Calls use(t, delta) with dt @ dt_proj + bias at each step, for one block, four steps at a time.
+// Calls use(t, delta) with dt @ dt_proj + bias at `rows` steps from t on, for one block.
+template <int rows, class F>
+inline void some_deltas(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
+                        int64_t columns, int t, const F& use) {
+  const vf bias = load(packed.dt_bias + i * W);
+  const float *weight = packed.dt_proj + i * m.dt_rank * W, *dt = projected + t * columns;
+  vf delta[rows];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) delta[r] = bias;
+  for (int64_t k = 0; k < m.dt_rank; ++k) {
+    const vf w = load(weight + k * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) delta[r] += w * dt[r * columns + k];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) use(t + r, delta[r]);
+}
+
+// The same at all steps.
 template <class F>
 inline void for_each_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
                            int64_t columns, int steps, const F& use) {
-  const vf bias = load(packed.dt_bias + i * W);
-  const float* weight = packed.dt_proj + i * m.dt_rank * W;
-  for (int t = 0; t < steps; t += 4) {
-    const int rows = steps - t < 4 ? steps - t : 4;
-    const float* dt[4];
-    for (int r = 0; r < 4; ++r) dt[r] = projected + (t + (r < rows ? r : 0)) * columns;
-    vf delta[4] = {bias, bias, bias, bias};
-    for (int64_t k = 0; k < m.dt_rank; ++k) {
-      const vf w = load(weight + k * W);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) delta[r] += w * dt[r][k];
-    }
-    for (int r = 0; r < rows; ++r) use(t + r, delta[r]);
-  }
+  constexpr int kTogether = 8;
+  int t = 0;
+  for (; t + kTogether <= steps; t += kTogether)
+    some_deltas<kTogether>(m, packed, i, projected, columns, t, use);
+  for (; t < steps; ++t) some_deltas<1>(m, packed, i, projected, columns, t, use);
 }
 
 // delta' = softplus(delta) and delta' c for one block.
 inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
                          int64_t columns, int steps, const MixerScratch& s) {
-  const int64_t c_stride = MixerScratch::padded(m);
+  const int64_t row_floats = MixerScratch::row_floats(m);
+  const float* c = s.c + i * W;
   for_each_delta(m, packed, i, projected, columns, steps, [&](int t, vf delta) {
     const vf positive = softplus(delta);
-    store(s.delta_u + t * W, positive * load(s.c + t * c_stride + i * W));
+    store(s.delta_u + t * W, positive * load(c + t * row_floats));
     store(s.delta + t * W, at_most(positive, kFinite));
   });
 }
@@ -165,16 +210,19 @@ inline void add_tile(const Mixer& m, const Direction& direction, const PackedDir
                      int64_t i, int64_t step, int steps, bool first, bool last, const MixerScratch& s) {
   const Block block = block_at(i, m.dim, 1);
   const vf skip = load(packed.skip + i * W);
-  const int64_t c_stride = MixerScratch::padded(m);
-  for (int t = 0; t < steps; ++t) {
-    const int64_t position = position_of(step + t, m.length, direction.scan_reverse);
-    T* out = row<T>(m.out, b, position) + block.channel;
-    vf y = load(s.y + t * W) + skip * load(s.c + t * c_stride + i * W);
-    if (m.gates) y *= gate_of(m, direction, b, position);
-    if (!first) y += load((const T*)out, block.lanes);
-    if (last) y *= m.scale * silu(load(row<const T>(m.z, b, position) + block.channel, block.lanes));
-    store(out, y, block.lanes);
-  }
+  const int64_t row_floats = MixerScratch::row_floats(m);
+  const float* c = s.c + i * W;
+  const Steps<T> out = steps_from<T>(step, m.out, m, direction, b, block);
+  const Steps<const T> z = steps_from<const T>(step, m.z, m, direction, b, block);
+  with_lanes(block, [&](auto lanes) {
+    for (int t = 0; t < steps; ++t) {
+      vf y = load(s.y + t * W) + skip * load(c + t * row_floats);
+      if (m.gates) y *= gate_of(m, direction, b, position_of(step + t, m.length, direction.scan_reverse));
+      if (!first) y += load((const T*)out[t], lanes);
+      if (last) y *= m.scale * silu(load(z[t], lanes));
+      store(out[t], y, lanes);
+    }
+  });
 }
 
 inline int tile_steps(int64_t step, int64_t end) {

@@ -14,17 +14,17 @@
 
 namespace {
 
-// The weights as the forward has them, x_proj as (blocks, R + 2 N, W), and dt_proj (D, R) in panels of R.
+// The weights as the forward has them, and the transposes of x_proj and dt_proj in panels.
 struct PackedBackward : PackedDirection {
-  float *x_proj_rows, *dt_panels;
+  float *x_proj_turned, *dt_proj_turned;
 
   static int64_t floats(const Mixer& m) {
-    return PackedDirection::floats(m) + MixerScratch::padded(m) * mixer_projected(m) +
+    return PackedDirection::floats(m) + linear_packed(linear_panels(m.dim), mixer_projected(m)) +
            linear_packed(linear_panels(m.dt_rank), m.dim);
   }
   PackedBackward(const Mixer& m, float* at) : PackedDirection(m, at) {
-    x_proj_rows = at + PackedDirection::floats(m);
-    dt_panels = x_proj_rows + MixerScratch::padded(m) * mixer_projected(m);
+    x_proj_turned = at + PackedDirection::floats(m);
+    dt_proj_turned = x_proj_turned + linear_packed(linear_panels(m.dim), mixer_projected(m));
   }
 };
 
@@ -33,13 +33,9 @@ int64_t mixer_backward_packed(const Mixer& m) { return PackedBackward::floats(m)
 void mixer_backward_pack(const Mixer& m, const Direction& direction, float* memory) {
   mixer_pack(m, direction, memory);
   const PackedBackward packed(m, memory);
-  for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i) {
-    const Block block = block_at(i, m.dim, 1);
-    for (int64_t e = 0; e < mixer_projected(m); ++e)
-      store(packed.x_proj_rows + (i * mixer_projected(m) + e) * W,
-            load(direction.x_proj + e * m.dim + block.channel, block.lanes));
-  }
-  linear_pack_transposed(direction.dt_proj, m.dt_rank, m.dim, 0, linear_panels(m.dt_rank), packed.dt_panels);
+  const auto pack = linear_pack_transposed;
+  pack(direction.x_proj, m.dim, mixer_projected(m), 0, linear_panels(m.dim), packed.x_proj_turned);
+  pack(direction.dt_proj, m.dt_rank, m.dim, 0, linear_panels(m.dt_rank), packed.dt_proj_turned);
 }
 
 // Gradients of one direction's weights while they gather: vectors of channels, (blocks, n, W) each.
@@ -63,19 +59,20 @@ struct MixerSums {
 int64_t mixer_backward_sums(const Mixer& m) { return MixerSums::floats(m); }
 
 struct MixerBackwardScratch : RetreatScratch {
-  float *carry, *dx_carry;             // (blocks, N, W), (blocks, width - 1, W): to the chunk walked next
-  float *state, *dB, *dC;              // (N, W), (T, N, W) x 2
-  float *delta_slope, *dz_of_y;        // (T, W)
-  float *c, *slope, *dc, *ddelta_raw;  // (T, D padded); dc is room for x_proj's c before it is dc
-  float *projected, *dprojected;       // (T, columns)
-  float* dprojected_turned;            // (R + 2 N, T)
-  float* dsum;                         // (T + 2 (width - 1), W), zeros around
+  float *carry, *dx_carry;       // (blocks, N, W), (blocks, width - 1, W): to the chunk walked next
+  float *state, *dB, *dC;        // (N, W), (T, N, W) x 2
+  float *delta_slope, *dz_of_y;  // (T, W)
+  // (T, D in rows): dc is room for x_proj's c before it is dc, ddelta_raw for what comes back through x_proj
+  // when dt_proj has had it.
+  float *c, *slope, *dc, *ddelta_raw;
+  float *projected, *dprojected;  // (T, columns)
+  float* dsum;                    // (T + 2 (width - 1), W), zeros around
 
   static int64_t floats(const Mixer& m) {
-    const int64_t T = kChunk, padded = MixerScratch::padded(m);
-    return RetreatScratch::floats() + padded * (m.state + m.width - 1 + 4 * T) +
-           W * (m.state + 2 * T * m.state + 2 * T + T + 2 * (m.width - 1)) + 2 * T * mixer_columns(m) +
-           T * mixer_projected(m);
+    const int64_t T = kChunk;
+    return RetreatScratch::floats() + MixerScratch::padded(m) * (m.state + m.width - 1) +
+           MixerScratch::row_floats(m) * 4 * T +
+           W * (m.state + 2 * T * m.state + 2 * T + T + 2 * (m.width - 1)) + 2 * T * mixer_columns(m);
   }
   MixerBackwardScratch(const Mixer& m, float* at) : RetreatScratch(at) {
     const int64_t T = kChunk, padded = MixerScratch::padded(m);
@@ -85,9 +82,8 @@ struct MixerBackwardScratch : RetreatScratch {
     take(m.state * W, state);
     take(T * m.state * W, dB, dC);
     take(T * W, delta_slope, dz_of_y);
-    take(T * padded, c, slope, dc, ddelta_raw);
+    take(T * MixerScratch::row_floats(m), c, slope, dc, ddelta_raw);
     take(T * mixer_columns(m), projected, dprojected);
-    take(T * mixer_projected(m), dprojected_turned);
     take((T + 2 * (m.width - 1)) * W, dsum);
   }
 };
@@ -104,7 +100,7 @@ struct MixerChunk {
 template <class T, bool frozen>
 void convolve_chunk(const Mixer& m, const Direction& direction, const PackedDirection& packed,
                     const MixerChunk& at, const MixerBackwardScratch& s) {
-  const int64_t row_floats = MixerScratch::padded(m);
+  const int64_t row_floats = MixerScratch::row_floats(m);
   for_each_sum<T>(m, direction, packed, at.b, at.step, at.steps, 0, blocks_of(m.dim, 1, W),
                   [&](int t, int64_t i, vf sum) {
                     const vf s_of_sum = sigmoid(sum), c = sum * s_of_sum;
@@ -114,31 +110,55 @@ void convolve_chunk(const Mixer& m, const Direction& direction, const PackedDire
                   });
 }
 
-// sums (n, W) gain sum_t vector_t number_t[n], for `count` numbers a step.
-template <int count>
+// sums (blocks, n, W), `sums_stride` from block to block, gain sum_t vector_t number_t[n]: of neighbouring
+// blocks, and for `count` numbers a step.
+template <int blocks, int count>
 inline void gather_some(int steps, const float* vectors, int64_t vector_stride, const float* numbers,
-                        int64_t number_stride, float* sums) {
-  vf total[count];
-#pragma GCC unroll 8
-  for (int n = 0; n < count; ++n) total[n] = load(sums + n * W);
+                        int64_t number_stride, float* sums, int64_t sums_stride) {
+  vf total[blocks][count];
+#pragma GCC unroll 2
+  for (int i = 0; i < blocks; ++i)
+#pragma GCC unroll 6
+    for (int n = 0; n < count; ++n) total[i][n] = load(sums + i * sums_stride + n * W);
   for (int t = 0; t < steps; ++t) {
-    const vf vector = load(vectors + t * vector_stride);
-#pragma GCC unroll 8
-    for (int n = 0; n < count; ++n) total[n] += vector * numbers[t * number_stride + n];
+    vf vector[blocks];
+#pragma GCC unroll 2
+    for (int i = 0; i < blocks; ++i) vector[i] = load(vectors + t * vector_stride + i * W);
+#pragma GCC unroll 6
+    for (int n = 0; n < count; ++n)
+#pragma GCC unroll 2
+      for (int i = 0; i < blocks; ++i) total[i][n] += vector[i] * numbers[t * number_stride + n];
   }
-#pragma GCC unroll 8
-  for (int n = 0; n < count; ++n) store(sums + n * W, total[n]);
+#pragma GCC unroll 2
+  for (int i = 0; i < blocks; ++i)
+#pragma GCC unroll 6
+    for (int n = 0; n < count; ++n) store(sums + i * sums_stride + n * W, total[i][n]);
 }
 
-inline void gather(int steps, const float* vectors, int64_t vector_stride, const float* numbers,
-                   int64_t number_stride, int64_t count, float* sums) {
+template <int blocks>
+inline void gather_blocks(int steps, const float* vectors, int64_t vector_stride, const float* numbers,
+                          int64_t number_stride, int64_t count, float* sums) {
+  constexpr int kTogether = 6;
   int64_t n = 0;
-  for (; n + 8 <= count; n += 8)
-    gather_some<8>(steps, vectors, vector_stride, numbers + n, number_stride, sums + n * W);
-  for (; n + 4 <= count; n += 4)
-    gather_some<4>(steps, vectors, vector_stride, numbers + n, number_stride, sums + n * W);
+  for (; n + kTogether <= count; n += kTogether)
+    gather_some<blocks, kTogether>(steps, vectors, vector_stride, numbers + n, number_stride, sums + n * W,
+                                   count * W);
   for (; n < count; ++n)
-    gather_some<1>(steps, vectors, vector_stride, numbers + n, number_stride, sums + n * W);
+    gather_some<blocks, 1>(steps, vectors, vector_stride, numbers + n, number_stride, sums + n * W,
+                           count * W);
+}
+
+// The gradient of a weight that takes `count` numbers a step from or to all channels: sums (blocks, count, W)
+// gain those of the steps' vectors (T, D in rows) times their numbers (T, columns).
+inline void gather(const Mixer& m, int steps, const float* vectors, const float* numbers, int64_t count,
+                   float* sums) {
+  const int64_t row_floats = MixerScratch::row_floats(m), columns = mixer_columns(m);
+  const int64_t blocks = blocks_of(m.dim, 1, W);
+  int64_t i = 0;
+  for (; i + 2 <= blocks; i += 2)
+    gather_blocks<2>(steps, vectors + i * W, row_floats, numbers, columns, count, sums + i * count * W);
+  for (; i < blocks; ++i)
+    gather_blocks<1>(steps, vectors + i * W, row_floats, numbers, columns, count, sums + i * count * W);
 }
 
 // One block's way back through gate and scan: dz, dc without what comes through x_proj, ddelta before
@@ -147,7 +167,7 @@ template <class T>
 void retreat_block(const Mixer& m, const Direction& direction, const PackedBackward& packed,
                    const MixerGradients& grad, const MixerChunk& at, int64_t i, const MixerSums& sums,
                    const MixerBackwardScratch& s) {
-  const int64_t N = m.state, columns = mixer_columns(m), row_floats = MixerScratch::padded(m);
+  const int64_t N = m.state, columns = mixer_columns(m), row_floats = MixerScratch::row_floats(m);
   const Block block = block_at(i, m.dim, 1);
   const int64_t chunk = at.b * chunks_of(m.length) + at.step / kChunk;
   pack_rows(direction.states + (chunk * m.dim + block.channel) * N, N, block.lanes, 1, s.state);
@@ -159,84 +179,72 @@ void retreat_block(const Mixer& m, const Direction& direction, const PackedBackw
     store(s.delta_u + t * W, delta * load(c + t * row_floats));
     store(s.delta + t * W, at_most(delta, kFinite));
   });
-  for (int t = 0; t < at.steps; ++t) {
-    const int64_t position = position_of(at.step + t, m.length, direction.scan_reverse);
-    const T *z_at = row<const T>(m.z, at.b, position) + block.channel,
-            *dout_at = row<const T>(grad.dout, at.b, position) + block.channel;
-    const vf z = load(z_at, block.lanes), dout = m.scale * load(dout_at, block.lanes);
-    __builtin_prefetch(z_at + W, 0, 2), __builtin_prefetch(dout_at + W, 0, 2);  // of the next block
-    const vf gate = sigmoid(z), silu = z * gate;
-    store(s.dy + t * W, dout * silu);
-    store(s.dz_of_y + t * W, dout * (gate + silu * (1.0f - gate)));
-  }
+  const Steps<const T> z_at = steps_from<const T>(at.step, m.z, m, direction, at.b, block);
+  const Steps<const T> dout_at = steps_from<const T>(at.step, grad.dout, m, direction, at.b, block);
+  const Steps<T> dz_at = steps_from<T>(at.step, grad.dz, m, direction, at.b, block);
+  with_lanes(block, [&](auto lanes) {
+    for (int t = 0; t < at.steps; ++t) {
+      const vf z = load(z_at[t], lanes), dout = m.scale * load(dout_at[t], lanes);
+      __builtin_prefetch(z_at[t] + W, 0, 2), __builtin_prefetch(dout_at[t] + W, 0, 2);  // of the next block
+      const vf gate = sigmoid(z), silu = z * gate;
+      store(s.dy + t * W, dout * silu);
+      store(s.dz_of_y + t * W, dout * (gate + silu * (1.0f - gate)));
+    }
+  });
   retreat_all<false, false>(s, at.steps, N, packed.decay + i * N * W, s.state, s.carry + i * N * W,
                             sums.decay + i * N * W, {s.projected + m.dt_rank, columns},
                             {s.projected + m.dt_rank + N, columns}, s.dB, s.dC);
   const vf skip = load(packed.skip + i * W);
+  float *dc = s.dc + i * W, *ddelta_raw = s.ddelta_raw + i * W;
   vf dskip = {}, dbias = {};
-  for (int t = 0; t < at.steps; ++t) {
-    const int64_t position = position_of(at.step + t, m.length, direction.scan_reverse);
-    const vf u = load(c + t * row_floats), dy = load(s.dy + t * W), ddelta_u = load(s.ddelta_u + t * W);
-    const vf ddelta = (load(s.ddelta + t * W) * kLn2 + ddelta_u * u) * load(s.delta_slope + t * W);
-    vf dz = load(s.dz_of_y + t * W) * (load(s.y + t * W) + u * skip);
-    T* to = row<T>(grad.dz, at.b, position) + block.channel;
-    if (!at.first) dz += load((const T*)to, block.lanes);
-    store(to, dz, block.lanes);
-    __builtin_prefetch(to + W, 1, 2);
-    store(s.dc + t * row_floats + i * W, ddelta_u * load(s.delta + t * W) + dy * skip);
-    store(s.ddelta_raw + t * row_floats + i * W, ddelta);
-    dskip += dy * u, dbias += ddelta;
-  }
+  with_lanes(block, [&](auto lanes) {
+    for (int t = 0; t < at.steps; ++t) {
+      const vf u = load(c + t * row_floats), dy = load(s.dy + t * W), ddelta_u = load(s.ddelta_u + t * W);
+      const vf ddelta = (load(s.ddelta + t * W) * kLn2 + ddelta_u * u) * load(s.delta_slope + t * W);
+      vf dz = load(s.dz_of_y + t * W) * (load(s.y + t * W) + u * skip);
+      if (!at.first) dz += load((const T*)dz_at[t], lanes);
+      store(dz_at[t], dz, lanes);
+      __builtin_prefetch(dz_at[t] + W, 1, 2);
+      store(dc + t * row_floats, ddelta_u * load(s.delta + t * W) + dy * skip);
+      store(ddelta_raw + t * row_floats, ddelta);
+      dskip += dy * u, dbias += ddelta;
+    }
+  });
   store(sums.skip + i * W, load(sums.skip + i * W) + dskip);
   store(sums.dt_bias + i * W, load(sums.dt_bias + i * W) + dbias);
-  gather(at.steps, s.ddelta_raw + i * W, row_floats, s.projected, columns, m.dt_rank,
-         sums.dt_proj + i * m.dt_rank * W);
 }
 
-// The gradient of the projection: dt by a product over the channels, B and C summed over their lanes.
+// The gradient of the projection, dt's by a product over the channels, B's and C's summed over their lanes;
+// what of it comes back through x_proj, in ddelta_raw's place; and the gradients of both weights.
 inline void retreat_projection(const Mixer& m, const PackedBackward& packed, const MixerChunk& at,
-                               const MixerBackwardScratch& s) {
-  const int64_t N = m.state, columns = mixer_columns(m);
-  linear_multiply({.element = Element::float32,
-                   .out_bf16 = false,
-                   .x = s.ddelta_raw,
-                   .packed = packed.dt_panels,
-                   .bias = nullptr,
-                   .out = s.dprojected,
-                   .x_stride = MixerScratch::padded(m),
-                   .out_stride = columns,
-                   .N = m.dt_rank,
-                   .K = m.dim},
-                  0, at.steps, 0, linear_panels(m.dt_rank));
+                               const MixerSums& sums, const MixerBackwardScratch& s) {
+  const int64_t N = m.state, columns = mixer_columns(m), row_floats = MixerScratch::row_floats(m);
+  Product product = {.element = Element::float32, .out_bf16 = false};
+  product.x = s.ddelta_raw, product.x_stride = row_floats, product.K = m.dim;
+  product.out = s.dprojected, product.out_stride = columns, product.N = m.dt_rank;
+  product.packed = packed.dt_proj_turned;
+  linear_multiply(product, 0, at.steps, 0, linear_panels(m.dt_rank));
   for (int t = 0; t < at.steps; ++t) {
     float* dprojected = s.dprojected + t * columns + m.dt_rank;
     sum_lanes(s.dB + t * N * W, N, dprojected);
     sum_lanes(s.dC + t * N * W, N, dprojected + N);
   }
-  for (int64_t e = 0; e < mixer_projected(m); ++e)
-    for (int t = 0; t < at.steps; ++t) s.dprojected_turned[e * kChunk + t] = s.dprojected[t * columns + e];
+  gather(m, at.steps, s.ddelta_raw, s.projected, m.dt_rank, sums.dt_proj);
+  gather(m, at.steps, s.c, s.dprojected, mixer_projected(m), sums.x_proj);
+  product.x = s.dprojected, product.x_stride = columns, product.K = mixer_projected(m);
+  product.out = s.ddelta_raw, product.out_stride = row_floats, product.N = m.dim;
+  product.packed = packed.x_proj_turned;
+  linear_multiply(product, 0, at.steps, 0, linear_panels(m.dim));
 }
 
-// dsum = (dc + dprojected x_proj) slope for one block, eight steps at a time.
-inline void retreat_input(const Mixer& m, const PackedBackward& packed, const MixerChunk& at, int64_t i,
-                          const MixerBackwardScratch& s) {
-  constexpr int kSteps = 8;  // divides kChunk: what lies beyond the chunk's steps is computed and left out
-  const int64_t projected = mixer_projected(m), row_floats = MixerScratch::padded(m);
-  const float *weight = packed.x_proj_rows + i * projected * W, *dc = s.dc + i * W, *slope = s.slope + i * W;
+// dsum = (dc + what comes through x_proj) slope for one block.
+inline void retreat_input(const Mixer& m, const MixerChunk& at, int64_t i, const MixerBackwardScratch& s) {
+  const int64_t row_floats = MixerScratch::row_floats(m);
+  const float *dc = s.dc + i * W, *through_x_proj = s.ddelta_raw + i * W, *slope = s.slope + i * W;
   float* dsum = s.dsum + (m.width - 1) * W;
-  for (int t = 0; t < at.steps; t += kSteps) {
-    vf sums[kSteps] = {};
-    for (int64_t e = 0; e < projected; ++e) {
-      const vf w = load(weight + e * W);
-      const float* number = s.dprojected_turned + e * kChunk + t;
-#pragma GCC unroll 8
-      for (int r = 0; r < kSteps; ++r) sums[r] += w * number[r];
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kSteps; ++r)
-      if (t + r < at.steps)
-        store(dsum + (t + r) * W,
-              (sums[r] + load(dc + (t + r) * row_floats)) * load(slope + (t + r) * row_floats));
+  for (int64_t t = 0; t < at.steps; ++t) {
+    const int64_t o = t * row_floats;
+    store(dsum + t * W, (load(dc + o) + load(through_x_proj + o)) * load(slope + o));
   }
 }
 
@@ -246,24 +254,31 @@ inline void retreat_taps(const Mixer& m, const Direction& direction, const Mixer
                          const MixerSums& sums, const MixerBackwardScratch& s) {
   const Block block = block_at(i, m.dim, 1);
   const int64_t stride = direction.conv_reverse ? m.x.time_stride : -m.x.time_stride;
+  const Steps<const T> x = steps_from<const T>(at.step, m.x, m, direction, at.b, block);
   const float* dsum = s.dsum + (m.width - 1) * W;
-  vf taps[kMaxWidth] = {}, first[4] = {}, bias = {};
-  for (int t = 0; t < at.steps; ++t) {
-    const int64_t position = position_of(at.step + t, m.length, direction.scan_reverse);
-    const int64_t reach = reach_at(position, m.length, direction.conv_reverse);
-    const T* x = row<const T>(m.x, at.b, position) + block.channel;
-    const vf d = load(dsum + t * W);
-    bias += d;
-    if (__builtin_expect(m.width == 4 && reach >= 3, 1)) {
+  vf taps[kMaxWidth] = {}, bias = {};
+  with_lanes(block, [&](auto lanes) {
+    if (m.width == 4 && reach_inside(m, direction, at.step, at.steps)) {
+      vf first[4] = {};
+      for (int t = 0; t < at.steps; ++t) {
+        const vf d = load(dsum + t * W);
+        bias += d;
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) first[j] += d * load(x + j * stride, block.lanes);
+        for (int j = 0; j < 4; ++j) first[j] += d * load(x[t] + j * stride, lanes);
+      }
+      for (int j = 0; j < 4; ++j) taps[j] = first[j];
     } else {
-      for (int64_t j = 0; j < m.width && j <= reach; ++j) taps[j] += d * load(x + j * stride, block.lanes);
+      for (int t = 0; t < at.steps; ++t) {
+        const int64_t reach = reach_of(m, direction, at.step + t);
+        const vf d = load(dsum + t * W);
+        bias += d;
+        for (int64_t j = 0; j < m.width && j <= reach; ++j) taps[j] += d * load(x[t] + j * stride, lanes);
+      }
     }
-  }
+  });
   for (int64_t j = 0; j < m.width; ++j) {
     float* to = sums.taps + (i * m.width + j) * W;
-    store(to, load(to) + taps[j] + (j < 4 ? first[j] : vf{}));
+    store(to, load(to) + taps[j]);
   }
   store(sums.conv_bias + i * W, load(sums.conv_bias + i * W) + bias);
 }
@@ -282,38 +297,41 @@ inline void retreat_tokens(const Mixer& m, const Direction& direction, const Pac
   const int64_t sign = along ? 1 : -1;
   const float *taps = packed.taps + i * m.width * W, *dsum = s.dsum + reach * W;
   float* carry = s.dx_carry + i * reach * W;
+  vf tap[kMaxWidth] = {};
+  for (int64_t j = 0; j < m.width; ++j) tap[j] = load(taps + j * W);
   auto gradient = [&](int64_t t) {
+    const float* from = dsum + t * W;
+    if (m.width == 4) return convolve_four(vf{}, {tap[0], tap[1], tap[2], tap[3]}, from, sign * W);
     vf dx = {};
-    for (int64_t j = 0; j < m.width; ++j) dx += load(taps + j * W) * load(dsum + (t + sign * j) * W);
+    for (int64_t j = 0; j < m.width; ++j) dx += tap[j] * load(from + sign * j * W);
     return dx;
   };
-  auto to_of = [&](int64_t step) {
-    return row<T>(grad.dx, at.b, position_of(step, m.length, direction.scan_reverse)) + block.channel;
-  };
-  for (int64_t t = 0; t < at.steps; ++t) {
-    T* to = to_of(at.step + t);
-    vf dx = gradient(t);
-    const int64_t waits = t - (at.steps - reach);  // from the chunk of later steps
-    if (along && waits >= 0) dx += load(carry + waits * W);
-    if (!at.first) dx += load((const T*)to, block.lanes);
-    store(to, dx, block.lanes);
-    __builtin_prefetch(to + W, 1, 2);
-  }
-  for (int64_t k = 0; k < reach; ++k) {
-    if (along) {
-      store(carry + k * W, gradient(k - reach));
-    } else if (last + 1 + k < m.length) {
-      T* to = to_of(last + 1 + k);
-      store(to, load((const T*)to, block.lanes) + gradient(at.steps + k), block.lanes);
+  const Steps<T> dx_at = steps_from<T>(at.step, grad.dx, m, direction, at.b, block);
+  with_lanes(block, [&](auto lanes) {
+    for (int64_t t = 0; t < at.steps; ++t) {
+      vf dx = gradient(t);
+      const int64_t waits = t - (at.steps - reach);  // from the chunk of later steps
+      if (along && waits >= 0) dx += load(carry + waits * W);
+      if (!at.first) dx += load((const T*)dx_at[t], lanes);
+      store(dx_at[t], dx, lanes);
+      __builtin_prefetch(dx_at[t] + W, 1, 2);
     }
-  }
+    for (int64_t k = 0; k < reach; ++k) {
+      if (along) {
+        store(carry + k * W, gradient(k - reach));
+      } else if (last + 1 + k < m.length) {
+        T* to = dx_at[at.steps + k];
+        store(to, load((const T*)to, lanes) + gradient(at.steps + k), lanes);
+      }
+    }
+  });
 }
 
 // Calls retreat(chunk) for every chunk, the last first, with c, its slope and the projections there anew.
 template <class T, bool frozen, class F>
 void walk_back(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
                bool first, const MixerBackwardScratch& s, const F& retreat) {
-  const int64_t row_floats = MixerScratch::padded(m);
+  const int64_t row_floats = MixerScratch::row_floats(m);
   memset(s.carry, 0, row_floats * m.state * sizeof(float));
   memset(s.dx_carry, 0, row_floats * (m.width - 1) * sizeof(float));
   for (int64_t chunk = chunks_of(m.length) - 1; chunk >= 0; --chunk) {
@@ -329,18 +347,16 @@ template <class T>
 void mixer_backward_typed(const Mixer& m, const Direction& direction, const MixerGradients& grad,
                           const PackedBackward& packed, int64_t b, bool first, const MixerSums& sums,
                           const MixerBackwardScratch& s) {
-  const int64_t N = m.state, row_floats = MixerScratch::padded(m);
+  const int64_t N = m.state;
   walk_back<T, false>(m, direction, packed, b, first, s, [&](const MixerChunk& at) {
     memset(s.dB, 0, at.steps * N * W * sizeof(float));
     memset(s.dC, 0, at.steps * N * W * sizeof(float));
     for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i)
       retreat_block<T>(m, direction, packed, grad, at, i, sums, s);
-    retreat_projection(m, packed, at, s);
+    retreat_projection(m, packed, at, sums, s);
     memset(s.dsum, 0, (at.steps + 2 * (m.width - 1)) * W * sizeof(float));
     for (int64_t i = 0; i < blocks_of(m.dim, 1, W); ++i) {
-      gather(at.steps, s.c + i * W, row_floats, s.dprojected, mixer_columns(m), mixer_projected(m),
-             sums.x_proj + i * mixer_projected(m) * W);
-      retreat_input(m, packed, at, i, s);
+      retreat_input(m, at, i, s);
       retreat_taps<T>(m, direction, at, i, sums, s);
       retreat_tokens<T>(m, direction, packed, grad, at, i, s);
     }

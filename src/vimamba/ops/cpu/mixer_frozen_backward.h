@@ -46,17 +46,20 @@ template <class T>
 void retreat_frozen_block(const Mixer& m, const Direction& direction, const PackedDirection& packed,
                           const MixerGradients& grad, const MixerChunk& at, int64_t i,
                           const MixerBackwardScratch& s) {
-  const int64_t N = m.state, columns = mixer_columns(m), row_floats = MixerScratch::padded(m);
+  const int64_t N = m.state, columns = mixer_columns(m), row_floats = MixerScratch::row_floats(m);
   const Block block = block_at(i, m.dim, 1);
   for_each_delta(m, packed, i, s.projected, columns, at.steps,
                  [&](int t, vf raw) { store(s.delta + t * W, at_most(softplus(raw), kFinite)); });
-  for (int t = 0; t < at.steps; ++t) {
-    const int64_t position = position_of(at.step + t, m.length, direction.scan_reverse);
-    const vf z = load(row<const T>(m.z, at.b, position) + block.channel, block.lanes);
-    vf dy = m.scale * load(row<const T>(grad.dout, at.b, position) + block.channel, block.lanes);
-    if (m.gates) dy *= gate_of(m, direction, at.b, position);
-    store(s.dy + t * W, dy * silu(z));
-  }
+  const Steps<const T> z = steps_from<const T>(at.step, m.z, m, direction, at.b, block);
+  const Steps<const T> dout = steps_from<const T>(at.step, grad.dout, m, direction, at.b, block);
+  with_lanes(block, [&](auto lanes) {
+    for (int t = 0; t < at.steps; ++t) {
+      vf dy = m.scale * load(dout[t], lanes);
+      if (m.gates)
+        dy *= gate_of(m, direction, at.b, position_of(at.step + t, m.length, direction.scan_reverse));
+      store(s.dy + t * W, dy * silu(load(z[t], lanes)));
+    }
+  });
   retreat_frozen_all(s, at.steps, N, packed.decay + i * N * W, s.carry + i * N * W,
                      {s.projected + m.dt_rank, columns}, {s.projected + m.dt_rank + N, columns});
   const vf skip = load(packed.skip + i * W);

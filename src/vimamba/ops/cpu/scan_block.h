@@ -42,6 +42,20 @@ inline Block block_at(int64_t index, int64_t dim, int64_t groups) {
   return {group, group * dim_of_group + offset, (int)(left < W ? left : W)};
 }
 
+// The number of lanes of a block that has them all, for the compiler to know.
+struct AllLanes {
+  constexpr operator int() const { return W; }
+};
+
+// Calls use(lanes): what it is called with is AllLanes where that is so, and loads and stores need no check.
+template <class F>
+inline void with_lanes(const Block& block, const F& use) {
+  if (block.lanes == W)
+    use(AllLanes());
+  else
+    use(block.lanes);
+}
+
 // rows (lanes, N) -> packed (N, W), times `factor`, the lanes beyond the block zero.
 inline void pack_rows(const float* rows, int64_t N, int lanes, float factor, float* packed) {
   for (int64_t n = 0; n < N; n += W) {
@@ -121,7 +135,7 @@ inline bool in_reach(int steps, const float* delta, int64_t N, const float* deca
   vi beyond = {};
   for (int64_t n = 0; n < N; ++n) {
     const vf rate = absolute(load(decay + n * W));
-    fastest = rate > fastest ? rate : fastest;
+    fastest = at_least(rate, fastest);
     beyond |= ~(rate <= kFinite);  // NaN
   }
   for (int t = 0; t < steps; ++t) beyond |= ~(absolute(load(delta + t * W)) * fastest <= 126.0f);

@@ -16,6 +16,9 @@
 #include <arm_neon.h>
 #endif
 
+// A call of exp in an innermost loop would leave it no registers, so the compiler has no say.
+#define VIMAMBA_INLINE [[gnu::always_inline]] inline
+
 namespace {
 
 #if defined(VIMAMBA_AVX512) || defined(VIMAMBA_AMX)  // a row of a tile is 16 words
@@ -37,28 +40,34 @@ struct bf16 {
   uint16_t bits;
 };
 
-inline vf splat(float value) { return value - vf{}; }
+VIMAMBA_INLINE vf splat(float value) { return value - vf{}; }
 
-inline vf as_float(vi bits) { return (vf)bits; }
+VIMAMBA_INLINE vf as_float(vi bits) { return (vf)bits; }
 
-inline vi as_int(vf value) { return (vi)value; }
+VIMAMBA_INLINE vi as_int(vf value) { return (vi)value; }
 
 // NaN in `value` passes through both, as in torch.clamp (x86's instructions return their second operand
 // then).
 #if defined(VIMAMBA_AVX512)
-inline vf at_least(vf value, float low) { return (vf)_mm512_max_ps((__m512)splat(low), (__m512)value); }
-inline vf at_most(vf value, float high) { return (vf)_mm512_min_ps((__m512)splat(high), (__m512)value); }
+VIMAMBA_INLINE vf at_least(vf value, vf low) { return (vf)_mm512_max_ps((__m512)low, (__m512)value); }
+VIMAMBA_INLINE vf at_most(vf value, float high) {
+  return (vf)_mm512_min_ps((__m512)splat(high), (__m512)value);
+}
 #elif defined(VIMAMBA_AVX2)
-inline vf at_least(vf value, float low) { return (vf)_mm256_max_ps((__m256)splat(low), (__m256)value); }
-inline vf at_most(vf value, float high) { return (vf)_mm256_min_ps((__m256)splat(high), (__m256)value); }
+VIMAMBA_INLINE vf at_least(vf value, vf low) { return (vf)_mm256_max_ps((__m256)low, (__m256)value); }
+VIMAMBA_INLINE vf at_most(vf value, float high) {
+  return (vf)_mm256_min_ps((__m256)splat(high), (__m256)value);
+}
 #else
-inline vf at_least(vf value, float low) { return value < low ? splat(low) : value; }
-inline vf at_most(vf value, float high) { return value > high ? splat(high) : value; }
+VIMAMBA_INLINE vf at_least(vf value, vf low) { return value < low ? low : value; }
+VIMAMBA_INLINE vf at_most(vf value, float high) { return value > high ? splat(high) : value; }
 #endif
 
-inline vf absolute(vf value) { return as_float(as_int(value) & 0x7fffffff); }
+VIMAMBA_INLINE vf at_least(vf value, float low) { return at_least(value, splat(low)); }
 
-inline float sum(vf value) {
+VIMAMBA_INLINE vf absolute(vf value) { return as_float(as_int(value) & 0x7fffffff); }
+
+VIMAMBA_INLINE float sum(vf value) {
   float lanes[W];
   memcpy(lanes, &value, sizeof lanes);
   for (int width = W / 2; width > 0; width /= 2)
@@ -66,11 +75,11 @@ inline float sum(vf value) {
   return lanes[0];
 }
 
-inline vf widen(vh half) { return as_float((vi)(__builtin_convertvector(half, vu) << 16)); }
+VIMAMBA_INLINE vf widen(vh half) { return as_float((vi)(__builtin_convertvector(half, vu) << 16)); }
 
 // Round to nearest, ties to even; NaN stays NaN (quieted), as torch does it. (AVX512_BF16 takes denormals for
 // zero.)
-inline vh narrow(vf value) {
+VIMAMBA_INLINE vh narrow(vf value) {
 #if defined(VIMAMBA_AVX512_BF16)
   return (vh)_mm512_cvtneps_pbh((__m512)value);
 #else
@@ -83,29 +92,28 @@ inline vh narrow(vf value) {
 
 // sum + a0 b0 + a1 b1 for the two 16-bit integers of each lane. In the order of the calls: the compiler would
 // reorder sums of integers, for which there are not enough registers.
-inline vi add_pairs(vi sum, vi a, vi b) {
+VIMAMBA_INLINE vi add_pairs(vi sum, vi a, vi b) {
 #if defined(VIMAMBA_AVX512)
   sum += (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+  asm("" : "+v"(sum));
 #elif defined(VIMAMBA_AVX2)
   sum += (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
+  asm("" : "+v"(sum));
+#elif defined(__SSE2__) && !defined(VIMAMBA_AMX)
   sum += (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#elif defined(__aarch64__)
+  asm("" : "+v"(sum));
+#elif defined(__aarch64__) && !defined(VIMAMBA_AMX)
   const int16x8_t pairs = (int16x8_t)a, others = (int16x8_t)b;
   sum += (vi)vpaddq_s32(vmull_s16(vget_low_s16(pairs), vget_low_s16(others)), vmull_high_s16(pairs, others));
-#else
-  sum += (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
-#endif
-#if defined(__x86_64__)
-  asm("" : "+v"(sum));
-#elif defined(__aarch64__)
   asm("" : "+w"(sum));
+#else  // also AMX's tiles in plain C++, which the tests have
+  sum += (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
   return sum;
 }
 
 // Of numbers from -128 to 127.
-inline vb to_bytes(vi value) {
+VIMAMBA_INLINE vb to_bytes(vi value) {
 #if defined(VIMAMBA_AVX2)
   const __m256i whole = (__m256i)value;
   const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
@@ -116,28 +124,28 @@ inline vb to_bytes(vi value) {
 #endif
 }
 
-inline vf load(const float* from) {
+VIMAMBA_INLINE vf load(const float* from) {
   vf value;
   memcpy(&value, from, sizeof value);
   return value;
 }
 
-inline vf load(const bf16* from) {
+VIMAMBA_INLINE vf load(const bf16* from) {
   vh half;
   memcpy(&half, from, sizeof half);
   return widen(half);
 }
 
-inline void store(float* to, vf value) { memcpy(to, &value, sizeof value); }
+VIMAMBA_INLINE void store(float* to, vf value) { memcpy(to, &value, sizeof value); }
 
-inline void store(bf16* to, vf value) {
+VIMAMBA_INLINE void store(bf16* to, vf value) {
   const vh half = narrow(value);
   memcpy(to, &half, sizeof half);
 }
 
 // The last channels of a row: `lanes` of them, the other lanes zero. Reads and writes nothing beyond them.
 template <class T>
-inline vf load(const T* from, int lanes) {
+VIMAMBA_INLINE vf load(const T* from, int lanes) {
   if (__builtin_expect(lanes == W, 1)) return load(from);
 #if defined(VIMAMBA_AVX512)
   const __mmask16 some = (__mmask16)((1u << lanes) - 1);
@@ -153,7 +161,7 @@ inline vf load(const T* from, int lanes) {
 }
 
 template <class T>
-inline void store(T* to, vf value, int lanes) {
+VIMAMBA_INLINE void store(T* to, vf value, int lanes) {
   if (__builtin_expect(lanes == W, 1)) return store(to, value);
 #if defined(VIMAMBA_AVX512)
   const __mmask16 some = (__mmask16)((1u << lanes) - 1);
@@ -180,7 +188,7 @@ struct FirstLanes<0, lane...> {
 };
 
 template <int half, int... lane>
-inline void swap_lanes(vf& a, vf& b, Lanes<lane...>) {
+VIMAMBA_INLINE void swap_lanes(vf& a, vf& b, Lanes<lane...>) {
 #if defined(__clang__)
   const vf low = __builtin_shufflevector(a, b, (lane & half ? W + lane - half : lane)...);
   const vf high = __builtin_shufflevector(a, b, (lane & half ? W + lane : lane + half)...);
@@ -192,16 +200,16 @@ inline void swap_lanes(vf& a, vf& b, Lanes<lane...>) {
 }
 
 template <int half = W / 2>
-inline void transpose(vf (&square)[W]) {
+VIMAMBA_INLINE void transpose(vf (&square)[W]) {
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i)
     if (!(i & half)) swap_lanes<half>(square[i], square[i + half], FirstLanes<W>::type());
   if constexpr (half > 1) transpose<half / 2>(square);
 }
 
-inline float scalar(const float* from) { return *from; }
+VIMAMBA_INLINE float scalar(const float* from) { return *from; }
 
-inline float scalar(const bf16* from) {
+VIMAMBA_INLINE float scalar(const bf16* from) {
   const uint32_t bits = (uint32_t)from->bits << 16;
   float value;
   memcpy(&value, &bits, sizeof value);
@@ -214,7 +222,7 @@ constexpr float kLn2 = 0.693147180559945309f;
 // 2^x for finite x or NaN: x = k + r with |r| <= 1/2, a polynomial for 2^r whose constant term is exactly 1,
 // so that decays close to 1 keep their relative accuracy (|error| <= 4.4e-7 |2^r - 1|), and an exact scaling
 // by 2^k. Under- and overflow to 0 and infinity.
-inline vf exp2_polynomial(vf r) {
+VIMAMBA_INLINE vf exp2_polynomial(vf r) {
   vf p = r * 1.333353808e-03f + 9.666245431e-03f;
   p = p * r + 5.550500378e-02f;
   p = p * r + 2.402235121e-01f;
@@ -222,7 +230,7 @@ inline vf exp2_polynomial(vf r) {
   return p * r + 1.0f;
 }
 
-inline vf exp2(vf x) {
+VIMAMBA_INLINE vf exp2(vf x) {
 #if defined(VIMAMBA_AVX512)
   const __m512 k = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return _mm512_scalef_ps(exp2_polynomial(x - (vf)k), k);
@@ -241,10 +249,10 @@ inline vf exp2(vf x) {
 // to that of 2^r.
 #if defined(VIMAMBA_AVX512)
 constexpr bool kHasNearExp2 = false;  // exp2 is as fast
-inline vf exp2_near(vf a, vf b) { return exp2(a * b); }
+VIMAMBA_INLINE vf exp2_near(vf a, vf b) { return exp2(a * b); }
 #else
 constexpr bool kHasNearExp2 = true;
-inline vf exp2_near(vf a, vf b) {
+VIMAMBA_INLINE vf exp2_near(vf a, vf b) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves k in the low bits
   const vf shifted = a * b + kShift;
   const vf r = a * b - (shifted - kShift);
@@ -280,7 +288,7 @@ constexpr bool kHasCoarseExp2 = false;
 #endif
 
 // exp for any x: infinities are pulled in to where the result is already 0 or infinity.
-inline vf exp(vf x) {
+VIMAMBA_INLINE vf exp(vf x) {
 #if defined(VIMAMBA_AVX512)
   return exp2(at_most(at_least(x * kLog2e, -1e4f), 1e4f));
 #else
@@ -288,18 +296,18 @@ inline vf exp(vf x) {
 #endif
 }
 
-inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+VIMAMBA_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
-inline vf silu(vf x) { return x / (1.0f + exp(-x)); }
+VIMAMBA_INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }
 
 // d silu(x) / dx
-inline vf silu_slope(vf x) {
+VIMAMBA_INLINE vf silu_slope(vf x) {
   const vf s = sigmoid(x);
   return s + x * s * (1.0f - s);
 }
 
 // log(1 + w) for 0 <= w <= 1, relative error 3e-8.
-inline vf log1p_unit(vf w) {
+VIMAMBA_INLINE vf log1p_unit(vf w) {
   vf p = w * 5.232687917e-03f - 2.950521334e-02f;
   p = p * w + 7.822591046e-02f;
   p = p * w - 1.366324228e-01f;
@@ -313,10 +321,10 @@ inline vf log1p_unit(vf w) {
 
 // max(x, 0) + log(1 + exp(-|x|)): the same as torch's softplus with its threshold of 20, to the last bit of
 // float32.
-inline vf softplus(vf x) { return at_least(x, 0.0f) + log1p_unit(exp(-absolute(x))); }
+VIMAMBA_INLINE vf softplus(vf x) { return at_least(x, 0.0f) + log1p_unit(exp(-absolute(x))); }
 
 // The same with d softplus(x) / dx, the sigmoid, from the same exponential.
-inline vf softplus(vf x, vf& slope) {
+VIMAMBA_INLINE vf softplus(vf x, vf& slope) {
   const vf w = exp(-absolute(x));
   slope = (x < 0.0f ? w : splat(1.0f)) / (1.0f + w);
   return at_least(x, 0.0f) + log1p_unit(w);
