@@ -240,7 +240,9 @@ def exported(model: nn.Module, x: Tensor, folder: str) -> Path:
     """The model as an ONNX file."""
     path = Path(folder) / "model.onnx"
     with torch.no_grad():
-        torch.onnx.export(model.eval(), (x,), path, dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(
+            model.eval(), (x,), path, dynamo=True, external_data=False, verbose=False, input_names=["images"]
+        )
     return path
 
 

@@ -267,6 +267,22 @@ def test_formats_are_held_against_pytorch_and_timed(tmp_path):
         assert f"nano, {row['format']}: {row['difference']:.1e}" in done.stdout
 
 
+@pytest.mark.slow
+def test_models_are_measured_beside_other_libraries_and_the_floor(tmp_path):
+    """benchmarks/models.py: the rows of OpenVINO, of ONNX Runtime and of the least possible time."""
+    options = ["--only", "224 px, float32", "--repeats", "1", "--seconds", "0", "--threads", "1", "--json"]
+    command = [sys.executable, str(BENCHMARKS / "models.py"), *options, str(tmp_path / "found.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
+    assert [what.split(",")[0] for what in rows] == [
+        "DeiT-Ti in OpenVINO",
+        "DeiT-Ti in ONNX Runtime",
+        "multiple of the floor",
+    ]
+    assert all(row["measured"] > 0 for row in rows.values()), rows
+
+
 @pytest.mark.parametrize("name", ["models", "runtimes", "scan_torch", "serve", "dense", "large_image"])
 def test_a_script_refuses_a_file_that_cannot_be_written_before_it_measures(name, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
