@@ -81,15 +81,12 @@ def causal_conv1d(
     check_shape("bias", bias, (x.shape[1],), "(dim,)")
     dtype = wide(x.dtype)
     bias = None if bias is None else bias.to(dtype)
-    run = _forward if backends.direct(backend, x) else torch.ops.vimamba.causal_conv1d
+    run = _operator.forward(backend, x)
     return run(x, weight.to(dtype), bias, activation is not None, reverse, backend or "")
 
 
 def _forward(x, weight, bias, silu, reverse, backend):
     return backends.resolve(backend, x.device, x.dtype).conv_forward(x, weight, bias, silu, reverse)
-
-
-operators.implement("causal_conv1d", _forward)
 
 
 @torch.library.register_fake("vimamba::causal_conv1d")
@@ -101,9 +98,6 @@ def _backward(dy, x, weight, bias, silu, reverse, backend):
     chosen = backends.resolve(backend, x.device, x.dtype)
     dx, dweight, dbias = chosen.conv_backward(dy, x, weight, bias, silu, reverse)
     return dx, dweight, weight.new_empty(0) if dbias is None else dbias
-
-
-operators.implement("causal_conv1d_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::causal_conv1d_backward")
@@ -122,14 +116,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward_rule(ctx, dy):
     x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = torch.ops.vimamba.causal_conv1d_backward(
-        dy, x, weight, bias, ctx.silu, ctx.reverse, ctx.backend
-    )
+    dx, dweight, dbias = _operator.backward(dy)(dy, x, weight, bias, ctx.silu, ctx.reverse, ctx.backend)
     return dx, dweight, None if bias is None else dbias, None, None, None
 
 
-torch.library.register_autograd("vimamba::causal_conv1d", _backward_rule, setup_context=_setup_context)
-operators.first_derivatives_only("causal_conv1d_backward")
+_operator = operators.Differentiable("causal_conv1d", _forward, _backward, _setup_context, _backward_rule)
 
 
 @register_flop_formula(torch.ops.vimamba.causal_conv1d)

@@ -72,7 +72,7 @@ def mixer(
         skips = skip and values
         if not values or (skips and not backends.trait("skips_closed_gates", backend, xz.device, xz.dtype)):
             return _one_by_one(xz, directions, scale, gates, skips, backend)
-    run = _forward if backends.direct(backend, xz) else torch.ops.vimamba.mixer
+    run = _operator.forward(backend, xz)
     return run(xz, weights, reverse, scale, gates, save_states, backend or "")[0]
 
 
@@ -164,9 +164,6 @@ def _forward(xz, weights, reverse, scale, gates, save_states, backend):
     return chosen.mixer_forward(xz, weights, reverse, scale, gates, save_states)
 
 
-operators.implement("mixer", _forward)
-
-
 @torch.library.register_fake("vimamba::mixer")
 def _forward_fake(xz, weights, reverse, scale, gates, save_states, backend):
     batch, length, width = xz.shape
@@ -179,9 +176,6 @@ def _forward_fake(xz, weights, reverse, scale, gates, save_states, backend):
 def _backward(dout, xz, weights, states, reverse, scale, backend):
     chosen = backends.resolve(backend, xz.device, xz.dtype)
     return chosen.mixer_backward(dout, xz, weights, reverse, states, scale)
-
-
-operators.implement("mixer_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::mixer_backward")
@@ -201,12 +195,11 @@ def _backward_rule(ctx, dout, _dstates):
     xz, *weights, states = ctx.saved_tensors
     if states is None:  # a graph that was exported for its values alone
         states = torch.ops.vimamba.mixer(xz, weights, ctx.reverse, ctx.scale, None, True, ctx.backend)[1]
-    dxz, dweights = torch.ops.vimamba.mixer_backward(dout, xz, weights, states, ctx.reverse, ctx.scale, ctx.backend)
+    dxz, dweights = _operator.backward(dout)(dout, xz, weights, states, ctx.reverse, ctx.scale, ctx.backend)
     return dxz, dweights, None, None, None, None, None
 
 
-torch.library.register_autograd("vimamba::mixer", _backward_rule, setup_context=_setup_context)
-operators.first_derivatives_only("mixer_backward")
+_operator = operators.Differentiable("mixer", _forward, _backward, _setup_context, _backward_rule)
 
 
 @register_flop_formula(torch.ops.vimamba.mixer)

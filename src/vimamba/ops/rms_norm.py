@@ -56,7 +56,7 @@ def rms_norm(
         raise ValueError(f"out_dtype must be a floating type, got {out_dtype}")
     dtype = wide(x.dtype)
     residual = None if residual is None else residual.to(dtype)
-    run = _forward if backends.direct(backend, x) else torch.ops.vimamba.rms_norm
+    run = _operator.forward(backend, x)
     normed, total, _ = run(x, weight.to(dtype), residual, eps, out_dtype or x.dtype, backend or "")
     return normed, total
 
@@ -64,9 +64,6 @@ def rms_norm(
 def _forward(x, weight, residual, eps, out_dtype, backend):
     chosen = backends.resolve(backend, x.device, x.dtype, out_dtype)
     return chosen.norm_forward(x, residual, weight, eps, out_dtype)
-
-
-operators.implement("rms_norm", _forward)
 
 
 @torch.library.register_fake("vimamba::rms_norm")
@@ -78,9 +75,6 @@ def _forward_fake(x, weight, residual, eps, out_dtype, backend):
 def _backward(dnormed, dtotal, total, weight, rstd, backend):
     chosen = backends.resolve(backend, total.device, total.dtype, dnormed.dtype)
     return chosen.norm_backward(dnormed, dtotal, total, weight, rstd)
-
-
-operators.implement("rms_norm_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::rms_norm_backward")
@@ -101,10 +95,9 @@ def _backward_rule(ctx, dnormed, dtotal, _drstd):
     if dnormed is None:
         dsum, dweight = dtotal, None
     else:
-        dsum, dweight = torch.ops.vimamba.rms_norm_backward(dnormed, dtotal, total, weight, rstd, ctx.backend)
+        dsum, dweight = _operator.backward(dnormed)(dnormed, dtotal, total, weight, rstd, ctx.backend)
     dx = None if dsum is None else dsum.to(ctx.dtype)
     return dx, dweight, dsum if ctx.has_residual else None, None, None, None
 
 
-torch.library.register_autograd("vimamba::rms_norm", _backward_rule, setup_context=_setup_context)
-operators.first_derivatives_only("rms_norm_backward")
+_operator = operators.Differentiable("rms_norm", _forward, _backward, _setup_context, _backward_rule)

@@ -76,7 +76,7 @@ def selective_scan(
     A, D, delta_bias = A.to(dtype), _to(D, dtype), _to(delta_bias, dtype)
     B, C = (m.to(dtype) if m.dim() == 2 else m[:, None] if m.dim() == 3 else m for m in (B, C))
     save_states = backends.differentiates(u, delta, A, B, C, D, z, delta_bias)
-    run = _forward if backends.direct(backend, u) else torch.ops.vimamba.selective_scan
+    run = _operator.forward(backend, u)
     out, last_state, _ = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states, backend or "")
     return (out, last_state) if return_last_state else out
 
@@ -150,9 +150,6 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_
     return chosen.scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states)
 
 
-operators.implement("selective_scan", _forward)
-
-
 @torch.library.register_fake("vimamba::selective_scan")
 def _forward_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states, backend):
     batch, dim, length = u.shape
@@ -165,9 +162,6 @@ def _backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_so
     chosen = backends.resolve(backend, u.device, u.dtype)
     grads = chosen.scan_backward(dout, dlast, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse)
     return tuple(A.new_empty(0) if g is None else g.contiguous() if i in _MATRICES else g for i, g in enumerate(grads))
-
-
-operators.implement("selective_scan_backward", _backward)
 
 
 @torch.library.register_fake("vimamba::selective_scan_backward")
@@ -193,12 +187,11 @@ def _backward_rule(ctx, dout, dlast, _dstates):
         states = torch.ops.vimamba.selective_scan(*tensors, *options, True, ctx.backend)[2]
     if dout is None:
         dout = torch.zeros_like(tensors[0])
-    grads = torch.ops.vimamba.selective_scan_backward(dout, dlast, *tensors, states, *options, ctx.backend)
+    grads = _operator.backward(dout)(dout, dlast, *tensors, states, *options, ctx.backend)
     return *(g if given else None for g, given in zip(grads, ctx.given, strict=True)), None, None, None, None
 
 
-torch.library.register_autograd("vimamba::selective_scan", _backward_rule, setup_context=_setup_context)
-operators.first_derivatives_only("selective_scan_backward")
+_operator = operators.Differentiable("selective_scan", _forward, _backward, _setup_context, _backward_rule)
 
 
 @register_flop_formula(torch.ops.vimamba.selective_scan)
