@@ -272,17 +272,27 @@ def test_bfloat16_mixer_is_close(each_set):
     assert error(out, truth) < 5e-3
 
 
+SOFTWARE = {
+    "portable": (),
+    "amx": ("-DVIMAMBA_AMX", "-include", "software_tiles.h"),
+    "avx512": ("-DVIMAMBA_AVX512", "-mavx2", "-mfma", "-Wno-psabi", "-include", "software_avx512.h"),
+}
+SOFTWARE["avx512_bf16"] = (*SOFTWARE["avx512"], "-DVIMAMBA_AVX512_BF16")
+
+
 @pytest.mark.compiled
-@pytest.mark.parametrize("tiles", [False, True], ids=["portable", "amx"])
-def test_the_kernels_alone_under_the_sanitizers(tmp_path, tiles):
-    """Without Python or PyTorch, as CONTRIBUTING.md runs them in emulators and valgrind; AMX with software tiles."""
+@pytest.mark.parametrize("name", SOFTWARE)
+def test_the_kernels_alone_under_the_sanitizers(tmp_path, name):
+    """Without Python or PyTorch, as CONTRIBUTING.md runs them in valgrind; AVX-512 and AMX in software."""
+    if name.startswith("avx512") and "avx2" not in library.instruction_sets():
+        pytest.skip("the software of AVX-512 is made of AVX2's vectors")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     kernels, program = Path(library.__file__).parent, tmp_path / "alone"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     sources = [str(Path(__file__).with_name("cpu_kernels_alone.cpp")), str(kernels / "kernels.cpp")]
-    software = ["-DVIMAMBA_AMX", "-include", str(Path(__file__).with_name("software_tiles.h"))] if tiles else []
+    software = [str(Path(__file__).with_name(part)) if part.endswith(".h") else part for part in SOFTWARE[name]]
     command = [compiler, "-std=c++20", "-O1", f"-I{kernels}", *software, *sources, "-o", str(program)]
     if subprocess.run([*command, *sanitizers], capture_output=True, check=False).returncode:
         subprocess.run(command, check=True)  # a compiler without the sanitizers' libraries

@@ -71,7 +71,9 @@ std::tuple<Tensor, std::vector<Tensor>> mixer_backward(const Tensor given_dout, 
   float* packed = scratch<1>(count * (packed_floats + call.parts * sum_floats));
   float* sums = packed + count * packed_floats;
   std::memset(sums, 0, call.parts * count * sum_floats * sizeof(float));
-  for (int64_t d = 0; d < count; ++d) k.mixer_backward_pack(m, directions[d], packed + d * packed_floats);
+  for_each_task(count, [&](int64_t d) {
+    k.mixer_backward_pack(m, directions[d], packed + d * packed_floats);
+  });
 
   call.for_each_direction(dxz, [&](int64_t part, int64_t b, int64_t d, char* dx, bool first) {
     const MixerGradients grad = {call.dout_rows(),
@@ -82,11 +84,11 @@ std::tuple<Tensor, std::vector<Tensor>> mixer_backward(const Tensor given_dout, 
   });
   for (int64_t part = 1; part < call.parts; ++part)
     for (int64_t i = 0; i < count * sum_floats; ++i) sums[i] += sums[part * count * sum_floats + i];
-  for (int64_t d = 0; d < count; ++d) {
+  for_each_task(count, [&](int64_t d) {
     const Tensor* g = &gradients[kWeights * d];
     k.mixer_backward_unpack(m, packed + d * packed_floats, sums + d * sum_floats,
                             {data(g[0]), data(g[1]), data(g[2]), data(g[3]), data(g[4]), data(g[5]), data(g[6])});
-  }
+  });
   return {dxz, gradients};
 }
 
@@ -102,7 +104,7 @@ Tensor mixer_frozen_backward(const Tensor given_dout, const Tensor given_xz,
   const std::vector<Direction> directions = directions_of(call.weights, reverse, m, {});
   const int64_t packed_floats = k.mixer_packed(m);
   float* packed = scratch<1>(count * packed_floats);
-  for (int64_t d = 0; d < count; ++d) k.mixer_pack(m, directions[d], packed + d * packed_floats);
+  for_each_task(count, [&](int64_t d) { k.mixer_pack(m, directions[d], packed + d * packed_floats); });
   call.for_each_direction(dx, [&](int64_t, int64_t b, int64_t d, char* to, bool first) {
     const MixerGradients grad = {call.dout_rows(), {to, dx.stride(1), dx.stride(2)}};
     k.mixer_frozen_backward(m, directions[d], grad, packed + d * packed_floats, b, first,

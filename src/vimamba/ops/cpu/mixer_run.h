@@ -128,7 +128,7 @@ void mix(MixerCall& call) {
   clear_images_without_a_direction(call);
   if (packed) {
     call.packed = memory;
-    for (int64_t d = 0; d < count; ++d) call.k.mixer_pack(m, call.directions[d], call.packed_of(d));
+    for_each_task(count, [&](int64_t d) { call.k.mixer_pack(m, call.directions[d], call.packed_of(d)); });
   }
   if (by_batch)
     mix_by_batch(call);
