@@ -120,7 +120,10 @@ inline void for_each_sum(const Mixer& m, const Direction& direction, const Packe
     if (four && block.lanes == W) {
       const vf tap[4] = {load(taps.weight), load(taps.weight + W), load(taps.weight + 2 * W),
                          load(taps.weight + 3 * W)};
-      for (int t = 0; t < steps; ++t) use(t, i, convolve_four(taps.bias, tap, x[t], stride));
+      for (int t = 0; t < steps; ++t) {
+        __builtin_prefetch(x[t] + W);  // of the next block: the hardware looks ahead along rows
+        use(t, i, convolve_four(taps.bias, tap, x[t], stride));
+      }
     } else {
       for (int t = 0; t < steps; ++t)
         use(t, i, convolve(taps, x[t], stride, reach_of(m, direction, step + t), block.lanes));
@@ -218,8 +221,12 @@ inline void add_tile(const Mixer& m, const Direction& direction, const PackedDir
     for (int t = 0; t < steps; ++t) {
       vf y = load(s.y + t * W) + skip * load(c + t * row_floats);
       if (m.gates) y *= gate_of(m, direction, b, position_of(step + t, m.length, direction.scan_reverse));
+      __builtin_prefetch(out[t] + W, 1);
       if (!first) y += load((const T*)out[t], lanes);
-      if (last) y *= m.scale * silu(load(z[t], lanes));
+      if (last) {
+        __builtin_prefetch(z[t] + W);
+        y *= m.scale * silu(load(z[t], lanes));
+      }
       store(out[t], y, lanes);
     }
   });
