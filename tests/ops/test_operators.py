@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import vimamba
 from tests.ops.test_neighbours import FLAGS, direction_weights, directions_of, rand
@@ -18,6 +22,7 @@ from tests.ops.test_selective_scan import make_inputs
 from vimamba.ops import causal_conv1d, linear, mixer, operators, rms_norm
 from vimamba.ops.blocks import traced_as_one
 from vimamba.ops.cpu import library
+from vimamba.ops.direction import WEIGHTS, Direction
 
 built = pytest.mark.skipif(library.UNAVAILABLE is not None, reason=str(library.UNAVAILABLE))
 
@@ -59,6 +64,70 @@ def test_another_versions_library_is_refused():
         ImportError, match=r"_kernels.*defines vimamba::mixer\(.*needs vimamba::mixer\(Tensor x\).*again"
     ):
         operators.define("mixer", "(Tensor x) -> Tensor")
+
+
+def differentiable() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Every operator with a gradient: optional tensors given and left out, one output of several, tensors in a list."""
+    scan = make_inputs(groups=(1, 2), constant="B")
+    weights = direction_weights(24, 16, 3, 2)
+    ways = [f"{i}.{field}" for i in range(2) for field in Direction._fields[:WEIGHTS]]
+
+    def mixed(xz: Tensor, **w: Tensor) -> Tensor:
+        return mixer(xz, directions_of(list(w.values()), FLAGS["ssm_conv"]), 0.5, backend="cpu")
+
+    return {
+        "scan": (functools.partial(vimamba.selective_scan, delta_softplus=True, backend="cpu"), scan),
+        "scan of less": (
+            functools.partial(vimamba.selective_scan, return_last_state=True, reverse=True, backend="cpu"),
+            {name: scan[name] for name in ["u", "delta", "A", "B", "C"]},
+        ),
+        "convolution": (
+            functools.partial(causal_conv1d, activation="silu", backend="cpu"),
+            {"x": rand(2, 5, 9).float(), "weight": rand(5, 4).float(), "bias": rand(5).float()},
+        ),
+        "convolution without a bias": (
+            functools.partial(causal_conv1d, reverse=True, backend="cpu"),
+            {"x": rand(2, 5, 9).float(), "weight": rand(5, 4).float()},
+        ),
+        "norm": (
+            functools.partial(rms_norm, backend="cpu"),
+            {"x": rand(2, 8).float(), "weight": rand(8).float(), "residual": rand(2, 8, seed=1).float()},
+        ),
+        "norm in bfloat16": (
+            functools.partial(rms_norm, backend="cpu"),
+            {"x": rand(2, 8).bfloat16(), "weight": rand(8).float()},
+        ),
+        "mixer": (mixed, {"xz": rand(2, 70, 48).float(), **dict(zip(ways, weights, strict=True))}),
+    }  # fmt: skip
+
+
+@built
+@pytest.mark.parametrize("name", differentiable())
+def test_autograd_alone_finds_what_it_finds_through_the_operator(name):
+    """What records an operator where nothing else looks, against the registered one, which a mode sees."""
+    function, inputs = differentiable()[name]
+
+    def gradients(frozen: str, mode: contextlib.AbstractContextManager[Any]) -> tuple[Any, list[Tensor]]:
+        leaves = {key: t.detach().clone().requires_grad_(key != frozen) for key, t in inputs.items()}
+        given = {key: t * 1 for key, t in leaves.items()}  # results, as a model's are, not leaves
+        with mode:
+            out = function(**given)
+            first = out if isinstance(out, Tensor) else out[0]
+            wanted = [t for t in leaves.values() if t.requires_grad]
+            found = torch.autograd.grad(first, wanted, torch.ones_like(first), retain_graph=True, create_graph=True)
+        return first, list(found)
+
+    for frozen in ("", *list(inputs)[:2]):
+        out, found = gradients(frozen, contextlib.nullcontext())
+        assert type(out.grad_fn).__name__ == "_RecordedBackward"
+        registered, wanted = gradients(frozen, FlopCounterMode(display=False))
+        assert type(registered.grad_fn).__name__ != "_RecordedBackward"
+        assert torch.equal(out, registered)
+        assert len(found) == len(wanted) == len(inputs) - bool(frozen)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="_backward has no derivative: vimamba's ops have first derivatives only"):
+        found[0].sum().backward()
 
 
 class Call(nn.Module):
