@@ -257,15 +257,6 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def direct(name: str | None, x: Tensor) -> bool:
-    """Whether an op on `x` calls the backend itself, not the operator that registers its gradient and its trace.
-
-    So it is where nothing but the numbers is wanted: in small models the dispatcher's way through the operator takes
-    as long as the work.
-    """
-    return values_only(x) or trait("differentiable", name, x.device, x.dtype)
-
-
 def values_only(x: Tensor) -> bool:
     """Whether nothing but the numbers is wanted of an op on `x`: no gradient and no trace of any kind."""
     return not torch.is_grad_enabled() and untraced(x)
