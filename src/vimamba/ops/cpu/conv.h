@@ -20,6 +20,16 @@ struct Taps {
   int width;
 };
 
+// The same of a width of four, to stay in registers.
+struct FourTaps {
+  vf bias, taps[4];
+};
+
+inline FourTaps four_of(const Taps& taps) {
+  const float* weight = taps.weight;
+  return {taps.bias, {load(weight), load(weight + W), load(weight + 2 * W), load(weight + 3 * W)}};
+}
+
 inline void pack_taps(const float* weight_DW, int64_t width, int lanes, float* packed) {
   pack_rows(weight_DW, width, lanes, 1, packed);
   for (int64_t j = 0; 2 * j < width - 1; ++j) {
@@ -30,11 +40,11 @@ inline void pack_taps(const float* weight_DW, int64_t width, int lanes, float* p
 }
 
 // The sum of four taps that all lie inside.
-template <class T>
-inline vf convolve_four(vf bias, const vf (&tap)[4], const T* at, int64_t stride) {
-  vf y = bias;
+template <class T, class Lanes>
+inline vf convolve(const FourTaps& four, const T* at, int64_t stride, Lanes lanes) {
+  vf y = four.bias;
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) y += tap[j] * load(at + j * stride);
+  for (int j = 0; j < 4; ++j) y += four.taps[j] * load(at + j * stride, lanes);
   return y;
 }
 
@@ -42,12 +52,8 @@ inline vf convolve_four(vf bias, const vf (&tap)[4], const T* at, int64_t stride
 // are inside.
 template <class T>
 inline vf convolve(const Taps& taps, const T* at, int64_t stride, int64_t reach, int lanes) {
+  if (__builtin_expect(taps.width == 4 && reach >= 3, 1)) return convolve(four_of(taps), at, stride, lanes);
   vf y = taps.bias;
-  if (__builtin_expect(taps.width == 4 && reach >= 3, 1)) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) y += load(taps.weight + j * W) * load(at + j * stride, lanes);
-    return y;
-  }
   for (int64_t j = 0; j < taps.width && j <= reach; ++j)
     y += load(taps.weight + j * W) * load(at + j * stride, lanes);
   return y;

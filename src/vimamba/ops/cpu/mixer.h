@@ -118,11 +118,10 @@ inline void for_each_sum(const Mixer& m, const Direction& direction, const Packe
     const Taps taps{packed.taps + i * m.width * W, load(packed.conv_bias + i * W), (int)m.width};
     const Steps<const T> x = steps_from<const T>(step, m.x, m, direction, b, block);
     if (four && block.lanes == W) {
-      const vf tap[4] = {load(taps.weight), load(taps.weight + W), load(taps.weight + 2 * W),
-                         load(taps.weight + 3 * W)};
+      const FourTaps in_registers = four_of(taps);
       for (int t = 0; t < steps; ++t) {
         __builtin_prefetch(x[t] + W);  // of the next block: the hardware looks ahead along rows
-        use(t, i, convolve_four(taps.bias, tap, x[t], stride));
+        use(t, i, convolve(in_registers, x[t], stride, AllLanes()));
       }
     } else {
       for (int t = 0; t < steps; ++t)

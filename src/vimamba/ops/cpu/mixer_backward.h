@@ -301,7 +301,8 @@ inline void retreat_tokens(const Mixer& m, const Direction& direction, const Pac
   for (int64_t j = 0; j < m.width; ++j) tap[j] = load(taps + j * W);
   auto gradient = [&](int64_t t) {
     const float* from = dsum + t * W;
-    if (m.width == 4) return convolve_four(vf{}, {tap[0], tap[1], tap[2], tap[3]}, from, sign * W);
+    if (m.width == 4)
+      return convolve(FourTaps{{}, {tap[0], tap[1], tap[2], tap[3]}}, from, sign * W, AllLanes());
     vf dx = {};
     for (int64_t j = 0; j < m.width; ++j) dx += tap[j] * load(from + sign * j * W);
     return dx;
