@@ -388,7 +388,7 @@ void linear_quantize(const float* x, int64_t rows, int64_t K, int8_t* integers, 
     vf largest = {};
     for (int64_t k = 0; k < K; k += W) {
       const vf value = absolute(load(row + k, K - k < W ? (int)(K - k) : W));
-      largest = at_least(value, largest);
+      largest = value > largest ? value : largest;
     }
     float most = 0;
     for (int i = 0; i < W; ++i) most = largest[i] > most ? largest[i] : most;
