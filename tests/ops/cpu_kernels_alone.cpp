@@ -299,35 +299,47 @@ static vector<double> plain_mixer(const Sizes& s, const vector<vector<double>>& 
   return out;
 }
 
-static void check_mixer(const Sizes& s) {
+// x, z, dout (L, D) and their gradients, as the kernels are to have them: float32 or bfloat16.
+struct Activation {
+  vector<float> floats;
+  vector<uint16_t> halves;
+
+  Activation(const vector<float>& values, bool bf16) : floats(values) {
+    if (bf16)
+      for (const float value : values) halves.push_back(rounded(value));
+  }
+  Rows rows(const Sizes& s) {
+    void* data = floats.data();
+    if (!halves.empty()) data = halves.data();
+    return {data, s.L * s.D, s.D};
+  }
+  vector<float> read() const {
+    vector<float> values = floats;
+    for (size_t i = 0; i < halves.size(); ++i) values[i] = widened(halves[i]);
+    return values;
+  }
+};
+
+// What the kernels make of v as in plain_mixer, with a scale of 0.5: the output with the gates, in two calls;
+// then, of a mixer without gates, the gradients of v from dout.
+static vector<vector<float>> run_mixer(const Sizes& s, const vector<vector<float>>& v,
+                                       const vector<float>& gates, const vector<float>& given_dout,
+                                       bool bf16) {
   const auto [D, L, N, R, conv_reverse, scan_reverse] = s;
-  vector<vector<float>> v = {
-      normal(L * D),      normal(L * D),    normal(D * 4),      normal(D), normal((R + 2 * N) * D, 0.2),
-      normal(D * R, 0.3), normal(D, 1, -2), normal(D * N, 0.5), normal(D)};
-  vector<double> terms(L * D);
-  auto shifted = [&](double step, const vector<vector<float>>& along) {
-    vector<vector<double>> doubles;
-    for (size_t i = 0; i < v.size(); ++i) {
-      doubles.emplace_back(v[i].begin(), v[i].end());
-      if (step != 0)
-        for (size_t j = 0; j < v[i].size(); ++j) doubles[i][j] += step * along[i][j];
-    }
-    return plain_mixer(s, doubles, step == 0 ? &terms : nullptr);
-  };
-  const vector<float> gates = normal(L);
-  vector<float> out(L * D), states(chunks_of(L) * D * N);
-  auto rows = [&, L = L, D = D](vector<float>& data) { return Rows{data.data(), L * D, D}; };
+  Activation x(v[0], bf16), z(v[1], bf16), dout(given_dout, bf16);
+  Activation out(vector<float>(L * D), bf16), dx = out, dz = out;
+  vector<float> states(chunks_of(L) * D * N);
   Mixer mixer = {.batch = 1,
                  .dim = D,
                  .length = L,
                  .state = N,
                  .dt_rank = R,
                  .width = 4,
-                 .bf16 = false,
+                 .bf16 = bf16,
                  .scale = 0.5f,
-                 .x = rows(v[0]),
-                 .z = rows(v[1]),
-                 .out = rows(out),
+                 .x = x.rows(s),
+                 .z = z.rows(s),
+                 .out = out.rows(s),
                  .gates = gates.data(),
                  .gate_batch_stride = L,
                  .gate_time_stride = 1};
@@ -348,43 +360,88 @@ static void check_mixer(const Sizes& s) {
   for (const auto [begin, end] : {std::pair(int64_t{0}, meet), std::pair(meet, L)})
     k.mixer_scan(mixer, way, packed.data(), 0, begin, end, 0, blocks, nullptr, state.data(), true, true,
                  scratch.data());
-  const vector<double> plain = shifted(0, v);
-  for (int64_t i = 0; i < L * D; ++i) expect("mixer", out[i], 0.5 * gates[i / D] * plain[i], 1 + terms[i]);
 
-  // Gradients, which are of a mixer without gates, as those of the scan.
   mixer.gates = nullptr;
-  vector<float> dout = normal(L * D);
-  vector<vector<float>> grads, along;
-  for (const auto& input : v) grads.emplace_back(input.size()), along.push_back(normal(input.size()));
+  vector<vector<float>> found = {out.read()};
+  for (const auto& input : v) found.emplace_back(input.size());
   packed.resize(k.mixer_backward_packed(mixer)), scratch.resize(k.mixer_backward_scratch(mixer));
   vector<float> sums(k.mixer_backward_sums(mixer));
   k.mixer_backward_pack(mixer, way, packed.data());
-  k.mixer_backward(mixer, way, {.dout = rows(dout), .dx = rows(grads[0]), .dz = rows(grads[1])},
-                   packed.data(), 0, true, sums.data(), scratch.data());
+  k.mixer_backward(mixer, way, {.dout = dout.rows(s), .dx = dx.rows(s), .dz = dz.rows(s)}, packed.data(), 0,
+                   true, sums.data(), scratch.data());
   k.mixer_backward_unpack(mixer, packed.data(), sums.data(),
-                          {.conv_weight = grads[2].data(),
-                           .conv_bias = grads[3].data(),
-                           .x_proj = grads[4].data(),
-                           .dt_proj = grads[5].data(),
-                           .dt_bias = grads[6].data(),
-                           .A_log = grads[7].data(),
-                           .D = grads[8].data()});
+                          {.conv_weight = found[3].data(),
+                           .conv_bias = found[4].data(),
+                           .x_proj = found[5].data(),
+                           .dt_proj = found[6].data(),
+                           .dt_bias = found[7].data(),
+                           .A_log = found[8].data(),
+                           .D = found[9].data()});
+  found[1] = dx.read(), found[2] = dz.read();
+
+  // With what chooses constant; the values are tested against autograd, the memory here.
+  mixer.gates = gates.data();
+  k.mixer_frozen_backward(mixer, way, {.dout = dout.rows(s), .dx = dx.rows(s)}, packed.data(), 0, true,
+                          scratch.data());
+  for (const float each : dx.read()) expect("frozen mixer backward", std::isfinite(each), 1, 1);
+  return found;
+}
+
+static vector<float> as_bfloat16(vector<float> values) {
+  for (float& value : values) value = widened(rounded(value));
+  return values;
+}
+
+static void check_mixer(const Sizes& s) {
+  const auto [D, L, N, R, conv_reverse, scan_reverse] = s;
+  const vector<vector<float>> v = {as_bfloat16(normal(L * D)),
+                                   as_bfloat16(normal(L * D)),
+                                   normal(D * 4),
+                                   normal(D),
+                                   normal((R + 2 * N) * D, 0.2),
+                                   normal(D * R, 0.3),
+                                   normal(D, 1, -2),
+                                   normal(D * N, 0.5),
+                                   normal(D)};
+  vector<double> terms(L * D);
+  auto shifted = [&](double step, const vector<vector<float>>& along) {
+    vector<vector<double>> doubles;
+    for (size_t i = 0; i < v.size(); ++i) {
+      doubles.emplace_back(v[i].begin(), v[i].end());
+      if (step != 0)
+        for (size_t j = 0; j < v[i].size(); ++j) doubles[i][j] += step * along[i][j];
+    }
+    return plain_mixer(s, doubles, step == 0 ? &terms : nullptr);
+  };
+  const vector<float> gates = normal(L), dout = as_bfloat16(normal(L * D));
+  const vector<vector<float>> exact = run_mixer(s, v, gates, dout, false);
+  const vector<double> plain = shifted(0, v);
+  for (int64_t i = 0; i < L * D; ++i)
+    expect("mixer", exact[0][i], 0.5 * gates[i / D] * plain[i], 1 + terms[i]);
+
+  // Gradients as those of the scan.
+  vector<vector<float>> along;
+  for (const auto& input : v) along.push_back(normal(input.size()));
   const double step = 1e-5;
   const vector<double> above = shifted(step, along), below = shifted(-step, along);
   double wanted = 0, found = 0, scale = 1;
   for (int64_t i = 0; i < L * D; ++i) wanted += 0.5 * dout[i] * (above[i] - below[i]) / (2 * step);
-  for (size_t i = 0; i < grads.size(); ++i)
-    for (size_t j = 0; j < grads[i].size(); ++j) {
-      found += double(grads[i][j]) * along[i][j];
-      scale += std::abs(double(grads[i][j]) * along[i][j]);
+  for (size_t i = 0; i < along.size(); ++i)
+    for (size_t j = 0; j < along[i].size(); ++j) {
+      found += double(exact[i + 1][j]) * along[i][j];
+      scale += std::abs(double(exact[i + 1][j]) * along[i][j]);
     }
   expect("mixer backward", found, wanted, scale);
 
-  // With what chooses constant; the values are tested against autograd, the memory here.
-  mixer.gates = gates.data();
-  k.mixer_frozen_backward(mixer, way, {.dout = rows(dout), .dx = rows(grads[0])}, packed.data(), 0, true,
-                          scratch.data());
-  for (const float each : grads[0]) expect("frozen mixer backward", std::isfinite(each), 1, 1);
+  // Activations of bfloat16: what is stored is rounded (1.7e-3), and x_proj's product where there are
+  // instructions for it; what lies between has a relative error of 1e-4.
+  const vector<vector<float>> coarse = run_mixer(s, v, gates, dout, true);
+  for (size_t i = 0; i < exact.size(); ++i) {
+    double error = 0, size = 0;
+    for (size_t j = 0; j < exact[i].size(); ++j)
+      error += std::pow(double(coarse[i][j]) - exact[i][j], 2), size += std::pow(double(exact[i][j]), 2);
+    expect("mixer of bfloat16", std::sqrt(error / (size + 1e-30)), 0, k.has_bf16 ? 2000 : 300);
+  }
 }
 
 int main() {

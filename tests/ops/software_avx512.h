@@ -19,6 +19,8 @@
 #define _mm512_roundscale_ps software_roundscale
 #undef _mm512_scalef_ps
 #define _mm512_scalef_ps software_scalef
+#undef _mm512_rcp14_ps
+#define _mm512_rcp14_ps software_rcp14
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16 software_madd
 #undef _mm512_set1_epi32
@@ -84,6 +86,12 @@ inline __m512 software_scalef(__m512 a, __m512 b) {
     if (std::isnan(a[i]) || std::isnan(b[i])) return std::numeric_limits<float>::quiet_NaN();
     return std::ldexp(a[i], b[i] > 1000 ? 1000 : b[i] < -1000 ? -1000 : (int)std::floor(b[i]));
   });
+}
+
+// To fourteen bits, as the processor may; 0 for infinity.
+inline __m512 software_rcp14(__m512 a) {
+  return software_floats(
+      [&](int i) { return software_bits<float>(software_bits<uint32_t>(1 / a[i]) & 0xfffffe00u); });
 }
 
 inline __m512i software_madd(__m512i a, __m512i b) {

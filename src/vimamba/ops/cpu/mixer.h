@@ -135,8 +135,9 @@ template <class T>
 void convolve_tile(const Mixer& m, const Direction& direction, const PackedDirection& packed, int64_t b,
                    int64_t step, int steps, int64_t begin, int64_t end, float* c) {
   const int64_t row_floats = MixerScratch::row_floats(m);
-  for_each_sum<T>(m, direction, packed, b, step, steps, begin, end,
-                  [&](int t, int64_t i, vf sum) { store(c + t * row_floats + i * W, silu(sum)); });
+  for_each_sum<T>(m, direction, packed, b, step, steps, begin, end, [&](int t, int64_t i, vf sum) {
+    store(c + t * row_floats + i * W, silu<accuracy_of<T>>(sum));
+  });
 }
 
 // `narrow` is room for the tile in the type of the product.
@@ -191,12 +192,13 @@ inline void for_each_delta(const Mixer& m, const PackedDirection& packed, int64_
 }
 
 // delta' = softplus(delta) and delta' c for one block.
+template <class T>
 inline void expand_delta(const Mixer& m, const PackedDirection& packed, int64_t i, const float* projected,
                          int64_t columns, int steps, const MixerScratch& s) {
   const int64_t row_floats = MixerScratch::row_floats(m);
   const float* c = s.c + i * W;
   for_each_delta(m, packed, i, projected, columns, steps, [&](int t, vf delta) {
-    const vf positive = softplus(delta);
+    const vf positive = softplus<accuracy_of<T>>(delta);
     store(s.delta_u + t * W, positive * load(c + t * row_floats));
     store(s.delta + t * W, at_most(positive, kFinite));
   });
@@ -224,7 +226,7 @@ inline void add_tile(const Mixer& m, const Direction& direction, const PackedDir
       if (!first) y += load((const T*)out[t], lanes);
       if (last) {
         __builtin_prefetch(z[t] + W);
-        y *= m.scale * silu(load(z[t], lanes));
+        y *= m.scale * silu<accuracy_of<T>>(load(z[t], lanes));
       }
       store(out[t], y, lanes);
     }
@@ -265,11 +267,11 @@ void mixer_scan_typed(const Mixer& m, const Direction& direction, const PackedDi
         unpack_rows(state + i * N * W, N, block.lanes,
                     direction.states + (chunk * m.dim + block.channel) * N);
       }
-      expand_delta(m, packed, i, projected, columns, steps, s);
+      expand_delta<T>(m, packed, i, projected, columns, steps, s);
       const TileInputs inputs = {steps, s.delta, s.delta_u};
       const float* decay = packed.decay + i * N * W;
       const Coefficients<false> B = {projected + m.dt_rank, columns}, C = {B.tile + N, columns};
-      advance_all<sizeof(T) == sizeof(bf16)>(inputs, N, decay, B, C, state + i * N * W, s.y);
+      advance_all<accuracy_of<T>>(inputs, N, decay, B, C, state + i * N * W, s.y);
       add_tile<T>(m, direction, packed, b, i, step, steps, first, last, s);
     }
   }

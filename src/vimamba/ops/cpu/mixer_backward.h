@@ -103,7 +103,7 @@ void convolve_chunk(const Mixer& m, const Direction& direction, const PackedDire
   const int64_t row_floats = MixerScratch::row_floats(m);
   for_each_sum<T>(m, direction, packed, at.b, at.step, at.steps, 0, blocks_of(m.dim, 1, W),
                   [&](int t, int64_t i, vf sum) {
-                    const vf s_of_sum = sigmoid(sum), c = sum * s_of_sum;
+                    const vf s_of_sum = sigmoid<accuracy_of<T>>(sum), c = sum * s_of_sum;
                     const vf slope = frozen ? s_of_sum : s_of_sum + c * (1.0f - s_of_sum);
                     store(s.c + t * row_floats + i * W, c);
                     store(s.slope + t * row_floats + i * W, slope);
@@ -174,7 +174,7 @@ void retreat_block(const Mixer& m, const Direction& direction, const PackedBackw
   const float* c = s.c + i * W;
   for_each_delta(m, packed, i, s.projected, columns, at.steps, [&](int t, vf raw) {
     vf slope;
-    const vf delta = softplus(raw, slope);
+    const vf delta = softplus<accuracy_of<T>>(raw, slope);
     store(s.delta_slope + t * W, slope);
     store(s.delta_u + t * W, delta * load(c + t * row_floats));
     store(s.delta + t * W, at_most(delta, kFinite));
@@ -186,14 +186,14 @@ void retreat_block(const Mixer& m, const Direction& direction, const PackedBackw
     for (int t = 0; t < at.steps; ++t) {
       const vf z = load(z_at[t], lanes), dout = m.scale * load(dout_at[t], lanes);
       __builtin_prefetch(z_at[t] + W, 0, 2), __builtin_prefetch(dout_at[t] + W, 0, 2);  // of the next block
-      const vf gate = sigmoid(z), silu = z * gate;
+      const vf gate = sigmoid<accuracy_of<T>>(z), silu = z * gate;
       store(s.dy + t * W, dout * silu);
       store(s.dz_of_y + t * W, dout * (gate + silu * (1.0f - gate)));
     }
   });
-  retreat_all<false, false>(s, at.steps, N, packed.decay + i * N * W, s.state, s.carry + i * N * W,
-                            sums.decay + i * N * W, {s.projected + m.dt_rank, columns},
-                            {s.projected + m.dt_rank + N, columns}, s.dB, s.dC);
+  retreat_all<accuracy_of<T>, false, false>(
+      s, at.steps, N, packed.decay + i * N * W, s.state, s.carry + i * N * W, sums.decay + i * N * W,
+      {s.projected + m.dt_rank, columns}, {s.projected + m.dt_rank + N, columns}, s.dB, s.dC);
   const vf skip = load(packed.skip + i * W);
   float *dc = s.dc + i * W, *ddelta_raw = s.ddelta_raw + i * W;
   vf dskip = {}, dbias = {};

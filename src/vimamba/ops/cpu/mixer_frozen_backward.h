@@ -11,9 +11,9 @@
 namespace {
 
 // States [first, first + count) of one block and chunk: ddelta_u gains sum_n B_t[n] (g[n] + C_t[n] dy_t).
-template <int count>
-inline void retreat_frozen(const RetreatScratch& s, int steps, int64_t first, const float* decay,
-                           float* carry, Coefficients<false> B, Coefficients<false> C) {
+template <int count, class Power>
+inline void retreat_frozen(const Power power, const RetreatScratch& s, int steps, int64_t first,
+                           const float* decay, float* carry, Coefficients<false> B, Coefficients<false> C) {
   vf g[count];
 #pragma GCC unroll 16
   for (int n = 0; n < count; ++n) g[n] = load(carry + (first + n) * W);
@@ -24,7 +24,7 @@ inline void retreat_frozen(const RetreatScratch& s, int steps, int64_t first, co
     for (int n = 0; n < count; ++n) {
       const vf dh = g[n] + dy * C(t, first + n);
       (n & 1 ? odd : even) += dh * B(t, first + n);
-      g[n] = dh * exp2(delta * load(decay + (first + n) * W));
+      g[n] = dh * power(delta, load(decay + (first + n) * W));
     }
     store(s.ddelta_u + t * W, even + odd);
   }
@@ -32,13 +32,15 @@ inline void retreat_frozen(const RetreatScratch& s, int steps, int64_t first, co
   for (int n = 0; n < count; ++n) store(carry + (first + n) * W, g[n]);
 }
 
-inline void retreat_frozen_all(const RetreatScratch& s, int steps, int64_t N, const float* decay,
-                               float* carry, Coefficients<false> B, Coefficients<false> C) {
+template <class Power>
+inline void retreat_frozen_states(const Power power, const RetreatScratch& s, int steps, int64_t N,
+                                  const float* decay, float* carry, Coefficients<false> B,
+                                  Coefficients<false> C) {
   int64_t n = 0;
-  for (; n + kStates <= N; n += kStates) retreat_frozen<kStates>(s, steps, n, decay, carry, B, C);
+  for (; n + kStates <= N; n += kStates) retreat_frozen<kStates>(power, s, steps, n, decay, carry, B, C);
   if constexpr (kStates > 4)
-    for (; n + 4 <= N; n += 4) retreat_frozen<4>(s, steps, n, decay, carry, B, C);
-  for (; n < N; ++n) retreat_frozen<1>(s, steps, n, decay, carry, B, C);
+    for (; n + 4 <= N; n += 4) retreat_frozen<4>(power, s, steps, n, decay, carry, B, C);
+  for (; n < N; ++n) retreat_frozen<1>(power, s, steps, n, decay, carry, B, C);
 }
 
 // One block's way back through gate, scan and SiLU, to the sums of its convolution.
@@ -48,8 +50,9 @@ void retreat_frozen_block(const Mixer& m, const Direction& direction, const Pack
                           const MixerBackwardScratch& s) {
   const int64_t N = m.state, columns = mixer_columns(m), row_floats = MixerScratch::row_floats(m);
   const Block block = block_at(i, m.dim, 1);
-  for_each_delta(m, packed, i, s.projected, columns, at.steps,
-                 [&](int t, vf raw) { store(s.delta + t * W, at_most(softplus(raw), kFinite)); });
+  for_each_delta(m, packed, i, s.projected, columns, at.steps, [&](int t, vf raw) {
+    store(s.delta + t * W, at_most(softplus<accuracy_of<T>>(raw), kFinite));
+  });
   const Steps<const T> z = steps_from<const T>(at.step, m.z, m, direction, at.b, block);
   const Steps<const T> dout = steps_from<const T>(at.step, grad.dout, m, direction, at.b, block);
   with_lanes(block, [&](auto lanes) {
@@ -57,11 +60,14 @@ void retreat_frozen_block(const Mixer& m, const Direction& direction, const Pack
       vf dy = m.scale * load(dout[t], lanes);
       if (m.gates)
         dy *= gate_of(m, direction, at.b, position_of(at.step + t, m.length, direction.scan_reverse));
-      store(s.dy + t * W, dy * silu(load(z[t], lanes)));
+      store(s.dy + t * W, dy * silu<accuracy_of<T>>(load(z[t], lanes)));
     }
   });
-  retreat_frozen_all(s, at.steps, N, packed.decay + i * N * W, s.carry + i * N * W,
-                     {s.projected + m.dt_rank, columns}, {s.projected + m.dt_rank + N, columns});
+  const float* decay = packed.decay + i * N * W;
+  const Coefficients<false> B = {s.projected + m.dt_rank, columns}, C = {B.tile + N, columns};
+  with_power<accuracy_of<T>>(at.steps, s.delta, N, decay, [&](auto power) {
+    retreat_frozen_states(power, s, at.steps, N, decay, s.carry + i * N * W, B, C);
+  });
   const vf skip = load(packed.skip + i * W);
   float* dsum = s.dsum + (m.width - 1) * W;
   for (int t = 0; t < at.steps; ++t) {

@@ -207,10 +207,10 @@ void scan_forward_task(const Scan& scan, int64_t b, int64_t begin, int64_t end, 
         unpack_rows(state, N, block.lanes, scan.states + (chunk * scan.dim + block.channel) * N);
       }
       load_inputs(scan, b, at, block, tile);
-      advance_all<false, constant_B, constant_C>({steps, tile.delta, tile.delta_u}, N, tile.decay + i * size,
-                                                 {constant_B ? tile.constant_B + i * size : tile.B, N},
-                                                 {constant_C ? tile.constant_C + i * size : tile.C, N}, state,
-                                                 tile.y);
+      advance_all<Accuracy::full, constant_B, constant_C>(
+          {steps, tile.delta, tile.delta_u}, N, tile.decay + i * size,
+          {constant_B ? tile.constant_B + i * size : tile.B, N},
+          {constant_C ? tile.constant_C + i * size : tile.C, N}, state, tile.y);
       store_output(scan, b, at, block, tile);
     }
   }

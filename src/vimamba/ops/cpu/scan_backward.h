@@ -63,22 +63,21 @@ inline float* gradient_at(float* gradient, int64_t N, int t, int64_t n) {
 }
 
 // States [first, first + count) of one block and chunk. The scratch by value: what a vector is stored to
-// might be the pointers of one that lies in memory.
-template <int count, Reach reach, bool constant_B, bool constant_C>
-inline void retreat(const RetreatScratch s, int steps, int64_t first, int64_t N, const float* decay,
-                    const float* state, float* carry, float* dA, Coefficients<constant_B> B,
-                    Coefficients<constant_C> C, float* dB, float* dC) {
+// might be the pointers of one that lies in memory. A function by itself: among what its callers keep alive
+// its loops would lose registers.
+template <int count, class Power, bool constant_B, bool constant_C>
+[[gnu::noinline]] void retreat(const Power power, const RetreatScratch s, int steps, int64_t first, int64_t N,
+                               const float* decay, const float* state, float* carry, float* dA,
+                               Coefficients<constant_B> B, Coefficients<constant_C> C, float* dB, float* dC) {
   vf h[count];
 #pragma GCC unroll 8
   for (int n = 0; n < count; ++n) h[n] = load(state + (first + n) * W);
-  Decay<reach> power;
   for (int t = 0; t < steps; ++t) {
-    power.delta = load(s.delta + t * W);
-    const vf delta_u = load(s.delta_u + t * W), dy = load(s.dy + t * W);
+    const vf delta = load(s.delta + t * W), delta_u = load(s.delta_u + t * W), dy = load(s.dy + t * W);
     vf y = first ? load(s.y + t * W) : vf{};
 #pragma GCC unroll 8
     for (int n = 0; n < count; ++n) {
-      const vf a = power(load(decay + (first + n) * W));
+      const vf a = power(delta, load(decay + (first + n) * W));
       store(s.kept_decay + (t * kBackward + n) * W, a);
       store(s.kept_state + (t * kBackward + n) * W, h[n]);
       h[n] = a * h[n] + delta_u * B(t, first + n);
@@ -116,24 +115,23 @@ inline void retreat(const RetreatScratch s, int steps, int64_t first, int64_t N,
   }
 }
 
-template <Reach reach, bool constant_B, bool constant_C>
-inline void retreat_states(const RetreatScratch& s, int steps, int64_t N, const float* decay,
-                           const float* state, float* carry, float* dA, Coefficients<constant_B> B,
-                           Coefficients<constant_C> C, float* dB, float* dC) {
+template <class Power, bool constant_B, bool constant_C>
+inline void retreat_states(const Power power, const RetreatScratch& s, int steps, int64_t N,
+                           const float* decay, const float* state, float* carry, float* dA,
+                           Coefficients<constant_B> B, Coefficients<constant_C> C, float* dB, float* dC) {
   int64_t n = 0;
   for (; n + kBackward <= N; n += kBackward)
-    retreat<kBackward, reach>(s, steps, n, N, decay, state, carry, dA, B, C, dB, dC);
-  for (; n < N; ++n) retreat<1, reach>(s, steps, n, N, decay, state, carry, dA, B, C, dB, dC);
+    retreat<kBackward>(power, s, steps, n, N, decay, state, carry, dA, B, C, dB, dC);
+  for (; n < N; ++n) retreat<1>(power, s, steps, n, N, decay, state, carry, dA, B, C, dB, dC);
 }
 
-template <bool constant_B, bool constant_C>
+template <Accuracy accuracy, bool constant_B, bool constant_C>
 inline void retreat_all(const RetreatScratch& s, int steps, int64_t N, const float* decay, const float* state,
                         float* carry, float* dA, Coefficients<constant_B> B, Coefficients<constant_C> C,
                         float* dB, float* dC) {
-  if (kHasNearExp2 && in_reach(steps, s.delta, N, decay))
-    retreat_states<Reach::near>(s, steps, N, decay, state, carry, dA, B, C, dB, dC);
-  else
-    retreat_states<Reach::any>(s, steps, N, decay, state, carry, dA, B, C, dB, dC);
+  with_power<accuracy>(steps, s.delta, N, decay, [&](auto power) {
+    retreat_states(power, s, steps, N, decay, state, carry, dA, B, C, dB, dC);
+  });
 }
 
 inline void load_backward_inputs(const Scan& scan, const ScanGradients& grad, int64_t b, const Stretch& at,
@@ -277,7 +275,7 @@ void scan_backward_task(const Scan& scan, const ScanGradients& grad, int64_t b, 
       pack_rows(scan.states + ((b * chunks + chunk) * scan.dim + block.channel) * N, N, block.lanes, 1,
                 s.state);
       load_backward_inputs(scan, grad, b, at, block, s);
-      retreat_all<constant_B, constant_C>(
+      retreat_all<Accuracy::full, constant_B, constant_C>(
           s, steps, N, s.decay + o, s.state, s.carry + o, s.dA + o, {constant_B ? s.constant_B + o : s.B, N},
           {constant_C ? s.constant_C + o : s.C, N}, constant_B ? s.dB_constant + o : s.dB,
           constant_C ? s.dC_constant + o : s.dC);

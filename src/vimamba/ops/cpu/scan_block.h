@@ -109,26 +109,6 @@ struct TileInputs {
   const float *delta, *delta_u;  // (T, W): delta after softplus, delta * u
 };
 
-// 2^(delta * decay) for one step's delta: any; where all of a tile's are normal numbers; coarse there.
-enum class Reach { any, near, coarse };
-
-template <Reach reach>
-struct Decay {
-  vf delta = {};
-  vf operator()(vf decay) const {
-    return reach == Reach::any ? exp2(delta * decay) : exp2_near(delta, decay);
-  }
-};
-
-#if defined(VIMAMBA_AVX512)
-template <>
-struct Decay<Reach::coarse> {
-  CoarseExp2 power;
-  vf delta = {};
-  vf operator()(vf decay) const { return power(delta * 32.0f, decay); }
-};
-#endif
-
 // Whether all of a tile's decays are normal numbers.
 inline bool in_reach(int steps, const float* delta, int64_t N, const float* decay) {
   vf fastest = {};
@@ -144,21 +124,27 @@ inline bool in_reach(int steps, const float* delta, int64_t N, const float* deca
   return !some;
 }
 
+// Calls use(power) with what gives 2^(delta * decay) in that tile.
+template <Accuracy accuracy, class F>
+inline void with_power(int steps, const float* delta, int64_t N, const float* decay, const F& use) {
+  if constexpr (kHasNearExp2<accuracy>)
+    if (in_reach(steps, delta, N, decay)) return use(NearExp2<accuracy>());
+  use(AnyExp2<accuracy>());
+}
+
 // States [first, first + count): y (T, W) gains sum_n C_t[n] h_t[n].
-template <int count, Reach reach, bool constant_B, bool constant_C>
-inline void advance(const TileInputs& in, int64_t first, int64_t N, const float* decay,
+template <int count, class Power, bool constant_B, bool constant_C>
+inline void advance(const Power power, const TileInputs& in, int64_t first, int64_t N, const float* decay,
                     Coefficients<constant_B> B, Coefficients<constant_C> C, float* state, float* y) {
   vf h[count];
 #pragma GCC unroll 16
   for (int n = 0; n < count; ++n) h[n] = load(state + (first + n) * W);
-  Decay<reach> power;
   for (int t = 0; t < in.steps; ++t) {
-    power.delta = load(in.delta + t * W);
-    const vf delta_u = load(in.delta_u + t * W);
+    const vf delta = load(in.delta + t * W), delta_u = load(in.delta_u + t * W);
     vf even = first ? load(y + t * W) : vf{}, odd = {};
 #pragma GCC unroll 16
     for (int n = 0; n < count; ++n) {
-      const vf a = power(load(decay + (first + n) * W));
+      const vf a = power(delta, load(decay + (first + n) * W));
       h[n] = a * h[n] + delta_u * B(t, first + n);
       (n & 1 ? odd : even) += h[n] * C(t, first + n);
     }
@@ -168,25 +154,22 @@ inline void advance(const TileInputs& in, int64_t first, int64_t N, const float*
   for (int n = 0; n < count; ++n) store(state + (first + n) * W, h[n]);
 }
 
-template <Reach reach, bool constant_B, bool constant_C>
-inline void advance_states(const TileInputs& in, int64_t N, const float* decay, Coefficients<constant_B> B,
-                           Coefficients<constant_C> C, float* state, float* y) {
+template <class Power, bool constant_B, bool constant_C>
+inline void advance_states(const Power power, const TileInputs& in, int64_t N, const float* decay,
+                           Coefficients<constant_B> B, Coefficients<constant_C> C, float* state, float* y) {
   int64_t n = 0;
-  for (; n + kStates <= N; n += kStates) advance<kStates, reach>(in, n, N, decay, B, C, state, y);
+  for (; n + kStates <= N; n += kStates) advance<kStates>(power, in, n, N, decay, B, C, state, y);
   if constexpr (kStates > 4)
-    for (; n + 4 <= N; n += 4) advance<4, reach>(in, n, N, decay, B, C, state, y);
-  for (; n < N; ++n) advance<1, reach>(in, n, N, decay, B, C, state, y);
+    for (; n + 4 <= N; n += 4) advance<4>(power, in, n, N, decay, B, C, state, y);
+  for (; n < N; ++n) advance<1>(power, in, n, N, decay, B, C, state, y);
 }
 
-// All N states; with decays of a relative error of 6e-5 if they may be `coarse` and that is faster.
-template <bool coarse, bool constant_B, bool constant_C>
+// All N states.
+template <Accuracy accuracy, bool constant_B, bool constant_C>
 inline void advance_all(const TileInputs& in, int64_t N, const float* decay, Coefficients<constant_B> B,
                         Coefficients<constant_C> C, float* state, float* y) {
-  constexpr Reach within = coarse && kHasCoarseExp2 ? Reach::coarse : kHasNearExp2 ? Reach::near : Reach::any;
-  if (within != Reach::any && in_reach(in.steps, in.delta, N, decay))
-    advance_states<within>(in, N, decay, B, C, state, y);
-  else
-    advance_states<Reach::any>(in, N, decay, B, C, state, y);
+  with_power<accuracy>(in.steps, in.delta, N, decay,
+                       [&](auto power) { advance_states(power, in, N, decay, B, C, state, y); });
 }
 
 }  // namespace

@@ -221,10 +221,22 @@ VIMAMBA_INLINE float scalar(const bf16* from) {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
+// The functions below to float32's accuracy, or to a relative error of 1e-4, which is for what bfloat16
+// keeps.
+enum class Accuracy { full, coarse };
+
+template <class T>
+constexpr Accuracy accuracy_of = sizeof(T) == sizeof(bf16) ? Accuracy::coarse : Accuracy::full;
+
 // 2^x for finite x or NaN: x = k + r with |r| <= 1/2, a polynomial for 2^r whose constant term is exactly 1,
-// so that decays close to 1 keep their relative accuracy (|error| <= 4.4e-7 |2^r - 1|), and an exact scaling
-// by 2^k. Under- and overflow to 0 and infinity.
+// so that decays close to 1 keep their relative accuracy (|error| <= 4.4e-7 |2^r - 1|, coarse 5e-4), and an
+// exact scaling by 2^k. Under- and overflow to 0 and infinity.
+template <Accuracy accuracy>
 VIMAMBA_INLINE vf exp2_polynomial(vf r) {
+  if constexpr (accuracy == Accuracy::coarse) {
+    const vf p = r * 5.500893174e-02f + 2.422109620e-01f;
+    return (p * r + 6.932829274e-01f) * r + 1.0f;
+  }
   vf p = r * 1.333353808e-03f + 9.666245431e-03f;
   p = p * r + 5.550500378e-02f;
   p = p * r + 2.402235121e-01f;
@@ -232,10 +244,11 @@ VIMAMBA_INLINE vf exp2_polynomial(vf r) {
   return p * r + 1.0f;
 }
 
+template <Accuracy accuracy = Accuracy::full>
 VIMAMBA_INLINE vf exp2(vf x) {
 #if defined(VIMAMBA_AVX512)
   const __m512 k = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(exp2_polynomial(x - (vf)k), k);
+  return _mm512_scalef_ps(exp2_polynomial<accuracy>(x - (vf)k), k);
 #else
   // Adding 1.5 * 2^23 + 127 leaves k + 127, the biased exponent, in the low bits; at -127 and 128 it encodes
   // 0 and infinity.
@@ -243,73 +256,107 @@ VIMAMBA_INLINE vf exp2(vf x) {
   x = at_most(at_least(x, -127.0f), 128.0f);
   const vf shifted = x + kShift;
   const vf r = x - (shifted - kShift);
-  return exp2_polynomial(r) * as_float(as_int(shifted) << 23);
+  return exp2_polynomial<accuracy>(r) * as_float(as_int(shifted) << 23);
 #endif
 }
 
-// 2^(a b) where that is a normal number, |a b| <= 126: the same without bounds, and with the exponent added
-// to that of 2^r.
-#if defined(VIMAMBA_AVX512)
-constexpr bool kHasNearExp2 = false;  // exp2 is as fast
-VIMAMBA_INLINE vf exp2_near(vf a, vf b) { return exp2(a * b); }
-#else
-constexpr bool kHasNearExp2 = true;
-VIMAMBA_INLINE vf exp2_near(vf a, vf b) {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves k in the low bits
-  const vf shifted = a * b + kShift;
-  const vf r = a * b - (shifted - kShift);
-  return as_float(as_int(exp2_polynomial(r)) + (as_int(shifted) << 23));
-}
-#endif
+// 2^(a b) for any a b.
+template <Accuracy accuracy>
+struct AnyExp2 {
+  vf operator()(vf a, vf b) const { return exp2<accuracy>(a * b); }
+};
 
-// 2^x for -126 <= x <= 0 from x * 32, with a relative error of 6e-5: x * 32 = k + r with |r| <= 1/2, the 32
-// powers 2^(i/32) in two registers, an exact scaling in the exponent's bits, and 1 + r ln2 / 32 for the rest.
+// The same where that is a normal number, |a b| <= 126.
+template <Accuracy accuracy>
+struct NearExp2;
+
 #if defined(VIMAMBA_AVX512)
-constexpr bool kHasCoarseExp2 = true;
-struct CoarseExp2 {
+template <Accuracy accuracy>
+constexpr bool kHasNearExp2 = accuracy == Accuracy::coarse;  // else the other is as fast
+
+// x * 32 = k + r with |r| <= 1/2, the 32 powers 2^(i/32) in two registers, an exact scaling in the exponent's
+// bits, and 1 + r ln2 / 32 for the rest: a relative error of 6e-5.
+template <>
+struct NearExp2<Accuracy::coarse> {
   vi low, high;  // the powers' bits, less those that adding k << 18 will add for i
 
-  CoarseExp2() {
+  NearExp2() {
     vi i;
     for (int lane = 0; lane < W; ++lane) i[lane] = lane;
     low = as_int(exp2(__builtin_convertvector(i, vf) / 32.0f)) - (i << 18);
     i += W;
     high = as_int(exp2(__builtin_convertvector(i, vf) / 32.0f)) - (i << 18);
   }
-  vf operator()(vf x32, vf factor) const {  // of x32 * factor
-    constexpr float kShift = 12582912.0f;   // 1.5 * 2^23 leaves k in the low bits
-    const vf shifted = x32 * factor + kShift;
-    const vf r = x32 * factor - (shifted - kShift);
+  vf operator()(vf a, vf b) const {
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves k in the low bits
+    const vf a32 = a * 32.0f, shifted = a32 * b + kShift;
+    const vf r = a32 * b - (shifted - kShift);
     const vi k = as_int(shifted);
     const vi power = (vi)_mm512_permutex2var_epi32((__m512i)low, (__m512i)k, (__m512i)high);
     return as_float(power + (k << 18)) * (r * (kLn2 / 32) + 1.0f);
   }
 };
 #else
-constexpr bool kHasCoarseExp2 = false;
+template <Accuracy accuracy>
+constexpr bool kHasNearExp2 = true;
+
+// Without bounds, and with the exponent added to that of 2^r.
+template <Accuracy accuracy>
+struct NearExp2 {
+  vf operator()(vf a, vf b) const {
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves k in the low bits
+    const vf shifted = a * b + kShift;
+    const vf r = a * b - (shifted - kShift);
+    return as_float(as_int(exp2_polynomial<accuracy>(r)) + (as_int(shifted) << 23));
+  }
+};
 #endif
 
 // exp for any x: infinities are pulled in to where the result is already 0 or infinity.
+template <Accuracy accuracy = Accuracy::full>
 VIMAMBA_INLINE vf exp(vf x) {
 #if defined(VIMAMBA_AVX512)
-  return exp2(at_most(at_least(x * kLog2e, -1e4f), 1e4f));
+  return exp2<accuracy>(at_most(at_least(x * kLog2e, -1e4f), 1e4f));
 #else
-  return exp2(x * kLog2e);  // which has bounds
+  return exp2<accuracy>(x * kLog2e);  // which has bounds
 #endif
 }
 
-VIMAMBA_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+// x / y for a normal or infinite y.
+template <Accuracy accuracy>
+VIMAMBA_INLINE vf divide(vf x, vf y) {
+#if defined(VIMAMBA_AVX512)
+  if constexpr (accuracy == Accuracy::coarse) return x * (vf)_mm512_rcp14_ps((__m512)y);
+#endif
+  return x / y;
+}
 
-VIMAMBA_INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }
+template <Accuracy accuracy>
+VIMAMBA_INLINE vf sigmoid(vf x) {
+  return divide<accuracy>(splat(1.0f), 1.0f + exp<accuracy>(-x));
+}
+
+template <Accuracy accuracy = Accuracy::full>
+VIMAMBA_INLINE vf silu(vf x) {
+  return divide<accuracy>(x, 1.0f + exp<accuracy>(-x));
+}
 
 // d silu(x) / dx
 VIMAMBA_INLINE vf silu_slope(vf x) {
-  const vf s = sigmoid(x);
+  const vf s = sigmoid<Accuracy::full>(x);
   return s + x * s * (1.0f - s);
 }
 
-// log(1 + w) for 0 <= w <= 1, relative error 3e-8.
+// log(1 + w) for 0 <= w <= 1, relative error 3e-8, coarse 6e-5.
+template <Accuracy accuracy>
 VIMAMBA_INLINE vf log1p_unit(vf w) {
+  if constexpr (accuracy == Accuracy::coarse) {
+    vf p = w * 4.134845954e-02f - 1.574303420e-01f;
+    p = p * w + 3.063034871e-01f;
+    p = p * w - 4.969784170e-01f;
+    p = p * w + 9.999432965e-01f;
+    return p * w;
+  }
   vf p = w * 5.232687917e-03f - 2.950521334e-02f;
   p = p * w + 7.822591046e-02f;
   p = p * w - 1.366324228e-01f;
@@ -323,13 +370,17 @@ VIMAMBA_INLINE vf log1p_unit(vf w) {
 
 // max(x, 0) + log(1 + exp(-|x|)): the same as torch's softplus with its threshold of 20, to the last bit of
 // float32.
-VIMAMBA_INLINE vf softplus(vf x) { return at_least(x, 0.0f) + log1p_unit(exp(-absolute(x))); }
+template <Accuracy accuracy = Accuracy::full>
+VIMAMBA_INLINE vf softplus(vf x) {
+  return at_least(x, 0.0f) + log1p_unit<accuracy>(exp<accuracy>(-absolute(x)));
+}
 
 // The same with d softplus(x) / dx, the sigmoid, from the same exponential.
+template <Accuracy accuracy = Accuracy::full>
 VIMAMBA_INLINE vf softplus(vf x, vf& slope) {
-  const vf w = exp(-absolute(x));
-  slope = (x < 0.0f ? w : splat(1.0f)) / (1.0f + w);
-  return at_least(x, 0.0f) + log1p_unit(w);
+  const vf w = exp<accuracy>(-absolute(x));
+  slope = divide<accuracy>(x < 0.0f ? w : splat(1.0f), 1.0f + w);
+  return at_least(x, 0.0f) + log1p_unit<accuracy>(w);
 }
 
 }  // namespace
