@@ -13,9 +13,10 @@ from vimamba.layers import memory
 from vimamba.layers.grid import Layout
 from vimamba.layers.intact import intact, own_methods, watched, weight_of
 from vimamba.layers.mixers import DirectionalMixer
-from vimamba.layers.norm import LayerNorm, RMSNorm, add_norm, compute_dtype
+from vimamba.layers.norm import LayerNorm, RMSNorm, add_norm
 from vimamba.ops import BlockWeights, backends, blocks
 from vimamba.ops.arguments import wide, widen
+from vimamba.ops.backends import compute_dtype
 from vimamba.ops.blocks import as_one
 
 for _leaf in ("in_type_of", "widen"):

@@ -12,15 +12,10 @@ from vimamba.layers.intact import intact, watched
 from vimamba.layers.options import check_number
 from vimamba.ops import rms_norm
 from vimamba.ops.arguments import widen
-from vimamba.ops.backends import autocasts
+from vimamba.ops.backends import compute_dtype
 
 for _leaf in ("compute_dtype", "widen", "_rms_norm", "_layer_norm"):
     torch.fx.wrap(_leaf)  # a symbolic trace calls these as they are
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type in which matrix products with `x` run: autocast's, where it is on."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -17,6 +17,7 @@ from vimamba.layers.grid import Layout
 from vimamba.layers.mixers import DirectionalMixer, mixer_of
 from vimamba.layers.mixers.directional import MODES
 from vimamba.layers.options import check_choice, check_number, check_sizes, check_whole
+from vimamba.layers.products import in_quick_type
 from vimamba.models.build import build
 from vimamba.models.contract import TimmModel, drop_path_rates, mixer_args
 
@@ -56,7 +57,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, dim, rows, columns) to the same."""
-        return x + self.drop_path(self.convs(x))
+        return x + self.drop_path(in_quick_type(self.convs, x))
 
 
 class TokenBlock(nn.Module):
@@ -76,9 +77,9 @@ class TokenBlock(nn.Module):
         if isinstance(self.mixer, DirectionalMixer):
             mixed = self.mixer(normed, layout=Layout(grid))
         else:
-            mixed = self.mixer(normed)
+            mixed = in_quick_type(self.mixer, normed)
         tokens = tokens + self.drop_path(mixed)
-        tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        tokens = tokens + self.drop_path(in_quick_type(self.mlp, self.norm2(tokens)))
         return tokens.transpose(1, 2).unflatten(2, grid)
 
 
@@ -93,7 +94,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, dim before, rows, columns) to (batch, dim, rows / 2, columns / 2)."""
-        x = self.downsample(x)
+        x = in_quick_type(self.downsample, x)
         if not (self.grad_checkpointing and self.training):
             return self.blocks(x)
         for block in self.blocks:
@@ -229,7 +230,7 @@ class VisionMambaPyramid(TimmModel):
         self, x: Tensor, take: Sequence[int], last: int | None, norm: bool, output_fmt: str
     ) -> tuple[Tensor, list[Any]]:
         taps: list[Any] = []
-        x, normed = self.stem(x), None
+        x, normed = in_quick_type(self.stem, x), None
         for i, stage in enumerate(self.stages[: None if last is None else last + 1]):
             x = stage(x)
             normed = self.norm(x) if i == len(REDUCTIONS) - 1 else None
@@ -244,7 +245,7 @@ class VisionMambaPyramid(TimmModel):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (batch, in_chans, height, width) to the normalised last map, at stride 32."""
-        x = self.stem(x)
+        x = in_quick_type(self.stem, x)
         for stage in self.stages:
             x = stage(x)
         return self.norm(x)

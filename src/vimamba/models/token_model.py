@@ -14,9 +14,10 @@ from vimamba.layers.embed.position import Rope
 from vimamba.layers.embed.tokens import TokenEmbedding
 from vimamba.layers.grid import CLASS_TOKENS, Layout, split_tokens, take_tokens, token_layout
 from vimamba.layers.intact import intact, watched
-from vimamba.layers.norm import add_norm, compute_dtype
+from vimamba.layers.norm import add_norm
 from vimamba.models.contract import TimmModel
 from vimamba.ops.arguments import widen
+from vimamba.ops.backends import compute_dtype
 
 for _leaf in ("compute_dtype", "split_tokens", "take_tokens", "token_layout", "widen"):
     torch.fx.wrap(_leaf)  # a symbolic trace calls these as they are

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -255,6 +256,33 @@ def trait(which: str, name: str | None, device: torch.device, dtype: torch.dtype
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device; it does not know the meta device."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, if it is on."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which matrix products with `x` run: autocast's, where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
+
+
+def products_are_slow(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies this type one number at a time: on a CPU that has no instructions for it.
+
+    Its linear layers take 8 times as long as in float32 then, its convolutions 25 to 60 times.
+    """
+    return device.type == "cpu" and dtype in _INSTRUCTIONS and not _has_instructions(dtype)
+
+
+_INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+
+@cache
+def _has_instructions(dtype: torch.dtype) -> bool:
+    asks = getattr(torch.ops.mkldnn, _INSTRUCTIONS[dtype], None)  # PyTorch may be built without oneDNN
+    return asks is not None and asks()
 
 
 def values_only(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from vimamba.errors import UserError
 from vimamba.ops import backends, operators
-from vimamba.ops.arguments import check_shape, check_tensors
+from vimamba.ops.arguments import check_shape, check_tensors, widen
 from vimamba.ops.blocks import exports_as_one
 
 operators.define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -43,11 +43,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     same_types = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
     if same_types and exports_as_one(x):
         return torch.ops.vimamba.linear(x, weight, bias)
-    if same_types and backends.untraced(x) and not backends.autocasts(x.device):
-        backend = backends.resolve("", x.device, x.dtype)
-        if backend.has_linear(x):
-            return (_Linear.apply if backends.differentiates(x, weight, bias) else backend.linear)(x, weight, bias)
+    if backends.untraced(x) and _is_ours(x, weight, same_types):
+        return (_Linear.apply if backends.differentiates(x, weight, bias) else _wide)(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _is_ours(x: Tensor, weight: Tensor, same_types: bool) -> bool:
+    """Whether the product has kernels, or is one that PyTorch would compute slowly in its type."""
+    lower = backends.autocasts(x.device)
+    if backends.products_are_slow(x.device, backends.compute_dtype(x)):
+        return same_types or (lower and torch.float64 not in (x.dtype, weight.dtype))
+    return same_types and not lower and backends.resolve("", x.device, x.dtype).has_linear(x)
+
+
+def _wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product in float32, in the type that it was to have."""
+    dtype = backends.compute_dtype(x)
+    with backends.without_autocast(x.device):
+        return _exported(widen(x), widen(weight), None if bias is None else widen(bias)).to(dtype)
 
 
 def _exported(x, weight, bias):
@@ -98,20 +111,22 @@ def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | N
 
 
 class _Linear(Function):
-    """The kernel's product with its gradient; that of the weight is a product over the rows, PyTorch's."""
+    """A product in float32 with its gradient; that of the weight is a product over the rows, PyTorch's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return backends.resolve("", x.device, x.dtype).linear(x, weight, bias)
+        return _wide(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        dout_MN = dout.flatten(0, -2)
-        return (
-            linear(dout, weight.t()) if wants_x else None,
-            dout_MN.t() @ x.flatten(0, -2) if wants_weight else None,
-            dout_MN.sum(0) if wants_bias else None,
-        )
+        with backends.without_autocast(dout.device):
+            dout = widen(dout)
+            dout_MN = dout.flatten(0, -2)
+            return (
+                linear(dout, widen(weight).t()) if wants_x else None,
+                dout_MN.t() @ widen(x).flatten(0, -2) if wants_weight else None,
+                dout_MN.sum(0) if wants_bias else None,
+            )

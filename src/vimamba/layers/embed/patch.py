@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vimamba.layers.grid import shape_text
 from vimamba.layers.options import check_whole
+from vimamba.layers.products import in_quick_type
 
 for _leaf in ("patch_grid", "stem_grid"):
     torch.fx.wrap(_leaf)  # a symbolic trace calls these as they are: they look at the sizes
@@ -87,7 +88,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_chans, *size) to (batch, patches, embed_dim) in row order."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return in_quick_type(self.proj, x).flatten(2).transpose(1, 2)
 
 
 class ConvStem(nn.Module):
@@ -143,4 +144,4 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_chans, height, width) to (batch, rows * columns, embed_dim) in row order."""
-        return self.proj(self.convs(x)).flatten(2).transpose(1, 2)
+        return in_quick_type(self.proj, in_quick_type(self.convs, x)).flatten(2).transpose(1, 2)

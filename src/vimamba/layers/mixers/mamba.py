@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from vimamba.layers import memory
 from vimamba.layers.grid import Layout, ScanPath, insert_tokens, shape_text, split_tokens
-from vimamba.layers.intact import intact, own_methods, watched, weight_of
+from vimamba.layers.intact import intact, own_methods, weight_of
 from vimamba.layers.mixers.directional import DirectionalMixer, Scan, needed
 from vimamba.layers.options import check_choice, check_number, check_whole
+from vimamba.layers.products import in_quick_type, project
 from vimamba.layers.quantized import QuantizedLinear
 from vimamba.ops import BlockWeights, Direction, causal_conv1d, linear, mixer, selective_scan
 from vimamba.ops.arguments import widen
+from vimamba.ops.backends import autocasts
 
 for _leaf in ("_image_grid", "insert_tokens", "mixer", "split_tokens"):
     torch.fx.wrap(_leaf)  # a symbolic trace calls these as they are
@@ -222,7 +224,7 @@ class BidirectionalMixer(DirectionalMixer):
         self, directions: Callable[[Tensor], Tensor], x: Tensor, layout: Layout | None, compute: Any = None
     ) -> Tensor:
         """Input and output projection, and the 2-D convolution; xz is computed again where `recompute` says so."""
-        xz = _project(self.in_proj, x)
+        xz = project(self.in_proj, x)
         if self.conv2d is not None:
             xz = self._convolve_grid(xz, needed(layout, 'conv="2d"'))
         keeping: AbstractContextManager = nullcontext()
@@ -230,17 +232,17 @@ class BidirectionalMixer(DirectionalMixer):
             keeping = memory.recomputed(xz, self._projection(x, compute, xz.dtype))
         with keeping:
             y = directions(xz)
-        return _project(self.out_proj, y)
+        return project(self.out_proj, y)
 
     def _projection(self, x: Tensor, compute: Callable[[], Tensor] | None, dtype: torch.dtype) -> Any:
-        """Computes in_proj again, in the type that autocast gave it."""
+        """Computes in_proj again, under autocast if that is on now."""
         kept = x.detach() if compute is None else None
+        lower = autocasts(x.device)
 
         def project() -> Tensor:
             source = compute() if kept is None else kept  # type: ignore[misc]
-            bias = None if self.in_proj.bias is None else self.in_proj.bias.to(dtype)
-            with torch.autocast(source.device.type, enabled=False):
-                return linear(source.to(dtype), self.in_proj.weight.to(dtype), bias)
+            with torch.autocast(source.device.type, dtype if lower else None, enabled=lower):
+                return linear(source.to(dtype), self.in_proj.weight, self.in_proj.bias)
 
         return project
 
@@ -249,7 +251,8 @@ class BidirectionalMixer(DirectionalMixer):
         assert self.conv2d is not None
         x_BLD, z_BLD = xz_BLE.chunk(2, dim=-1)
         patches, others = split_tokens(x_BLD, layout.extras)
-        patches = self.conv2d(patches.transpose(1, 2).unflatten(2, _image_grid(layout))).flatten(2).transpose(1, 2)
+        patches_BDHW = patches.transpose(1, 2).unflatten(2, _image_grid(layout))
+        patches = in_quick_type(self.conv2d, patches_BDHW).flatten(2).transpose(1, 2)
         return torch.cat([insert_tokens(patches, others, layout.extras), z_BLD], dim=-1)
 
     def along_path(
@@ -302,9 +305,9 @@ class BidirectionalMixer(DirectionalMixer):
         modules: dict[str, Any] = self._modules
         names = self.names[scan.weights]
         state = getattr(self, names.A_log).shape[1]
-        x_dbl_BLE = _project(modules[names.x_proj], c_BDL.transpose(1, 2))
+        x_dbl_BLE = project(modules[names.x_proj], c_BDL.transpose(1, 2))
         dt_BLR, B_BLN, C_BLN = x_dbl_BLE.split([x_dbl_BLE.shape[-1] - 2 * state, state, state], dim=-1)
-        return _project(modules[names.dt_proj], dt_BLR), B_BLN, C_BLN  # the bias of delta included
+        return project(modules[names.dt_proj], dt_BLR), B_BLN, C_BLN  # the bias of delta included
 
     def decay_rates(self, scan: Scan) -> Tensor:
         """A direction's A (dim, state), in float32 or float64."""
@@ -330,13 +333,6 @@ def _convolve(x_BDL: Tensor, conv: nn.Module, reverse: bool, silu: bool) -> Tens
     c_BDL = conv(x_BDL.flip(-1) if reverse else x_BDL)[..., :length]  # padded at both ends
     c_BDL = c_BDL.flip(-1) if reverse else c_BDL
     return F.silu(c_BDL) if silu else c_BDL
-
-
-def _project(module: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer, by the kernels of `ops.linear` where it is one."""
-    if isinstance(module, nn.Linear) and intact(module, nn.Linear) and not watched(x):
-        return linear(x, module.weight, module.bias)
-    return module(x)
 
 
 @torch.no_grad()

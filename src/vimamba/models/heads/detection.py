@@ -26,6 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxe
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from vimamba.layers.options import check_choice, check_number, check_whole
+from vimamba.layers.products import in_quick_type, without_slow_autocast
 from vimamba.models.heads.proposals import proposal_network
 from vimamba.models.heads.pyramids import STRIDES, Backbone, DenseModel, padded
 
@@ -125,8 +126,18 @@ class DetectionModel(DenseModel):
         if not self.training and any(size != sizes[0] for size in sizes[1:]):
             return [found for _, same in groupby(images, lambda x: x.shape) for found in self(list(same))]
         batch_BCHW = _batch(images)
-        maps = self.neck(dict(zip(LEVELS, self.backbone(batch_BCHW), strict=True)))
+        maps = in_quick_type(self.neck, dict(zip(LEVELS, self.backbone(batch_BCHW), strict=True)))
         maps = {name: x_BCHW.float() for name, x_BCHW in maps.items()}  # boxes need more digits than bfloat16 has
+        with without_slow_autocast(batch_BCHW):
+            return self._found(batch_BCHW, sizes, maps, targets)
+
+    def _found(
+        self,
+        batch_BCHW: Tensor,
+        sizes: list[tuple[int, int]],
+        maps: dict[str, Tensor],
+        targets: Sequence[Target] | None,
+    ) -> Any:
         if not self.training:
             boxes, _ = self.rpn(ImageList(batch_BCHW, sizes), maps)
             return self.heads.detect(maps, boxes, sizes)

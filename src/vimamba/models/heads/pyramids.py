@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from vimamba.errors import UserError, one_line, require, shown
 from vimamba.layers.options import check_choice, check_whole
+from vimamba.layers.products import in_quick_type
 from vimamba.models.checkpoints import classifiers
 from vimamba.models.description import create
 
@@ -168,7 +169,7 @@ class PlainPyramid(nn.Module):
         if not self.levels:
             return bases
         each = bases if len(bases) > 1 else bases * len(self.levels)
-        return [level(x_BCHW) for level, x_BCHW in zip(self.levels, each, strict=True)]
+        return [in_quick_type(level, x_BCHW) for level, x_BCHW in zip(self.levels, each, strict=True)]
 
     def _at_base(self, x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         rows, columns = size[0] // self.base, size[1] // self.base

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from vimamba.errors import UserError
 from vimamba.layers.options import check_choice, check_number, check_whole
+from vimamba.layers.products import in_quick_type
 from vimamba.models.heads.pyramids import Backbone, DenseModel
 
 PYRAMID_OF = {"upernet": "deconv", "fpn": "deconv", "dpt": "none", "linear": "none"}
@@ -84,10 +85,10 @@ class SegmentationModel(DenseModel):
             stride = maps[0].shape[2] * self.backbone.strides[0] // x_BKHW.shape[2]
             return x_BKHW[..., : math.ceil(height / stride), : math.ceil(width / stride)]
 
-        logits = cropped(self.classifier(self.decoder(maps)))
+        logits = cropped(in_quick_type(self.classifier, in_quick_type(self.decoder, maps)))
         if self.auxiliary is None or not self.training:
             return logits
-        return TrainingLogits(logits, cropped(self.auxiliary(maps[AUXILIARY_LEVEL])))
+        return TrainingLogits(logits, cropped(in_quick_type(self.auxiliary, maps[AUXILIARY_LEVEL])))
 
 
 def enlarge(logits_BKhw: Tensor, size: Sequence[int]) -> Tensor:
