@@ -83,8 +83,42 @@ def test_a_transposed_weight_is_read_as_it_is(rows, inner, outer):
     assert (cpu.linear(x, weight, None) - truth).abs().max() / truth.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_types_without_instructions_are_multiplied_in_float32(monkeypatch, calls, dtype, autocast):
+    monkeypatch.setattr(backends, "_has_instructions", lambda dtype: False)
+    x, weight, bias, dout = (t.to(dtype) for t in (rand(3, 40, 48), rand(80, 48, seed=1), rand(80), rand(3, 40, 80)))
+    truth = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = F.linear(*truth)
+    grads = torch.autograd.grad(expected, truth, dout.double())
+    leaves = [t.requires_grad_() for t in (x, *(t.float() if autocast else t for t in (weight, bias)))]
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        out = linear(*leaves)
+        assert out.grad_fn.saved_tensors[0].dtype == dtype
+        found = torch.autograd.grad(out, leaves, dout)  # a step may lie within autocast as a whole
+        with torch.no_grad():
+            assert torch.equal(linear(*leaves), out)
+            assert linear(x[:1, :3], weight.to(leaves[1].dtype)).dtype == dtype  # few rows are PyTorch's, in float32
+    assert len(calls) == 3
+    assert all(t.dtype == torch.float32 for call in calls for t in call if t is not None)
+    assert out.dtype == dtype
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=step, atol=0)
+    for leaf, one, wanted in zip(leaves, found, grads, strict=True):
+        assert one.dtype == leaf.dtype
+        torch.testing.assert_close(one.double(), wanted, rtol=1e-5 if one.dtype == torch.float32 else step, atol=1e-5)
+
+
+def test_float64_stays_under_autocast_without_instructions(monkeypatch):
+    monkeypatch.setattr(backends, "_has_instructions", lambda dtype: False)
+    x, weight = rand(40, 48).double(), rand(80, 48).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
 @torch.no_grad()
-def test_what_the_kernel_does_not_do_goes_to_pytorch(calls):
+def test_what_the_kernel_does_not_do_goes_to_pytorch(monkeypatch, calls):
+    monkeypatch.setattr(backends, "_has_instructions", lambda dtype: True)
     weight, x = rand(80, 48), rand(40, 48)
     assert linear(x.double(), weight.double()).dtype == torch.float64
     assert linear(x[:3], weight).shape == (3, 80)  # too few rows to be worth packing the weight

@@ -264,8 +264,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type in which matrix products with `x` run: autocast's, where it is on."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
+    """The type in which matrix products with `x` run: autocast's, where it is on, but float64 stays."""
+    lower = autocasts(x.device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if lower else x.dtype
 
 
 def products_are_slow(device: torch.device, dtype: torch.dtype) -> bool:

@@ -52,7 +52,7 @@ def _is_ours(x: Tensor, weight: Tensor, same_types: bool) -> bool:
     """Whether the product has kernels, or is one that PyTorch would compute slowly in its type."""
     lower = backends.autocasts(x.device)
     if backends.products_are_slow(x.device, backends.compute_dtype(x)):
-        return same_types or (lower and torch.float64 not in (x.dtype, weight.dtype))
+        return same_types or (lower and weight.dtype != torch.float64)
     return same_types and not lower and backends.resolve("", x.device, x.dtype).has_linear(x)
 
 
