@@ -160,3 +160,12 @@ def test_detectors(training, seen):
     if training:
         sum(found.values()).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["vim_nano", "vim_pyramid_nano"])
+def test_float64_stays_under_autocast(name):
+    model, x = vimamba.create_model(name, img_size=64, num_classes=5).double().eval(), rand(2, 3, 64, 64).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    assert out.dtype == torch.float64
+    assert torch.equal(out, model(x))
