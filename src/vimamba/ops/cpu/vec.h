@@ -263,7 +263,7 @@ VIMAMBA_INLINE vf exp2(vf x) {
 // 2^(a b) for any a b.
 template <Accuracy accuracy>
 struct AnyExp2 {
-  vf operator()(vf a, vf b) const { return exp2<accuracy>(a * b); }
+  VIMAMBA_INLINE vf operator()(vf a, vf b) const { return exp2<accuracy>(a * b); }
 };
 
 // The same where that is a normal number, |a b| <= 126.
@@ -287,7 +287,7 @@ struct NearExp2<Accuracy::coarse> {
     i += W;
     high = as_int(exp2(__builtin_convertvector(i, vf) / 32.0f)) - (i << 18);
   }
-  vf operator()(vf a, vf b) const {
+  VIMAMBA_INLINE vf operator()(vf a, vf b) const {
     constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves k in the low bits
     const vf a32 = a * 32.0f, shifted = a32 * b + kShift;
     const vf r = a32 * b - (shifted - kShift);
@@ -303,7 +303,7 @@ constexpr bool kHasNearExp2 = true;
 // Without bounds, and with the exponent added to that of 2^r.
 template <Accuracy accuracy>
 struct NearExp2 {
-  vf operator()(vf a, vf b) const {
+  VIMAMBA_INLINE vf operator()(vf a, vf b) const {
     constexpr float kShift = 12582912.0f;  // 1.5 * 2^23 leaves k in the low bits
     const vf shifted = a * b + kShift;
     const vf r = a * b - (shifted - kShift);
