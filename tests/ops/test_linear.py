@@ -109,6 +109,17 @@ def test_types_without_instructions_are_multiplied_in_float32(monkeypatch, calls
         torch.testing.assert_close(one.double(), wanted, rtol=1e-5 if one.dtype == torch.float32 else step, atol=1e-5)
 
 
+@torch.no_grad()
+def test_what_exported_programs_call_keeps_the_type_that_it_was_exported_with(monkeypatch, calls):
+    monkeypatch.setattr(backends, "_has_instructions", lambda dtype: False)
+    x, weight = rand(40, 48), rand(80, 48, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.ops.vimamba.linear(x, weight, None), cpu.linear(x, weight, None))
+    lower = torch.ops.vimamba.linear(x.bfloat16(), weight.bfloat16(), None)
+    assert torch.equal(lower, cpu.linear(x.bfloat16().float(), weight.bfloat16().float(), None).bfloat16())
+    assert {t.dtype for call in calls for t in call if t is not None} == {torch.float32}
+
+
 def test_float64_stays_under_autocast_without_instructions(monkeypatch):
     monkeypatch.setattr(backends, "_has_instructions", lambda dtype: False)
     x, weight = rand(40, 48).double(), rand(80, 48).double()

@@ -21,7 +21,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear, in float32 on a CPU by the kernels of the "cpu" backend.
 
     They pack the weight anew at each call, so nothing can become stale, and share one layout with the mixer's own
-    projections. Measured against it: `python benchmarks/linear.py`.
+    projections. Measured against it: `python benchmarks/linear.py`. bfloat16 and float16, also autocast's, are
+    multiplied in float32 and rounded once where the CPU has no instructions for them: PyTorch takes 8 times as long.
 
     Args:
         x: (..., in_features).
@@ -44,7 +45,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if same_types and exports_as_one(x):
         return torch.ops.vimamba.linear(x, weight, bias)
     if backends.untraced(x) and _is_ours(x, weight, same_types):
-        return (_Linear.apply if backends.differentiates(x, weight, bias) else _wide)(x, weight, bias)
+        recorded = backends.differentiates(x, weight, bias)
+        return (_Linear.apply if recorded else _product)(x, weight, bias, backends.compute_dtype(x))
     return F.linear(x, weight, bias)
 
 
@@ -56,19 +58,17 @@ def _is_ours(x: Tensor, weight: Tensor, same_types: bool) -> bool:
     return same_types and not lower and backends.resolve("", x.device, x.dtype).has_linear(x)
 
 
-def _wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product in float32, in the type that it was to have."""
-    dtype = backends.compute_dtype(x)
-    with backends.without_autocast(x.device):
-        return _exported(widen(x), widen(weight), None if bias is None else widen(bias)).to(dtype)
-
-
-def _exported(x, weight, bias):
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """By the kernels where they take it; in float32, and then in `dtype`, if PyTorch would compute that slowly."""
+    if backends.products_are_slow(x.device, dtype):
+        with backends.without_autocast(x.device):
+            wide = widen(x), widen(weight), None if bias is None else widen(bias)
+            return _product(*wide, torch.float32).to(dtype)
     backend = backends.resolve("", x.device, x.dtype)
     return (backend.linear if backend.has_linear(x) else F.linear)(x, weight, bias)
 
 
-operators.implement("linear", _exported)
+operators.implement("linear", lambda x, weight, bias: _product(x, weight, bias, x.dtype))
 operators.first_derivatives_only("linear")
 
 
@@ -114,14 +114,14 @@ class _Linear(Function):
     """A product in float32 with its gradient; that of the weight is a product over the rows, PyTorch's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _wide(x, weight, bias)
+        return _product(x, weight, bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         with backends.without_autocast(dout.device):
             dout = widen(dout)
             dout_MN = dout.flatten(0, -2)
@@ -129,4 +129,5 @@ class _Linear(Function):
                 linear(dout, widen(weight).t()) if wants_x else None,
                 dout_MN.t() @ widen(x).flatten(0, -2) if wants_weight else None,
                 dout_MN.sum(0) if wants_bias else None,
+                None,
             )
