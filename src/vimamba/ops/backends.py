@@ -274,7 +274,7 @@ def products_are_slow(device: torch.device, dtype: torch.dtype) -> bool:
 
     Its linear layers take 8 times as long as in float32 then, its convolutions 25 to 60 times.
     """
-    return device.type == "cpu" and dtype in _INSTRUCTIONS and not _has_instructions(dtype)
+    return dtype in _INSTRUCTIONS and device.type == "cpu" and not _has_instructions(dtype)
 
 
 _INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}

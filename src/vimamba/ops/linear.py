@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,31 +45,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     same_types = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
     if same_types and exports_as_one(x):
         return torch.ops.vimamba.linear(x, weight, bias)
-    if backends.untraced(x) and _is_ours(x, weight, same_types):
-        recorded = backends.differentiates(x, weight, bias)
-        return (_Linear.apply if recorded else _product)(x, weight, bias, backends.compute_dtype(x))
+    if backends.untraced(x):
+        dtype, recorded = backends.compute_dtype(x), backends.differentiates(x, weight, bias)
+        if backends.products_are_slow(x.device, dtype):
+            if same_types or (backends.autocasts(x.device) and weight.dtype != torch.float64):
+                return (_Linear.apply if recorded else _product)(x, weight, bias, dtype)
+        elif same_types and dtype == x.dtype and backends.resolve("", x.device, dtype).has_linear(x):
+            return (_Linear.apply if recorded else _product)(x, weight, bias, None)
     return F.linear(x, weight, bias)
 
 
-def _is_ours(x: Tensor, weight: Tensor, same_types: bool) -> bool:
-    """Whether the product has kernels, or is one that PyTorch would compute slowly in its type."""
-    lower = backends.autocasts(x.device)
-    if backends.products_are_slow(x.device, backends.compute_dtype(x)):
-        return same_types or (lower and weight.dtype != torch.float64)
-    return same_types and not lower and backends.resolve("", x.device, x.dtype).has_linear(x)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """By the kernels where they take it; in float32, and then in `dtype`, if PyTorch would compute that slowly."""
-    if backends.products_are_slow(x.device, dtype):
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, lower: torch.dtype | None) -> Tensor:
+    """By the kernels where they take it; for a `lower` type, which PyTorch multiplies slowly, in float32."""
+    if lower is not None:
         with backends.without_autocast(x.device):
-            wide = widen(x), widen(weight), None if bias is None else widen(bias)
-            return _product(*wide, torch.float32).to(dtype)
+            return _product(widen(x), widen(weight), None if bias is None else widen(bias), None).to(lower)
     backend = backends.resolve("", x.device, x.dtype)
     return (backend.linear if backend.has_linear(x) else F.linear)(x, weight, bias)
 
 
-operators.implement("linear", lambda x, weight, bias: _product(x, weight, bias, x.dtype))
+def _exported(x, weight, bias):
+    return _product(x, weight, bias, x.dtype if backends.products_are_slow(x.device, x.dtype) else None)
+
+
+operators.implement("linear", _exported)
 operators.first_derivatives_only("linear")
 
 
@@ -114,20 +114,26 @@ class _Linear(Function):
     """A product in float32 with its gradient; that of the weight is a product over the rows, PyTorch's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lower: torch.dtype | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _product(x, weight, bias, dtype)
+        ctx.lower = lower is not None
+        return _product(x, weight, bias, lower)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        if not ctx.lower:
+            return _gradients(ctx.needs_input_grad, dout, x, weight)
         with backends.without_autocast(dout.device):
-            dout = widen(dout)
-            dout_MN = dout.flatten(0, -2)
-            return (
-                linear(dout, widen(weight).t()) if wants_x else None,
-                dout_MN.t() @ widen(x).flatten(0, -2) if wants_weight else None,
-                dout_MN.sum(0) if wants_bias else None,
-                None,
-            )
+            return _gradients(ctx.needs_input_grad, widen(dout), None if x is None else widen(x), widen(weight))
+
+
+def _gradients(wanted: Sequence[bool], dout: Tensor, x: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+    wants_x, wants_weight, wants_bias, _ = wanted
+    dout_MN = dout.flatten(0, -2)
+    return (
+        linear(dout, weight.t()) if wants_x else None,
+        dout_MN.t() @ x.flatten(0, -2) if wants_weight else None,
+        dout_MN.sum(0) if wants_bias else None,
+        None,
+    )
