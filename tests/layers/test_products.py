@@ -169,3 +169,19 @@ def test_float64_stays_under_autocast(name):
         out = model(x)
     assert out.dtype == torch.float64
     assert torch.equal(out, model(x))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_computed_again_is_what_was(dtype, autocast):
+    grads, x = [], rand(2, 3, 64, 64).to(dtype)
+    for recompute in ("always", "never"):
+        torch.manual_seed(0)
+        model = vimamba.create_model("vim_nano", img_size=64, num_classes=5, recompute=recompute).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(x).square().sum()
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    for again, kept in zip(*grads, strict=True):
+        assert torch.equal(again, kept)

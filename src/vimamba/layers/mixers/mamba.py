@@ -20,7 +20,6 @@ from vimamba.layers.products import in_quick_type, project
 from vimamba.layers.quantized import QuantizedLinear
 from vimamba.ops import BlockWeights, Direction, causal_conv1d, linear, mixer, selective_scan
 from vimamba.ops.arguments import widen
-from vimamba.ops.backends import autocasts
 
 for _leaf in ("_image_grid", "insert_tokens", "mixer", "split_tokens"):
     torch.fx.wrap(_leaf)  # a symbolic trace calls these as they are
@@ -235,16 +234,16 @@ class BidirectionalMixer(DirectionalMixer):
         return project(self.out_proj, y)
 
     def _projection(self, x: Tensor, compute: Callable[[], Tensor] | None, dtype: torch.dtype) -> Any:
-        """Computes in_proj again, under autocast if that is on now."""
+        """Computes in_proj again, under autocast if that gave it a type that is not its weight's."""
         kept = x.detach() if compute is None else None
-        lower = autocasts(x.device)
+        lower = self.in_proj.weight.dtype != dtype
 
-        def project() -> Tensor:
+        def again() -> Tensor:
             source = compute() if kept is None else kept  # type: ignore[misc]
             with torch.autocast(source.device.type, dtype if lower else None, enabled=lower):
                 return linear(source.to(dtype), self.in_proj.weight, self.in_proj.bias)
 
-        return project
+        return again
 
     def _convolve_grid(self, xz_BLE: Tensor, layout: Layout) -> Tensor:
         """The 2-D convolution of the patches' input half; the gate z and the other tokens stay."""
